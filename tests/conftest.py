@@ -1,0 +1,24 @@
+"""What all tests share. No test may reach a network."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["VLLM_NO_USAGE_STATS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# A slow machine is not a failure.
+settings.register_profile("depthpar", deadline=None)
+settings.load_profile("depthpar")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """Folder of the bundled checkpoint: SmolLM2-135M-Instruct, 30 layers, TP 1 or 3."""
+    from vllm_depthpar import bundled
+
+    return bundled.prepare()

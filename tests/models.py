@@ -1,0 +1,113 @@
+"""Small random Llama checkpoints for tests, written without transformers' initialization.
+
+They have no tokenizer: prompts are lists of token ids, and vLLM takes them with
+``skip_tokenizer_init=True``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+# As in Llama 3.2's config.json, with an original context short enough that the scaling of the
+# slow frequencies shows at the few dozen tokens of a test.
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+
+def write_llama(
+    folder: Path,
+    *,
+    seed: int = 0,
+    layers: int = 6,
+    hidden: int = 64,
+    heads: int = 4,
+    kv_heads: int = 2,
+    head_dim: int = 32,
+    intermediate: int = 96,
+    vocab: int = 512,
+    tie: bool = False,
+    attention_bias: bool = False,
+    mlp_bias: bool = False,
+    rope_scaling: dict[str, object] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """Write config.json and model.safetensors of a seeded random Llama; returns the folder.
+
+    Norm gains are far from one and biases from zero, so that leaving one out, or giving it to the
+    wrong layer, shows. No token ends a generation. vLLM's CPU attention takes head_dim 32 and
+    larger.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, std: float) -> torch.Tensor:
+        return (torch.randn(*shape, generator=generator) * std).to(dtype)
+
+    def gain() -> torch.Tensor:
+        return torch.empty(hidden).uniform_(0.5, 1.5, generator=generator).to(dtype)
+
+    # Attention and MLP add about 0.4 to each element of the stream. The embedding adds less, or a
+    # model with tied embeddings would repeat its last token for ever; its last norm makes up for
+    # what that takes from the logits.
+    shapes = {
+        "self_attn.q_proj": (heads * head_dim, hidden, 1.0, attention_bias),
+        "self_attn.k_proj": (kv_heads * head_dim, hidden, 1.0, attention_bias),
+        "self_attn.v_proj": (kv_heads * head_dim, hidden, 1.0, attention_bias),
+        "self_attn.o_proj": (hidden, heads * head_dim, 0.6, attention_bias),
+        "mlp.gate_proj": (intermediate, hidden, 1.0, mlp_bias),
+        "mlp.up_proj": (intermediate, hidden, 1.0, mlp_bias),
+        "mlp.down_proj": (hidden, intermediate, 0.6, mlp_bias),
+    }
+    tensors = {"model.embed_tokens.weight": normal(vocab, hidden, std=0.1)}
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}."
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{prefix}{norm}.weight"] = gain()
+        for name, (out, into, scale, bias) in shapes.items():
+            tensors[f"{prefix}{name}.weight"] = normal(out, into, std=scale / into**0.5)
+            if bias:
+                tensors[f"{prefix}{name}.bias"] = normal(out, std=0.1)
+    tensors["model.norm.weight"] = gain() * (3 if tie else 1)
+    if not tie:
+        tensors["lm_head.weight"] = normal(vocab, hidden, std=3 / hidden**0.5)
+
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "intermediate_size": intermediate,
+        "vocab_size": vocab,
+        "tie_word_embeddings": tie,
+        "attention_bias": attention_bias,
+        "mlp_bias": mlp_bias,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 512,
+        "rope_theta": 10000.0,
+        "rope_scaling": rope_scaling,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    return folder
+
+
+def prompts(count: int, tokens: int, *, vocab: int = 512, seed: int = 0) -> torch.Tensor:
+    """Seeded random token ids, (count, tokens)."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(vocab, (count, tokens), generator=generator)

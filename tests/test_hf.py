@@ -1,0 +1,238 @@
+"""The reference on transformers, against the equations on plain tensors."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import LLAMA3_ROPE, prompts, write_llama
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn.functional import cross_entropy, embedding, linear, silu
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from vllm_depthpar import hf
+from vllm_depthpar.plan import Plan, PlanError, resolve
+
+LAYERS = 6
+PLANS: dict[str, Any] = {
+    "identity": "identity",
+    "pairs": {"pair": [1, 5]},
+    "all pairs": {"pair": [0, 6]},
+    "group of 3": {"pair": [2, 5], "group": 3},
+    "one block": {"pair": [0, 6], "group": 6},
+    "skip": {"skip": {"speedup": 2}},
+    "skip and pair": {"skip": {"speedup": 1.5}, "pair": [1, 5]},
+    "out of order": {"blocks": [[0], [3], [2, 1], [5, 4]]},
+    "out of order, skipping": {"blocks": [[4, 1], [0], [5, 2]]},
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "GQA": {},
+    "MHA, tied": {"kv_heads": 4, "tie": True},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "llama3 rope": {"rope_scaling": LLAMA3_ROPE},
+}
+
+# Written for this test, so that nothing needs to be downloaded to read it.
+TEXT = """\
+The lighthouse stands at the end of a long stone pier, and for more than a hundred years its
+lamp has guided fishing boats back to the harbor. In winter, when storms come in from the north,
+the waves break over the wall and the keeper has to wait for the tide to fall before he can walk
+home. The old keeper retired last spring. His daughter, who had studied engineering in the city,
+came back to take his place, and the first thing she did was to replace the lamp with a more
+efficient one. Some people in the village complained that the new light was too bright. Others
+said that it made no difference at all. But when a thick fog covered the bay in October, and
+three boats found their way in without any trouble, nobody complained again."""
+
+
+def plain_logits(path: Path, plan: Plan, ids: Tensor) -> Tensor:
+    """A Llama in double precision on the checkpoint's tensors, block by block as the equations say.
+
+    Takes token ids (tokens,), returns logits (tokens, vocab).
+    """
+    config = json.loads((path / "config.json").read_text())
+    weights = {k: v.double() for k, v in load_file(path / "model.safetensors").items()}
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    width, tokens = config["head_dim"], len(ids)
+
+    def apply(name: str, x: Tensor) -> Tensor:
+        return linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+
+    def norm(name: str, x: Tensor) -> Tensor:
+        rms = (x.pow(2).mean(-1, keepdim=True) + config["rms_norm_eps"]).sqrt()
+        return x / rms * weights[f"{name}.weight"]
+
+    frequency = config["rope_theta"] ** -(torch.arange(0, width, 2).double() / width)
+    if scaling := config["rope_scaling"]:
+        # Llama 3.1: slow waves by the factor, fast waves not at all, a ramp between.
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        turns = scaling["original_max_position_embeddings"] * frequency / (2 * torch.pi)
+        ramp = ((turns - low) / (high - low)).clamp(0, 1)
+        frequency = frequency * (ramp + (1 - ramp) / scaling["factor"])
+    turn = torch.polar(torch.ones(()).double(), torch.arange(tokens)[:, None] * frequency)
+
+    def rotate(x: Tensor) -> Tensor:
+        first, second = x.chunk(2, dim=-1)
+        turned = torch.complex(first, second) * turn
+        return torch.cat([turned.real, turned.imag], dim=-1)
+
+    def attention(layer: int, x: Tensor) -> Tensor:
+        name = f"model.layers.{layer}"
+        x = norm(f"{name}.input_layernorm", x)
+        q, k, v = (
+            apply(f"{name}.self_attn.{part}_proj", x).view(tokens, -1, width).transpose(0, 1)
+            for part in "qkv"
+        )
+        q = rotate(q).view(kv_heads, heads // kv_heads, tokens, width)
+        scores = q @ rotate(k)[:, None].mT / width**0.5
+        future = torch.ones(tokens, tokens).triu(1).bool()
+        mixed = scores.masked_fill(future, -torch.inf).softmax(-1) @ v[:, None]
+        merged = mixed.reshape(heads, tokens, width).transpose(0, 1).reshape(tokens, -1)
+        return apply(f"{name}.self_attn.o_proj", merged)
+
+    def mlp(layer: int, x: Tensor) -> Tensor:
+        name = f"model.layers.{layer}"
+        x = norm(f"{name}.post_attention_layernorm", x)
+        gate, up = apply(f"{name}.mlp.gate_proj", x), apply(f"{name}.mlp.up_proj", x)
+        return apply(f"{name}.mlp.down_proj", silu(gate) * up)
+
+    x = embedding(ids, weights["model.embed_tokens.weight"])
+    for block in plan.blocks:
+        x = x + torch.stack([attention(layer, x) for layer in block]).sum(0)
+        x = x + torch.stack([mlp(layer, x) for layer in block]).sum(0)
+    head = "model.embed_tokens" if config["tie_word_embeddings"] else "lm_head"
+    return apply(head, norm("model.norm", x))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_llama(tmp_path_factory.mktemp("model"), layers=LAYERS)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_plan_equals_the_equations(model: str, tmp_path: Path) -> None:
+    path = write_llama(tmp_path, layers=LAYERS, seed=1, **MODELS[model])
+    ids = prompts(2, 48, seed=2)
+    for name, spec in PLANS.items():
+        plan = resolve(spec, LAYERS)
+        expected = torch.stack([plain_logits(path, plan, row) for row in ids])
+        assert expected.std() > 1  # else a tolerance in logits would say little
+        with torch.no_grad():
+            logits = hf.load(path, plan)(ids).logits
+        assert (logits - expected).abs().max() < 1e-4, name
+
+
+def test_plans_differ(folder: Path) -> None:
+    """The tolerance of the test above tells every plan from every other."""
+    ids = prompts(1, 48)[0]
+    logits = [plain_logits(folder, resolve(spec, LAYERS), ids) for spec in PLANS.values()]
+    for i, one in enumerate(logits):
+        for other in logits[i + 1 :]:
+            assert (one - other).abs().max() > 0.1
+
+
+def test_identity_is_the_unmodified_model(folder: Path) -> None:
+    plain = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    same = hf.load(folder, "identity")
+    ids = prompts(2, 48)
+    with torch.no_grad():
+        expected = plain(ids, output_hidden_states=True)
+        result = same(ids, output_hidden_states=True)
+    assert torch.equal(result.logits, expected.logits)
+    assert len(result.hidden_states) == len(expected.hidden_states) == LAYERS + 1
+    for got, wanted in zip(result.hidden_states, expected.hidden_states, strict=True):
+        assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_generate_with_cache_equals_without(folder: Path, plan: str) -> None:
+    model = hf.load(folder, PLANS[plan])
+    ids = prompts(3, 12)
+    options: dict[str, Any] = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
+    cached = model.generate(ids, use_cache=True, return_dict_in_generate=True, **options)
+    plain = model.generate(ids, use_cache=False, **options)
+    assert cached.sequences.shape == (3, 28)
+    assert torch.equal(cached.sequences, plain)
+    # One slot for each layer that runs, and every slot in use.
+    kept = len(resolve(PLANS[plan], LAYERS).kept)
+    assert [layer.get_seq_length() for layer in cached.past_key_values.layers] == [27] * kept
+
+
+def test_left_padding_does_not_change_a_row(folder: Path) -> None:
+    model = hf.load(folder, PLANS["out of order, skipping"])
+    ids = prompts(1, 12)
+    padded = torch.cat([torch.zeros(1, 5, dtype=torch.long), ids], dim=1)
+    mask = (torch.arange(17) >= 5).long()[None]
+    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(
+        model.generate(padded, attention_mask=mask, **options)[:, 5:],
+        model.generate(ids, **options),
+    )
+
+
+@pytest.mark.parametrize("plan", ["pairs", "out of order, skipping"])
+def test_gradients_reach_every_kept_parameter(folder: Path, plan: str) -> None:
+    model = hf.load(folder, PLANS[plan])
+    ids = prompts(2, 16)
+
+    def gradients() -> dict[str, Tensor]:
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    expected = gradients()
+    assert set(expected) == {name for name, _ in model.named_parameters()}
+    # A token that isn't in the batch has an embedding without a gradient.
+    for name, gradient in expected.items():
+        rows = gradient[ids.unique()] if "embed_tokens" in name else gradient
+        assert rows.abs().amax() > 1e-6, name
+
+    model.train()
+    model.gradient_checkpointing_enable()
+    checkpointed = gradients()
+    assert set(checkpointed) == set(expected)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_parameters_keep_their_checkpoint_names(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    model = hf.load(folder, PLANS["out of order, skipping"])
+    state = hf.checkpoint_state_dict(model)
+    assert set(state) == {name for name in tensors if ".layers.3." not in name}
+    for name, tensor in state.items():
+        assert torch.equal(tensor, tensors[name]), name
+    # The modules themselves, not copies: one optimizer step would show in both.
+    assert {t.data_ptr() for t in state.values()} == {p.data_ptr() for p in model.parameters()}
+
+
+def test_errors(folder: Path, tmp_path: Path) -> None:
+    model = hf.load(folder, "identity")
+    with pytest.raises(PlanError, match="already restructured"):
+        hf.restructure(model, resolve("identity", LAYERS))
+    with pytest.raises(PlanError, match="the plan is for 7 layers; allowed: 6"):
+        hf.load(folder, resolve("identity", 7))
+    with pytest.raises(PlanError, match="layer 6 is out of range"):
+        hf.load(folder, {"blocks": [[6]]})
+    other = write_llama(tmp_path, layers=2)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"model_type": "mistral"}))
+    with pytest.raises(PlanError, match="'mistral' is not supported; allowed: 'llama'"):
+        hf.load(other, "identity")
+
+
+def test_perplexity_of_a_real_model_grows_with_the_span(smollm2: Path) -> None:
+    ids = AutoTokenizer.from_pretrained(smollm2)(TEXT, return_tensors="pt").input_ids
+
+    def perplexity(spec: Any) -> float:
+        with torch.no_grad():
+            logits = hf.load(smollm2, spec)(ids).logits[0]
+        return float(cross_entropy(logits[:-1], ids[0, 1:]).exp())
+
+    plain, some, every = map(perplexity, ["identity", {"pair": [16, 28]}, {"pair": [0, 30]}])
+    assert plain < some < every
+    # Pairing the late layers hurts, but the model still works; pairing all breaks it.
+    assert plain < 25
+    assert some < 3 * plain
+    assert every > 10 * plain

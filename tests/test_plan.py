@@ -1,0 +1,406 @@
+"""The plan: every form, every error, and properties that hold for all plans."""
+
+import json
+import math
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import jsonschema  # type: ignore[import-untyped]
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_depthpar.plan import (
+    MAX_SPEC_BYTES,
+    Plan,
+    PlanError,
+    json_schema,
+    load,
+    resolve,
+)
+
+FORMS: list[tuple[Any, int, list[list[int]]]] = [
+    ("identity", 3, [[0], [1], [2]]),
+    ({"pair": [2, 6]}, 8, [[0], [1], [2, 3], [4, 5], [6], [7]]),
+    ({"pair": [0, 4]}, 4, [[0, 1], [2, 3]]),
+    ({"pair": [1, 7], "group": 3}, 8, [[0], [1, 2, 3], [4, 5, 6], [7]]),
+    ({"pair": [0, 4], "group": 4}, 4, [[0, 1, 2, 3]]),
+    ({"pair": [0, 2], "layers": 3}, 3, [[0, 1], [2]]),
+    ({"blocks": [[0], [1], [2, 3], [5], [4, 6]]}, 8, [[0], [1], [2, 3], [5], [4, 6]]),
+    ({"blocks": [[3, 1]]}, 4, [[3, 1]]),
+    ({"blocks": [[0]], "pair": None, "skip": None}, 1, [[0]]),
+    ({"skip": {"speedup": 1}}, 4, [[0], [1], [2], [3]]),
+    ({"skip": {"speedup": 2}}, 9, [[0], [3], [5], [8]]),
+    ({"skip": {"speedup": 1.5, "schedule": "balanced"}}, 6, [[0], [2], [3], [5]]),
+    ({"skip": {"speedup": 1.5, "schedule": "paper"}}, 9, [[0], [1], [2], [3], [4], [8]]),
+    ({"skip": {"speedup": 2}}, 4, [[0], [3]]),
+    # Pairs are made of the layers that skipping left: 0, 3, 5, 8 here.
+    ({"skip": {"speedup": 2}, "pair": [1, 8]}, 9, [[0], [3, 5], [8]]),
+    ({"skip": {"speedup": 2}, "pair": [0, 9], "group": 4}, 9, [[0, 3, 5, 8]]),
+]
+
+
+@pytest.mark.parametrize(("spec", "layers", "blocks"), FORMS)
+def test_form(spec: Any, layers: int, blocks: list[list[int]]) -> None:
+    plan = resolve(spec, layers)
+    assert plan == Plan(layers, tuple(tuple(block) for block in blocks))
+    assert plan.to_spec() == {"layers": layers, "blocks": blocks}
+
+
+def test_properties_of_a_plan() -> None:
+    plan = resolve({"blocks": [[0], [1], [2, 3], [5], [4, 6, 9]]}, 10)
+    assert plan.depth == 5
+    assert plan.kept == (0, 1, 2, 3, 4, 5, 6, 9)
+    assert plan.skipped == (7, 8)
+    assert plan.name == "10 layers as 5 blocks (1 of 2, 1 of 3, 2 skipped)"
+    assert not plan.is_identity
+    assert resolve("identity", 10).is_identity
+    assert resolve("identity", 10).name == "10 layers as 10 blocks"
+    assert not resolve({"blocks": [[1], [0]]}, 2).is_identity
+
+
+def test_digest_is_stable() -> None:
+    """Written down, because digests name things on disk that outlive a release."""
+    assert resolve({"pair": [14, 28]}, 30).digest == "44580812f8f3"
+    assert resolve("identity", 30).digest != resolve("identity", 31).digest
+
+
+# What the authors' code keeps. Adaxry/Unified_Layer_Skipping at ad84c1e, codes/run_clm_llms.py,
+# main(), from 'num_total_model_layer = config.n_layer' on; these are what its lines gave when run.
+AUTHORS: dict[tuple[int, float], list[int]] = {
+    (30, 2): [0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 29],
+    (30, 3): [0, 3, 6, 9, 12, 15, 18, 21, 24, 29],
+    (30, 5): [0, 6, 12, 18, 24, 29],
+    (30, 10): [0, 15, 29],
+    (32, 2): [0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 31],
+    (32, 3): [0, 3, 6, 9, 12, 15, 18, 21, 24, 31],
+    (32, 5): [0, 6, 12, 18, 24, 31],
+    (32, 10): [0, 16, 31],
+    # Below 2 the rule leaves one hole before the last layer.
+    (30, 1.5): [*range(19), 29],
+    (32, 1.25): [*range(24), 31],
+}
+
+
+@pytest.mark.parametrize(("layers", "speedup"), AUTHORS)
+def test_paper_schedule_is_the_authors(layers: int, speedup: float) -> None:
+    plan = resolve({"skip": {"speedup": speedup, "schedule": "paper"}}, layers)
+    assert plan.blocks == tuple((layer,) for layer in AUTHORS[layers, speedup])
+
+
+Case = tuple[Any, int]  # a spec, and the number of layers it is for
+
+
+@st.composite
+def skips(draw: st.DrawFn) -> Case:
+    layers = draw(st.integers(2, 200))
+    speedup = draw(st.floats(1, layers / 2) | st.integers(1, layers // 2))
+    skip: dict[str, Any] = {"speedup": speedup}
+    if schedule := draw(st.sampled_from([None, "balanced", "paper"])):
+        skip["schedule"] = schedule
+    return {"skip": skip}, layers
+
+
+@st.composite
+def pairs(draw: st.DrawFn, specs: st.SearchStrategy[Case]) -> Case:
+    """Pairs, over whatever layers the spec below left."""
+    spec, layers = draw(specs)
+    kept = resolve(spec, layers).kept if spec else tuple(range(layers))
+    group = draw(st.integers(2, max(2, min(6, len(kept)))))
+    count = draw(st.integers(1, len(kept) // group)) * group
+    first = draw(st.integers(0, len(kept) - count))
+    spec = {**spec, "pair": [kept[first], kept[first + count - 1] + 1]}
+    if group != 2 or draw(st.booleans()):
+        spec["group"] = group
+    return spec, layers
+
+
+@st.composite
+def blocks(draw: st.DrawFn) -> Case:
+    layers = draw(st.integers(1, 40))
+    order = draw(st.permutations(range(layers)))[: draw(st.integers(1, layers))]
+    cuts = draw(st.sets(st.integers(1, len(order)))) | {len(order)}
+    edges = [0, *sorted(cuts)]
+    return {"blocks": [list(order[start:end]) for start, end in pairwise(edges)]}, layers
+
+
+whole: st.SearchStrategy[Case] = st.integers(2, 200).map(lambda layers: ({}, layers))
+short_forms = skips() | pairs(whole) | pairs(skips())
+specs = short_forms | blocks() | st.integers(1, 200).map(lambda layers: ("identity", layers))
+
+
+@given(specs)
+def test_every_kept_layer_runs_exactly_once(case: Case) -> None:
+    plan = resolve(*case)
+    ran = [layer for block in plan.blocks for layer in block]
+    assert all(plan.blocks)
+    assert len(set(ran)) == len(ran)
+    assert set(ran) <= set(range(plan.layers))
+    assert plan.kept == tuple(sorted(ran))
+    assert sorted([*plan.kept, *plan.skipped]) == list(range(plan.layers))
+
+
+@given(short_forms)
+def test_short_forms_keep_the_order_of_layers(case: Case) -> None:
+    ran = [layer for block in resolve(*case).blocks for layer in block]
+    assert ran == sorted(ran)
+
+
+@given(blocks())
+def test_blocks_are_taken_as_written(case: Case) -> None:
+    assert [list(block) for block in resolve(*case).blocks] == case[0]["blocks"]
+
+
+@given(pairs(whole))
+def test_pairs_group_the_span_and_nothing_else(case: Case) -> None:
+    spec, layers = case
+    start, end = spec["pair"]
+    plan = resolve(spec, layers)
+    assert plan.kept == tuple(range(layers))
+    for block in plan.blocks:
+        inside = start <= block[0] < end
+        assert len(block) == (spec.get("group", 2) if inside else 1)
+        assert all(start <= layer < end for layer in block) == inside
+
+
+@given(skips())
+def test_skip_keeps_floor_of_layers_over_speedup(case: Case) -> None:
+    spec, layers = case
+    kept = resolve(spec, layers).kept
+    assert len(kept) == math.floor(layers / spec["skip"]["speedup"])
+    assert (kept[0], kept[-1]) == (0, layers - 1)
+
+
+@given(skips())
+def test_balanced_gaps_differ_by_at_most_one(case: Case) -> None:
+    spec, layers = case
+    kept = resolve({"skip": {"speedup": spec["skip"]["speedup"]}}, layers).kept
+    gaps = [after - before for before, after in pairwise(kept)]
+    assert max(gaps) - min(gaps) <= 1
+
+
+@given(specs)
+def test_json_round_trip_is_exact(case: Case) -> None:
+    plan = resolve(*case)
+    back = resolve(json.loads(json.dumps(plan.to_spec())), plan.layers)
+    assert back == plan
+    assert back.digest == plan.digest
+
+
+@given(specs, specs)
+def test_digests_tell_plans_apart(one: Case, other: Case) -> None:
+    plans = resolve(*one), resolve(*other)
+    assert (plans[0].digest == plans[1].digest) == (plans[0] == plans[1])
+
+
+@given(specs)
+def test_schema_accepts_what_resolves(case: Case) -> None:
+    jsonschema.validate(case[0], json_schema())
+    jsonschema.validate(resolve(*case).to_spec(), json_schema())
+
+
+# (spec, the words that its message must hold); the checkpoint has 30 layers.
+ERRORS: list[tuple[Any, str]] = [
+    # The value as a whole
+    (None, "None is not a mapping; allowed keys: 'blocks', 'group', 'layers', 'pair', 'skip'"),
+    ([[0], [1]], "[[0], [1]] is not a mapping"),
+    (3, "3 is not a mapping"),
+    ("atuo", "'atuo' is unknown; allowed: 'auto', 'identity' or a mapping"),
+    ("two\nlines", r"'two\nlines' is unknown"),
+    ("x" * 1000, "... is unknown"),
+    ("auto", "'auto' needs the model"),
+    ({}, "empty; it needs one of the keys 'blocks', 'pair', 'skip'"),
+    ({"layers": 30}, "empty"),
+    ({"blocks": None}, "empty"),
+    # Keys
+    ({"pairs": [0, 2]}, "'pairs' is unknown; did you mean 'pair'?"),
+    ({"pairs": [0, 2]}, "allowed: 'blocks', 'group', 'layers', 'pair', 'skip'"),
+    ({"pair": [0, 2], "grp": 2}, "'grp' is unknown; did you mean 'group'?"),
+    ({"zzz": 1}, "'zzz' is unknown (allowed:"),
+    ({"a\nb": 1}, r"'a\nb' is unknown"),
+    ({"skip": {"speedup": 2, "shedule": "paper"}}, "'skip.shedule' is unknown; did you mean 'sch"),
+    ({"skip": {"sped": 2}}, "'skip.sped' is unknown; did you mean 'speedup'?"),
+    # blocks
+    ({"blocks": []}, "'blocks': [] is wrong; allowed: a list of lists"),
+    ({"blocks": [[]]}, "'blocks': a block is empty"),
+    ({"blocks": [[0], []]}, "'blocks': a block is empty"),
+    ({"blocks": 3}, "'blocks': 3 is wrong"),
+    ({"blocks": [0, 1]}, "'blocks': 0 is wrong"),
+    ({"blocks": [[30]]}, "'blocks': layer 30 is out of range; allowed: 0 to 29"),
+    ({"blocks": [[-1]]}, "'blocks': -1 is wrong"),
+    ({"blocks": [[True]]}, "'blocks': True is wrong"),
+    ({"blocks": [[1.5]]}, "'blocks': 1.5 is wrong"),
+    ({"blocks": [["1"]]}, "'blocks': '1' is wrong"),
+    ({"blocks": [[0], [1, 0]]}, "'blocks': layer 0 is used twice; allowed: once"),
+    ({"blocks": [[4, 4]]}, "'blocks': layer 4 is used twice"),
+    ({"blocks": [[0]], "pair": [0, 2]}, "'blocks' says everything"),
+    ({"blocks": [[0]], "group": 2}, "'blocks' says everything"),
+    ({"blocks": [[0]], "skip": {"speedup": 2}}, "'blocks' says everything"),
+    # pair and group
+    ({"pair": [14, 27]}, "'pair': [14, 27] holds 13 layers; allowed: a multiple of 2"),
+    ({"pair": [14, 28], "group": 3}, "'pair': [14, 28] holds 14 layers; allowed: a multiple of 3"),
+    ({"pair": [28, 32]}, "'pair': [28, 32] is not a span of layers; allowed:"),
+    ({"pair": [28, 32]}, "0 <= start < end <= 30"),
+    ({"pair": [8, 4]}, "'pair': [8, 4] is not a span"),
+    ({"pair": [4, 4]}, "'pair': [4, 4] is not a span"),
+    ({"pair": [-2, 4]}, "'pair': -2 is wrong; allowed: [start, end)"),
+    ({"pair": [4]}, "'pair': [4] is wrong"),
+    ({"pair": [4, 6, 8]}, "'pair': [4, 6, 8] is wrong"),
+    ({"pair": "4-6"}, "'pair': '4-6' is wrong"),
+    ({"pair": [0, 4], "group": 1}, "'group': 1 is wrong; allowed: how many layers"),
+    ({"pair": [0, 4], "group": 2.5}, "'group': 2.5 is wrong"),
+    ({"group": 2}, "empty"),
+    ({"group": 2, "skip": {"speedup": 2}}, "'group': 2 needs the key 'pair'"),
+    # skip
+    ({"skip": 2}, "'skip': 2 is wrong; allowed: {\"speedup\": s}"),
+    ({"skip": {}}, "'skip.speedup' is missing; allowed: a number from 1"),
+    ({"skip": {"speedup": 0.5}}, "'skip.speedup': 0.5 is wrong; allowed: a number from 1"),
+    ({"skip": {"speedup": -1}}, "'skip.speedup': -1 is wrong"),
+    ({"skip": {"speedup": 15.5}}, "'skip.speedup': 15.5 keeps fewer than two layers"),
+    ({"skip": {"speedup": 16}}, "allowed: 1 to 15"),
+    ({"skip": {"speedup": float("nan")}}, "'skip.speedup': nan is wrong"),
+    ({"skip": {"speedup": float("inf")}}, "'skip.speedup': inf is wrong"),
+    ({"skip": {"speedup": "fast"}}, "'skip.speedup': 'fast' is wrong"),
+    ({"skip": {"speedup": 2, "schedule": "even"}}, "'skip.schedule': 'even' is wrong; allowed:"),
+    ({"skip": {"speedup": 2, "schedule": "even"}}, "'balanced' (spaced evenly) or 'paper'"),
+    # A span is counted in the layers that skipping left.
+    ({"skip": {"speedup": 2}, "pair": [14, 24]}, "'pair': [14, 24] holds 5 layers"),
+    ({"skip": {"speedup": 10}, "pair": [2, 6]}, "'pair': [2, 6] holds 0 layers"),
+    # layers
+    ({"pair": [0, 2], "layers": 28}, "'layers': 28 is not this checkpoint's number of layers; al"),
+    ({"pair": [0, 2], "layers": 28}, "allowed: 30"),
+    ({"pair": [0, 2], "layers": 0}, "'layers': 0 is wrong"),
+    ({"pair": [0, 2], "layers": "30"}, "'layers': '30' is wrong"),
+]
+
+
+@pytest.mark.parametrize(("spec", "words"), ERRORS, ids=lambda value: repr(value)[:60])
+def test_error_is_one_line_that_says_what_is_wrong(spec: Any, words: str) -> None:
+    with pytest.raises(PlanError) as error:
+        resolve(spec, 30)
+    message = str(error.value)
+    assert message.startswith("plan ")
+    assert words in message
+    assert len(message.splitlines()) == 1
+    assert len(message) < 400
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=8,
+)
+spec_like = st.dictionaries(
+    st.sampled_from(["blocks", "pair", "group", "skip", "layers", "speedup"]),
+    json_values
+    | st.lists(st.integers(-2, 32), max_size=3)
+    | st.lists(st.lists(st.integers(-2, 32), max_size=3), max_size=3)
+    | st.dictionaries(st.sampled_from(["speedup", "schedule"]), json_values),
+)
+
+
+@given(json_values | spec_like)
+def test_any_json_gives_a_plan_or_one_line(spec: Any) -> None:
+    try:
+        plan = resolve(spec, 30)
+    except PlanError as error:
+        assert len(str(error).splitlines()) == 1
+    else:
+        assert plan == resolve(plan.to_spec(), 30)
+
+
+def test_load_reads_text_names_and_files(tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    file.write_text(' {"pair": [2, 4]}\n')
+    assert load(' {"pair": [2, 4]} ') == load(str(file)) == {"pair": [2, 4]}
+    assert load("auto") == load('"auto"') == "auto"
+    assert load("identity\n") == "identity"
+
+
+def test_load_reads_a_file_of_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "plan.json").write_text('"identity"')
+    assert load("~/plan.json") == "identity"
+
+
+LOAD_ERRORS = [
+    ('{"pair": [14, 28]', "malformed JSON (line 1 column 18: Expecting ',' delimiter)"),
+    ("{pair: [14, 28]}", "malformed JSON (line 1 column 2: Expecting property name"),
+    ('{"pair":\n[14, }', "malformed JSON (line 2 column 6:"),
+    ("[" * 100_000, "malformed JSON (nested too deeply)"),
+    ("no/such/plan.json", "'no/such/plan.json' can't be read (No such file or directory)"),
+    ("idnetity", "'idnetity' can't be read (No such file or directory); allowed: JSON text"),
+    (".", "can't be read (Is a directory)"),
+    ('{"blocks": [' + " " * MAX_SPEC_BYTES + "[0]]}", f"allowed: {MAX_SPEC_BYTES} bytes"),
+]
+
+
+@pytest.mark.parametrize(("text", "words"), LOAD_ERRORS, ids=lambda value: value[:40])
+def test_load_error_is_one_line(text: str, words: str) -> None:
+    with pytest.raises(PlanError) as error:
+        load(text)
+    assert words in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "malformed JSON"),
+        (b'{"pair":', "malformed JSON (line 1"),
+        (b"\xff\xfe\x00", "is not UTF-8 text"),
+        (b" " * (MAX_SPEC_BYTES + 1), "larger than a plan can be"),
+    ],
+    ids=["empty", "cut", "binary", "large"],
+)
+def test_load_of_a_bad_file_names_the_file(tmp_path: Path, content: bytes, words: str) -> None:
+    file = tmp_path / "my plan.json"
+    file.write_bytes(content)
+    with pytest.raises(PlanError) as error:
+        load(str(file))
+    assert words in str(error.value)
+    assert "my plan.json" in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("spec", [spec for spec, _, _ in FORMS] + ["auto"], ids=repr)
+def test_schema_accepts(spec: Any) -> None:
+    jsonschema.validate(spec, json_schema())
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        None,
+        3,
+        "atuo",
+        [[0]],
+        {"pairs": [0, 2]},
+        {"blocks": []},
+        {"blocks": [0]},
+        {"blocks": [[-1]]},
+        {"blocks": [["0"]]},
+        {"pair": [0]},
+        {"pair": [0, 2, 4]},
+        {"pair": [-2, 2]},
+        {"pair": [0, 4], "group": 1},
+        {"skip": 2},
+        {"skip": {}},
+        {"skip": {"speedup": 0.5}},
+        {"skip": {"speedup": "2"}},
+        {"skip": {"speedup": 2, "schedule": "even"}},
+        {"skip": {"speedup": 2, "keep": 3}},
+        {"pair": [0, 2], "layers": 0},
+    ],
+    ids=repr,
+)
+def test_schema_rejects(spec: Any) -> None:
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(spec, json_schema())
+
+
+def test_schema_is_itself_valid() -> None:
+    jsonschema.Draft202012Validator.check_schema(json_schema())

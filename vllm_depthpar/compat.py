@@ -1,0 +1,275 @@
+"""Every touch of vLLM that is not documented API, in one place.
+
+Checked on vLLM 0.32.0 (run) and 0.33.0 (read against its source). Each entry says what it relies
+on. A later vLLM: re-read the places named here, run the tests, then widen `SUPPORTED`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import wraps
+from math import gcd
+from types import TracebackType
+from typing import Any
+
+from huggingface_hub.errors import (
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+from pydantic import ValidationError
+from transformers import PreTrainedConfig
+from vllm.config import ModelConfig, VllmConfig
+from vllm.distributed import get_tp_group, parallel_state
+from vllm.logger import init_logger
+from vllm.model_executor.models import ModelRegistry
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+
+from vllm_depthpar import __version__, sources
+from vllm_depthpar.plan import Plan, PlanError, resolve
+from vllm_depthpar.shape import ModelShape
+
+SUPPORTED = SpecifierSet(">=0.32,<0.34")
+
+MODEL_IMPL = "depthpar"
+ARCHITECTURE = "DepthParLlamaForCausalLM"
+# Architectures that vLLM itself serves with its Llama class and that have Llama's config keys.
+LLAMA_ARCHITECTURES = ("LlamaForCausalLM", "LLaMAForCausalLM", "LlamaModel", ARCHITECTURE)
+
+# Speculation that takes nothing from inside the target model.
+_SPECULATION = ("ngram", "ngram_gpu", "suffix", "draft_model")
+
+# Under vLLM's own logger, so that its level, format and handlers apply.
+logger = init_logger("vllm.depthpar")
+
+
+def check_version(version: str) -> None:
+    """Refuse a vLLM that this package was not checked on.
+
+    Raises:
+        PlanError: `version` is outside `SUPPORTED`.
+    """
+    if not SUPPORTED.contains(Version(Version(version).base_version)):
+        raise PlanError(
+            f"vllm-depthpar {__version__} does not work with vllm {version}; allowed: vllm "
+            f"{SUPPORTED}, or VLLM_PLUGINS without 'depthpar' to run vllm alone"
+        )
+
+
+def install() -> None:
+    """Teach this process's vLLM the architecture and `--model-impl depthpar`. Idempotent."""
+    if ARCHITECTURE in MODELS_CONFIG_MAP:
+        return
+    ModelRegistry.register_model(ARCHITECTURE, f"vllm_depthpar.vllm_model:{ARCHITECTURE}")
+    MODELS_CONFIG_MAP[ARCHITECTURE] = DepthParConfig
+    registry = type(ModelRegistry)
+    for name in ("inspect_model_cls", "resolve_model_cls"):
+        setattr(registry, name, _with_model_impl(getattr(registry, name)))
+    sys.excepthook = _one_line(sys.excepthook)
+
+
+def _with_model_impl(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Let `model_impl == "depthpar"` select our class.
+
+    Relies on: the registry's two look-ups take (architectures, model_config), every look-up goes
+    through them, and `ModelConfig.model_impl` accepts any string.
+    """
+
+    @wraps(method)
+    def look_up(self: Any, architectures: str | list[str], model_config: ModelConfig) -> Any:
+        if model_config.model_impl == MODEL_IMPL:
+            architectures = [_select(architectures)]
+        return method(self, architectures, model_config)
+
+    return look_up
+
+
+def _select(architectures: str | Sequence[str]) -> str:
+    names = [architectures] if isinstance(architectures, str) else list(architectures)
+    if not any(name in LLAMA_ARCHITECTURES for name in names):
+        raise PlanError(
+            f"--model-impl {MODEL_IMPL} can't serve the architecture {', '.join(names)}; "
+            f"allowed: {', '.join(LLAMA_ARCHITECTURES)}"
+        )
+    return ARCHITECTURE
+
+
+class DepthParConfig(VerifyAndUpdateConfig):
+    """Resolves and checks the plan while vLLM's config is made: before any weight is read.
+
+    Relies on: `MODELS_CONFIG_MAP` is consulted with the resolved architecture at the end of
+    `ModelConfig.__post_init__`, and by `VllmConfig.__post_init__` before sizes are checked.
+    """
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: ModelConfig) -> None:
+        """Replace the config's `depthpar` by the plan's normal form.
+
+        `num_hidden_layers` becomes the number of blocks: to vLLM the model has that many layers.
+        The whole config, plan included, is part of vLLM's compile-cache key.
+        """
+        config = model_config.hf_config
+        if getattr(config, "depthpar_base_layers", None) is not None:
+            return
+        overrides = model_config.hf_overrides
+        plan, source = sources.choose(
+            config.to_dict(),
+            override=overrides.get(sources.KEY) if isinstance(overrides, dict) else None,
+            environ=os.environ.get(sources.ENV),
+        )
+        config.depthpar = plan.to_spec()
+        config.depthpar_source = source
+        config.depthpar_base_layers = config.num_hidden_layers
+        config.num_hidden_layers = plan.depth
+        model_config.model_arch_config = model_config.get_model_arch_config()
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        """Check the plan against everything else that was asked for, and log it."""
+        model_config, config = vllm_config.model_config, vllm_config.model_config.hf_config
+        plan = plan_from(config)
+        shape = base_shape(config)
+        tp = vllm_config.parallel_config.tensor_parallel_size
+        _check_shards(plan, shape, tp)
+        _check_features(vllm_config, plan, tp)
+        # vLLM asks that the model's head counts be divisible by TP. Blocks differ in theirs,
+        # and each was just checked: report what all of them have in common.
+        common = gcd(*(len(block) for block in plan.blocks))
+        model_config.model_arch_config = dataclasses.replace(
+            model_config.model_arch_config,
+            total_num_attention_heads=common * shape.heads,
+            total_num_kv_heads=common * shape.kv_heads,
+        )
+        logger.info("plan %s: %s (from %s)", plan.digest, plan.name, config.depthpar_source)
+
+
+def _check_shards(plan: Plan, shape: ModelShape, tp: int) -> None:
+    for block in plan.blocks:
+        if not shape.fits(len(block), tp):
+            fitting = ", ".join(str(size) for size in shape.fitting_tps(plan))
+            raise PlanError(
+                f"--tensor-parallel-size {tp} can't cut a block of {len(block)} layers with "
+                f"{shape.heads} heads and {shape.kv_heads} KV heads each; allowed: {fitting}"
+            )
+
+
+def _check_features(vllm_config: VllmConfig, plan: Plan, tp: int) -> None:
+    if vllm_config.lora_config is not None:
+        raise PlanError(
+            "--enable-lora: adapters address single layers, and a restructured model has others; "
+            "allowed: merge the adapter into the checkpoint first"
+        )
+    speculative = vllm_config.speculative_config
+    if speculative is not None and speculative.method not in _SPECULATION:
+        raise PlanError(
+            f"--speculative-config method {speculative.method!r} reads layers of the unmodified "
+            f"model; allowed: {', '.join(_SPECULATION)}"
+        )
+    quantization = vllm_config.model_config.quantization
+    widths = sorted({len(block) for block in plan.blocks if len(block) > 1})
+    if quantization is not None and any(tp % width for width in widths):
+        raise PlanError(
+            f"quantization {quantization!r}: the norms of side-by-side layers can't be folded "
+            f"into quantized weights; allowed: --tensor-parallel-size a multiple of "
+            f"{' and '.join(map(str, widths))}, an unquantized checkpoint, or a plan without "
+            f"parallel blocks"
+        )
+
+
+def plan_from(config: PreTrainedConfig) -> Plan:
+    """The plan of a config that `DepthParConfig` has been through."""
+    return resolve(config.depthpar, config.depthpar_base_layers)
+
+
+def plan_of(vllm_config: VllmConfig) -> Plan:
+    """The plan of the model that a vLLM config describes."""
+    return plan_from(vllm_config.model_config.hf_config)
+
+
+def base_shape(config: PreTrainedConfig) -> ModelShape:
+    """The shape of the checkpoint, as it was before the plan."""
+    return ModelShape.from_config(
+        {**config.to_dict(), "num_hidden_layers": config.depthpar_base_layers}
+    )
+
+
+def member_of_this_rank(members: int) -> int:
+    """Which member of a block this rank serves, where `members` divides TP."""
+    group = get_tp_group()
+    return int(group.rank_in_group // (group.world_size // members))
+
+
+@contextlib.contextmanager
+def narrowed_tensor_parallel(members: int) -> Iterator[None]:
+    """Let layers be built and loaded as if TP were TP / members, inside this rank's group.
+
+    Relies on: layers, parameters and quantization methods read TP size and rank from
+    `parallel_state._TP` through `get_tp_group`, at construction and while weights load; forward
+    takes the group afresh.
+    """
+    group = get_tp_group()
+    parallel_state._TP = _Narrowed(group, members)
+    try:
+        yield
+    finally:
+        parallel_state._TP = group
+
+
+class _Narrowed:
+    """A tensor-parallel group seen from one member's share of its ranks."""
+
+    def __init__(self, group: Any, members: int) -> None:
+        self._group = group
+        self.world_size = group.world_size // members
+        self.rank_in_group = group.rank_in_group % self.world_size
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._group, name)
+
+
+ExceptHook = Callable[[type[BaseException], BaseException, TracebackType | None], Any]
+
+
+def _one_line(previous: ExceptHook) -> ExceptHook:
+    """End a program with one line where the user, not the program, is to mend something."""
+
+    def hook(
+        kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+    ) -> None:
+        message = _explain(error)
+        if message is None:
+            previous(kind, error, traceback)
+        else:
+            print(f"depthpar: error: {message}", file=sys.stderr)
+
+    return hook
+
+
+def _explain(error: BaseException) -> str | None:
+    """One line for an error that wrong input caused; None for any other.
+
+    vLLM's own checks of the same command line (model, port, options) are reported likewise when
+    the command asks for this plugin; plain vLLM keeps its own reports.
+    """
+    if isinstance(error, PlanError):
+        return str(error)
+    if f"--model-impl {MODEL_IMPL}" not in " ".join(sys.argv).replace("=", " "):
+        return None
+    if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+        return "the port is taken by another program; allowed: a free one with --port"
+    if isinstance(error, HFValidationError | RepositoryNotFoundError | LocalEntryNotFoundError):
+        return (
+            "no such model; allowed: a checkpoint's folder, or a model of the hub that is cached "
+            "or can be downloaded"
+        )
+    if isinstance(error, ValidationError):
+        causes = [str(cause["msg"]).strip().splitlines()[0] for cause in error.errors()]
+        return "; ".join(dict.fromkeys(causes))
+    return None

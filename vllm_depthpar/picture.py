@@ -1,0 +1,102 @@
+"""A plan as text that a person can read at a glance."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm_depthpar.plan import Plan
+from vllm_depthpar.shape import ModelShape, all_reduces
+
+
+def facts(plan: Plan, shape: ModelShape, tp: int = 1) -> dict[str, Any]:
+    """What a plan makes of a model, as JSON-ready numbers.
+
+    Bytes are per rank at tensor-parallel size `tp`; all-reduces are per forward pass at TP > 1.
+    """
+    plain = Plan(plan.layers, tuple((layer,) for layer in range(plan.layers)))
+    return {
+        "plan": plan.to_spec(),
+        "digest": plan.digest,
+        "name": plan.name,
+        "tp": tp,
+        "tp_fits": all(shape.fits(len(block), tp) for block in plan.blocks),
+        "tps_that_fit": shape.fitting_tps(plan),
+        "skipped": list(plan.skipped),
+        "depth": {"before": plan.layers, "after": plan.depth},
+        "all_reduces": {"before": all_reduces(plain), "after": all_reduces(plan)},
+        "weight_bytes_per_rank": {
+            "before": shape.weight_bytes(plain, tp),
+            "after": shape.weight_bytes(plan, tp),
+        },
+        "kv_bytes_per_token_per_rank": {
+            "before": shape.kv_bytes_per_token(plain, tp),
+            "after": shape.kv_bytes_per_token(plan, tp),
+        },
+    }
+
+
+def draw(plan: Plan, shape: ModelShape, tp: int = 1, source: str = "") -> str:
+    """The blocks top to bottom, side by side where layers run side by side, and the facts."""
+    known = facts(plan, shape, tp)
+    lines = [f"plan {plan.digest}: {plan.name}" + (f" (from {source})" if source else ""), ""]
+    lines += _column(plan)
+    lines.append("")
+    rows = [
+        ("effective depth", known["depth"], str),
+        ("all-reduces per forward pass, TP > 1", known["all_reduces"], str),
+        (f"weights per rank, TP = {tp}", known["weight_bytes_per_rank"], _bytes),
+        (f"KV cache per token and rank, TP = {tp}", known["kv_bytes_per_token_per_rank"], _bytes),
+    ]
+    width = max(len(row[0]) for row in rows)
+    lines += [
+        f"{label:<{width}}  {form(pair['before'])} -> {form(pair['after'])}"
+        for label, pair, form in rows
+    ]
+    fits = ", ".join(map(str, known["tps_that_fit"]))
+    lines.append(f"{'tensor-parallel sizes that fit':<{width}}  {fits}")
+    if not known["tp_fits"]:
+        lines.append(f"TP = {tp} does not fit this plan.")
+    return "\n".join(lines)
+
+
+def _column(plan: Plan) -> list[str]:
+    """One line per block; runs of layers that stay alone, and of skipped layers, on one line."""
+    lines: list[str] = []
+    run: list[int] = []
+    last = -1
+
+    def close() -> None:
+        if run:
+            lines.append("  │ " + _span(run) + (f"   {len(run)} layers" if len(run) > 1 else ""))
+            run.clear()
+
+    for block in plan.blocks:
+        gap = [layer for layer in range(last + 1, min(block)) if layer in set(plan.skipped)]
+        if gap:
+            close()
+            lines.append(f"  ┊ {_span(gap)}   skipped")
+        if len(block) > 1:
+            close()
+            lines.append("  ╪ " + " ║ ".join(str(layer) for layer in block))
+        else:
+            if run and block[0] != run[-1] + 1:
+                close()
+            run.append(block[0])
+        last = max(last, *block)
+    close()
+    tail = [layer for layer in plan.skipped if layer > last]
+    if tail:
+        lines.append(f"  ┊ {_span(tail)}   skipped")
+    return lines
+
+
+def _span(layers: list[int]) -> str:
+    return str(layers[0]) if len(layers) == 1 else f"{layers[0]} .. {layers[-1]}"
+
+
+def _bytes(count: int) -> str:
+    if count < 1 << 20:
+        return f"{count / 1024:.1f} KiB"
+    if count < 1 << 30:
+        return f"{count / (1 << 20):.1f} MiB"
+    return f"{count / (1 << 30):.2f} GiB"

@@ -1,0 +1,126 @@
+"""A ``vllm serve`` process: start it, wait until it answers, stop it with everything it started."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+HOST = "127.0.0.1"
+
+# For a small CPU machine: one GiB of KV cache, and nothing sent anywhere. The environment wins.
+DEFAULT_ENV = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+}
+SHUTDOWN_SECONDS = 15
+LAST_LINES = 30
+
+
+class Server:
+    """A started ``vllm serve MODEL *args``; `stop` must be called, or use `serve`.
+
+    The server is the leader of a process group of its own, so that its workers end with it.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *args: str,
+        env: Mapping[str, str] | None = None,
+        port: int | None = None,
+        log: Path | None = None,
+    ) -> None:
+        self.port = port or free_port()
+        self.url = f"http://{HOST}:{self.port}"
+        if log is None:
+            handle, name = tempfile.mkstemp(prefix="vllm-serve-", suffix=".log")
+            os.close(handle)
+            log = Path(name)
+        self.log = log
+        command = [Path(sys.executable).with_name("vllm"), "serve", model]
+        with open(self.log, "wb") as output:
+            self.process = subprocess.Popen(
+                [*command, "--host", HOST, "--port", str(self.port), *args],
+                env={**DEFAULT_ENV, **os.environ, **(env or {})},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def wait(self, timeout: float = 300) -> None:
+        """Return when the server answers; RuntimeError if it ends or takes `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        while not self.healthy():
+            if (code := self.process.poll()) is not None:
+                raise RuntimeError(f"vllm serve ended with exit code {code}: {self._last_lines()}")
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"vllm serve not up after {timeout} s: {self._last_lines()}")
+            time.sleep(0.25)
+
+    def healthy(self) -> bool:
+        """Whether the server answers requests now."""
+        # Without a handler for proxies: a proxy of the environment's would be asked for localhost.
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        try:
+            with opener.open(f"{self.url}/health", timeout=5) as reply:
+                return bool(reply.status == 200) and self.process.poll() is None
+        except OSError:
+            return False
+
+    def stop(self) -> None:
+        """End the server and all processes it started; harmless when it has ended already."""
+        for sent in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                os.killpg(self.process.pid, sent)
+                self.process.wait(SHUTDOWN_SECONDS)
+            except (ProcessLookupError, subprocess.TimeoutExpired):
+                continue
+
+    def log_text(self) -> str:
+        """All that the server has written so far."""
+        return self.log.read_text(errors="replace")
+
+    def _last_lines(self) -> str:
+        lines = self.log_text().splitlines()[-LAST_LINES:]
+        return "\n".join([f"the end of {self.log}", *lines])
+
+
+@contextmanager
+def serve(
+    model: str | Path,
+    *args: str,
+    env: Mapping[str, str] | None = None,
+    port: int | None = None,
+    log: Path | None = None,
+    timeout: float = 300,
+) -> Iterator[Server]:
+    """Run ``vllm serve MODEL *args`` on 127.0.0.1, ready for requests, for the body of a `with`.
+
+    `env` adds to the environment; `port` is a free one by default; `log` is the file for what the
+    server writes, by default a new one in the temporary folder. RuntimeError, with the last lines
+    of that file, if the server ends or is not up within `timeout` seconds.
+    """
+    server = Server(model, *args, env=env, port=port, log=log)
+    try:
+        server.wait(timeout)
+        yield server
+    finally:
+        server.stop()
+
+
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that nothing listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,100 @@
+"""Sizes of a Llama checkpoint, and what a plan makes of them on each tensor-parallel rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_depthpar.plan import Plan, PlanError
+
+_DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The numbers of a Llama config.json that decide bytes, shards and reductions."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    tied: bool
+    attention_bias: bool
+    mlp_bias: bool
+    dtype_bytes: int
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
+        """Read the sizes from a parsed config.json.
+
+        Raises:
+            PlanError: a needed key is missing.
+        """
+        try:
+            heads, hidden = config["num_attention_heads"], config["hidden_size"]
+            return cls(
+                layers=config["num_hidden_layers"],
+                hidden=hidden,
+                heads=heads,
+                kv_heads=config.get("num_key_value_heads") or heads,
+                head_dim=config.get("head_dim") or hidden // heads,
+                intermediate=config["intermediate_size"],
+                vocab=config["vocab_size"],
+                tied=bool(config.get("tie_word_embeddings", False)),
+                attention_bias=bool(config.get("attention_bias", False)),
+                mlp_bias=bool(config.get("mlp_bias", False)),
+                dtype_bytes=_DTYPE_BYTES.get(
+                    str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch."), 2
+                ),
+            )
+        except KeyError as error:
+            raise PlanError(
+                f"config.json lacks the key {error}; allowed: a Llama checkpoint's config.json"
+            ) from None
+
+    def fits(self, width: int, tp: int) -> bool:
+        """Whether a block of `width` layers can be cut into `tp` shards.
+
+        Query heads are dealt out evenly; KV heads too, or each is held by several ranks.
+        """
+        heads, kv_heads = width * self.heads, width * self.kv_heads
+        return (
+            heads % tp == 0
+            and (kv_heads % tp == 0 or tp % kv_heads == 0)
+            and width * self.intermediate % tp == 0
+        )
+
+    def fitting_tps(self, plan: Plan, limit: int = 64) -> list[int]:
+        """Tensor-parallel sizes up to `limit` that every block of the plan can be cut into."""
+        widths = {len(block) for block in plan.blocks}
+        return [tp for tp in range(1, limit + 1) if all(self.fits(w, tp) for w in widths)]
+
+    def layer_parameters(self) -> int:
+        """Parameters of one decoder layer, its two norms included."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        attention = self.hidden * (2 * q + 2 * kv)
+        mlp = 3 * self.hidden * self.intermediate
+        biases = self.attention_bias * (q + 2 * kv + self.hidden) + self.mlp_bias * (
+            2 * self.intermediate + self.hidden
+        )
+        return attention + mlp + biases + 2 * self.hidden
+
+    def weight_bytes(self, plan: Plan, tp: int = 1) -> int:
+        """Bytes of weights on one rank (norms and biases counted as if they were cut, too)."""
+        embeddings = self.vocab * self.hidden * (1 if self.tied else 2)
+        layers = len(plan.kept) * self.layer_parameters()
+        return (embeddings + layers) * self.dtype_bytes // tp + self.hidden * self.dtype_bytes
+
+    def kv_bytes_per_token(self, plan: Plan, tp: int = 1) -> int:
+        """Bytes of KV cache one token takes on one rank."""
+        heads = sum(max(1, len(block) * self.kv_heads // tp) for block in plan.blocks)
+        return 2 * heads * self.head_dim * self.dtype_bytes
+
+
+def all_reduces(plan: Plan) -> int:
+    """All-reduces of one forward pass at TP > 1: two a block, and one for the embedding."""
+    return 2 * plan.depth + 1

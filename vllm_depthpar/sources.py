@@ -1,0 +1,49 @@
+"""Where a plan comes from: `--hf-overrides`, `DEPTHPAR_PLAN`, config.json, `auto`; first wins."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vllm_depthpar import plan as plans
+from vllm_depthpar.plan import Plan
+from vllm_depthpar.presets import auto_spec
+from vllm_depthpar.shape import ModelShape
+
+KEY = "depthpar"
+ENV = "DEPTHPAR_PLAN"
+
+
+def choose(
+    config: Mapping[str, Any],
+    override: object = None,
+    environ: str | None = None,
+    override_name: str = "--hf-overrides",
+) -> tuple[Plan, str]:
+    """The plan to serve a checkpoint with.
+
+    Args:
+        config: the checkpoint's config.json, parsed.
+        override: the spec given for this run, if one was: the key `depthpar` of `--hf-overrides`.
+        environ: the value of the environment variable `DEPTHPAR_PLAN`, if it is set.
+        override_name: where `override` was given, for the log.
+
+    Returns:
+        The plan, and where it came from, for the log.
+
+    Raises:
+        PlanError: the winning source holds no valid plan for this checkpoint.
+    """
+    shape = ModelShape.from_config(config)
+    if override is not None:
+        spec, source = override, override_name
+    elif environ:
+        spec, source = plans.load(environ), ENV
+    elif config.get(KEY) is not None:
+        spec, source = config[KEY], "config.json"
+    else:
+        spec, source = "auto", "default"
+    if spec == "auto":
+        spec, reason = auto_spec(shape)
+        source = f"{source}: auto, {reason}"
+    return plans.resolve(spec, shape.layers), source

@@ -1,0 +1,270 @@
+"""Restructured Llama on vLLM's own layers.
+
+A block of m layers is *one* decoder layer with m times the heads, KV heads and intermediate size
+(see `vllm_depthpar.fold`), or, where m divides the tensor-parallel size, one member layer per
+group of ranks. Either way vLLM's kernels, sharding, KV cache, batching and compilation apply as
+they are: these classes only decide what a block holds and how its weights arrive.
+
+Layer Parallelism: arXiv 2502.02790, equation 2. Unified Layer Skipping: arXiv 2404.06954.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import nn
+from transformers import LlamaConfig
+from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    LinearBase,
+    QKVParallelLinear,
+    RowParallelLinear,
+)
+from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
+from vllm.model_executor.models.utils import AutoWeightsLoader, extract_layer_index
+
+from vllm_depthpar.compat import member_of_this_rank, narrowed_tensor_parallel, plan_of
+from vllm_depthpar.fold import fold_gain_, shard_of
+from vllm_depthpar.plan import Plan
+
+Weights = Iterable[tuple[str, torch.Tensor]]
+
+_LAYER = re.compile(r"(^|.*\.)layers\.(\d+)\.(.*)")
+# The norm whose gain is folded into a projection.
+_NORM_BEFORE = {
+    "self_attn.qkv_proj": "input_layernorm",
+    "mlp.gate_up_proj": "post_attention_layernorm",
+}
+
+
+def make_decoder_layer(*, vllm_config: VllmConfig, prefix: str) -> nn.Module:
+    """Build the decoder layer that runs one block of the plan.
+
+    Args:
+        prefix: "model.layers.B", B the position of the block in the plan.
+    """
+    position = extract_layer_index(prefix)
+    block = plan_of(vllm_config).blocks[position]
+    # Named after its first layer, so that what addresses layers of the checkpoint by index
+    # (ignore lists of quantized checkpoints, layer_types) finds them.
+    prefix = f"{prefix.rpartition('.')[0]}.{block[0]}"
+    if len(block) == 1:
+        return LlamaDecoderLayer(vllm_config, prefix)
+    if get_tensor_model_parallel_world_size() % len(block) == 0:
+        return DealtDecoderLayer(vllm_config, prefix, members=len(block))
+    return WideDecoderLayer(vllm_config, prefix, members=len(block))
+
+
+class DealtDecoderLayer(LlamaDecoderLayer):
+    """A block of m layers where m divides TP: each rank holds a shard of one member only.
+
+    The ranks are dealt out to the members in contiguous groups of TP / m, which is the paper's
+    placement. On its rank a member is an ordinary decoder layer with its own norms, nothing is
+    folded, and any quantization works; the all-reduce over all ranks sums shards and members.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, prefix: str, members: int) -> None:
+        self.members = members
+        self.member = member_of_this_rank(members)
+        with narrowed_tensor_parallel(members):
+            super().__init__(vllm_config, prefix)
+        for linear in (self.self_attn.o_proj, self.mlp.down_proj):
+            # Decides only whether forward ends in vLLM's all-reduce over the full group.
+            linear.tp_size = get_tensor_model_parallel_world_size()
+
+    def load_weights(self, weights: Weights) -> set[str]:
+        """Load this rank's member from ("member.parameter", full tensor) pairs."""
+        mine = f"{self.member}."
+        with narrowed_tensor_parallel(self.members):
+            return AutoWeightsLoader(self).load_weights(
+                (name.removeprefix(mine), tensor)
+                for name, tensor in weights
+                if name.startswith(mine)
+            )
+
+
+class WideDecoderLayer(LlamaDecoderLayer):
+    """A block of m layers as one decoder layer m times as wide, the members' norms folded in.
+
+    Weights arrive tensor by tensor and in any order; each goes straight to its place in this
+    rank's shard. `finish_loading` then folds the gains in place.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, prefix: str, members: int) -> None:
+        super().__init__(
+            vllm_config, prefix, config=widened(vllm_config.model_config.hf_config, members)
+        )
+        self.members = members
+        self._reset()
+
+    def _reset(self) -> None:
+        self._gains: dict[tuple[str, int], torch.Tensor] = {}
+        self._summed_biases: dict[str, torch.Tensor] = {}
+        # (projection, shard id, member) -> rows of the parameter, None where it is elsewhere.
+        self._loaded: dict[tuple[str, object, int], slice | None] = {}
+
+    def load_weights(self, weights: Weights) -> set[str]:
+        """Take ("member.parameter", full tensor) pairs; returns the parameters they belong to."""
+        names = set()
+        for name, tensor in weights:
+            member, _, parameter = name.partition(".")
+            self._load(parameter, int(member), tensor)
+            names.add(parameter)
+        return names
+
+    def _load(self, name: str, member: int, tensor: torch.Tensor) -> None:
+        module_name, _, leaf = name.rpartition(".")
+        if module_name in _NORM_BEFORE.values():
+            self._gains[module_name, member] = tensor.to(torch.float32, copy=True)
+            return
+        linear = self.get_submodule(module_name)
+        param = getattr(linear, leaf, None)
+        if not isinstance(linear, LinearBase) or not isinstance(param, nn.Parameter):
+            raise ValueError(f"checkpoint tensor {name!r} has no place in a wide layer")
+        if isinstance(linear, RowParallelLinear):
+            if leaf == "weight":
+                where = self._place(param.data, 1, tensor, member, linear.tp_rank)
+            else:
+                # Every member's output bias is added once: they sum.
+                total = self._summed_biases.setdefault(
+                    name, torch.zeros(param.shape, dtype=torch.float32, device=param.device)
+                )
+                total += tensor.to(total)
+                where = None
+            self._loaded[name, None, member] = where
+            return
+        shard_id = tensor.shard_id  # type: ignore[attr-defined]  # set by vLLM's WeightsMapper
+        offset, size = _rows_of(linear, shard_id)
+        where = self._place(
+            param.data.narrow(0, offset, size), 0, tensor, member, linear.tp_rank, offset
+        )
+        self._loaded[name, shard_id, member] = where
+
+    @staticmethod
+    def _place(
+        shard: torch.Tensor, dim: int, tensor: torch.Tensor, member: int, rank: int, offset: int = 0
+    ) -> slice | None:
+        where = shard_of(member, tensor.shape[dim], rank, shard.shape[dim])
+        if where is None:
+            return None
+        source, target = where
+        index = (slice(None),) * dim
+        shard[(*index, target)].copy_(tensor[(*index, source)])
+        return slice(target.start + offset, target.stop + offset)
+
+    def finish_loading(self) -> None:
+        """Fold the gains once everything has arrived.
+
+        Raises:
+            ValueError: the checkpoint lacked a tensor of this block.
+        """
+        if not self._loaded and not self._gains:
+            return  # `--load-format dummy`
+        for key in self._expected():
+            if key not in self._loaded:
+                raise ValueError(f"checkpoint lacks {key[0]!r} ({key[1]}) of member {key[2]}")
+        for projection, norm in _NORM_BEFORE.items():
+            weight = self.get_submodule(projection).weight.data
+            for member in range(self.members):
+                if (norm, member) not in self._gains:
+                    raise ValueError(f"checkpoint lacks '{norm}.weight' of member {member}")
+                for (name, _, owner), rows in self._loaded.items():
+                    if name == f"{projection}.weight" and owner == member and rows is not None:
+                        fold_gain_(weight[rows], self._gains[norm, member])
+            nn.init.ones_(self.get_submodule(norm).weight)
+        for name, total in self._summed_biases.items():
+            self.get_parameter(name).data.copy_(total)
+        self._reset()
+
+    def _expected(self) -> Iterator[tuple[str, object, int]]:
+        shard_ids: dict[str, tuple[object, ...]] = {
+            "self_attn.qkv_proj": ("q", "k", "v"),
+            "mlp.gate_up_proj": (0, 1),
+            "self_attn.o_proj": (None,),
+            "mlp.down_proj": (None,),
+        }
+        for projection, ids in shard_ids.items():
+            for leaf, _ in self.get_submodule(projection).named_parameters():
+                for shard_id in ids:
+                    for member in range(self.members):
+                        yield f"{projection}.{leaf}", shard_id, member
+
+
+def _rows_of(linear: ColumnParallelLinear, shard_id: object) -> tuple[int, int]:
+    """Where a merged projection keeps one of its parts: (first row, rows) on this rank."""
+    if isinstance(linear, QKVParallelLinear):
+        q = linear.num_heads * linear.head_size
+        kv = linear.num_kv_heads * linear.head_size
+        return {"q": (0, q), "k": (q, kv), "v": (q + kv, kv)}[str(shard_id)]
+    size = linear.output_partition_sizes[0]
+    return int(str(shard_id)) * size, size
+
+
+def widened(config: LlamaConfig, members: int) -> LlamaConfig:
+    """The config of one decoder layer as wide as `members` layers of `config`."""
+    wide = copy.copy(config)
+    wide.head_dim = getattr(config, "head_dim", None) or (
+        config.hidden_size // config.num_attention_heads
+    )
+    wide.num_key_value_heads = members * (
+        getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    )
+    wide.num_attention_heads = members * config.num_attention_heads
+    wide.intermediate_size = members * config.intermediate_size
+    return wide
+
+
+class DepthParLlamaModel(LlamaModel):
+    """Llama whose `layers` are the blocks of a plan."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: object) -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=make_decoder_layer)
+        self.plan = plan_of(vllm_config)
+
+    def load_weights(self, weights: Weights) -> set[str]:
+        """Load a checkpoint with the original layers' names."""
+        loaded = super().load_weights(addressed(weights, self.plan))
+        for layer in self.layers:
+            if isinstance(layer, WideDecoderLayer):
+                layer.finish_loading()
+        return loaded
+
+
+class DepthParLlamaForCausalLM(LlamaForCausalLM):
+    """`LlamaForCausalLM` that runs the plan in its config's key `depthpar`."""
+
+    supports_lora = False
+
+    def _init_model(
+        self, vllm_config: VllmConfig, prefix: str = "", layer_type: object = None
+    ) -> DepthParLlamaModel:
+        return DepthParLlamaModel(vllm_config=vllm_config, prefix=prefix)
+
+    def is_unused_checkpoint_weight(self, name: str) -> bool:
+        """True for the weights of skipped layers: files that hold nothing else are not read."""
+        match = _LAYER.match(name)
+        return match is not None and int(match[2]) in self.model.plan.skipped
+
+
+def addressed(weights: Weights, plan: Plan) -> Iterator[tuple[str, torch.Tensor]]:
+    """Rename layer K of the checkpoint to where the plan runs it; drop skipped layers.
+
+    "layers.K.x" becomes "layers.B.x" for a layer that is alone in block B, and "layers.B.M.x"
+    for member M of a block of several.
+    """
+    places = {
+        layer: f"{position}.{member}" if len(block) > 1 else f"{position}"
+        for position, block in enumerate(plan.blocks)
+        for member, layer in enumerate(block)
+    }
+    for name, tensor in weights:
+        match = _LAYER.match(name)
+        if match is None:
+            yield name, tensor
+        elif int(match[2]) in places:
+            yield f"{match[1]}layers.{places[int(match[2])]}.{match[3]}", tensor
