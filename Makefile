@@ -4,6 +4,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP = $(BIN)/pip install -qq --no-deps --no-compile
 
+# Bytecode is written once, by the first process that imports a module: --no-compile above leaves
+# out what nobody imports. Some containers switch the writing off, and then each of a server's
+# processes would compile all of vLLM and PyTorch again.
+unexport PYTHONDONTWRITEBYTECODE
+
 # The first Python that vLLM supports.
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null \
@@ -21,6 +26,12 @@ ARGS ?=
 export VLLM_CPU_KVCACHE_SPACE ?= 2
 export VLLM_NO_USAGE_STATS ?= 1
 export DO_NOT_TRACK ?= 1
+
+# Compiled code is kept from one start to the next by PyTorch's own cache. The other way, vLLM's
+# ahead-of-time artifacts, vLLM 0.32 writes on a CPU but cannot load again ("no attribute
+# 'finalize_loading'"), so that it would compile anew at every start.
+export VLLM_USE_AOT_COMPILE ?= 0
+export TORCHINDUCTOR_CACHE_DIR ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/depthpar/torchinductor
 
 .DEFAULT_GOAL := help
 .PHONY: help install serve chat demo test lint format lock clean

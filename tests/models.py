@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 # As in Llama 3.2's config.json, with an original context short enough that the scaling of the
 # slow frequencies shows at the few dozen tokens of a test.
@@ -111,3 +111,44 @@ def prompts(count: int, tokens: int, *, vocab: int = 512, seed: int = 0) -> torc
     """Seeded random token ids, (count, tokens)."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(vocab, (count, tokens), generator=generator)
+
+
+def quantize_int8(source: Path, folder: Path) -> tuple[Path, Path]:
+    """Write a checkpoint's projections as int8 (compressed-tensors, W8A8, scales per channel).
+
+    Returns:
+        The folder of the quantized checkpoint, and of one with the same weights dequantized.
+    """
+    quantized, dequantized = {}, {}
+    for name, tensor in load_file(source / "model.safetensors").items():
+        if name.endswith("proj.weight"):
+            scale = tensor.abs().amax(1, keepdim=True) / 127
+            codes = (tensor / scale).round()
+            quantized[name] = codes.to(torch.int8)
+            quantized[name.replace(".weight", ".weight_scale")] = scale
+            dequantized[name] = codes * scale
+        else:
+            quantized[name] = dequantized[name] = tensor
+    config = json.loads((source / "config.json").read_text())
+    scheme = {"num_bits": 8, "type": "int", "symmetric": True}
+    int8 = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {**scheme, "strategy": "channel", "dynamic": False},
+                "input_activations": {**scheme, "strategy": "token", "dynamic": True},
+            }
+        },
+    }
+    folders = folder / "int8", folder / "dequantized"
+    for path, tensors, extra in zip(
+        folders, (quantized, dequantized), ({"quantization_config": int8}, {}), strict=True
+    ):
+        path.mkdir(parents=True)
+        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+        (path / "config.json").write_text(json.dumps(config | extra))
+    return folders

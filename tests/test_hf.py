@@ -1,6 +1,7 @@
 """The reference on transformers, against the equations on plain tensors."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,15 @@ def plain_logits(path: Path, plan: Plan, ids: Tensor) -> Tensor:
         x = x + torch.stack([mlp(layer, x) for layer in block]).sum(0)
     head = "model.embed_tokens" if config["tie_word_embeddings"] else "lm_head"
     return apply(head, norm("model.norm", x))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """On matrices this small, threads wait for each other longer than they compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import jsonschema  # type: ignore[import-untyped]
+import jsonschema
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -202,6 +202,9 @@ def test_schema_accepts_what_resolves(case: Case) -> None:
 
 # (spec, the words that its message must hold); the checkpoint has 30 layers.
 ERRORS: list[tuple[Any, str]] = [
+    ({"skip": {"speedup": "2"}}, "'skip.speedup': '2' is wrong"),
+    ({"skip": {"speedup": True}}, "'skip.speedup': True is wrong"),
+    ({1: 2}, "is not a mapping"),
     # The value as a whole
     (None, "None is not a mapping; allowed keys: 'blocks', 'group', 'layers', 'pair', 'skip'"),
     ([[0], [1]], "[[0], [1]] is not a mapping"),
@@ -334,6 +337,10 @@ LOAD_ERRORS = [
     ("no/such/plan.json", "'no/such/plan.json' can't be read (No such file or directory)"),
     ("idnetity", "'idnetity' can't be read (No such file or directory); allowed: JSON text"),
     (".", "can't be read (Is a directory)"),
+    ("", "empty text; allowed: JSON text"),
+    ("~nosuchuser/plan.json", "can't be read (not a path)"),
+    ("plan\0.json", "can't be read (not a path)"),
+    ('{"layers": ' + "1" * 5000 + "}", "malformed JSON (a number is too long)"),
     ('{"blocks": [' + " " * MAX_SPEC_BYTES + "[0]]}", f"allowed: {MAX_SPEC_BYTES} bytes"),
 ]
 
@@ -351,7 +358,7 @@ def test_load_error_is_one_line(text: str, words: str) -> None:
     [
         (b"", "malformed JSON"),
         (b'{"pair":', "malformed JSON (line 1"),
-        (b"\xff\xfe\x00", "is not UTF-8 text"),
+        (b"\xff\xfe\x00", "can't be read (not UTF-8 text)"),
         (b" " * (MAX_SPEC_BYTES + 1), "larger than a plan can be"),
     ],
     ids=["empty", "cut", "binary", "large"],

@@ -91,7 +91,16 @@ def _convert(gguf: Path, folder: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(
             **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
         )
-        model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
+        model.generation_config = GenerationConfig(
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=2,
+            # How its authors sample from it; vLLM takes these as defaults. At temperature 1 a
+            # model this small wanders off.
+            do_sample=True,
+            temperature=0.2,
+            top_p=0.9,
+        )
         model.save_pretrained(folder)
 
     # What belongs to this conversion and not to the model; and the epsilon as published, which

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from vllm_depthpar.plan import Plan
@@ -41,22 +42,24 @@ def draw(plan: Plan, shape: ModelShape, tp: int = 1, source: str = "") -> str:
     lines = [f"plan {plan.digest}: {plan.name}" + (f" (from {source})" if source else ""), ""]
     lines += _column(plan)
     lines.append("")
-    rows = [
-        ("effective depth", known["depth"], str),
-        ("all-reduces per forward pass, TP > 1", known["all_reduces"], str),
-        (f"weights per rank, TP = {tp}", known["weight_bytes_per_rank"], _bytes),
-        (f"KV cache per token and rank, TP = {tp}", known["kv_bytes_per_token_per_rank"], _bytes),
-    ]
-    width = max(len(row[0]) for row in rows)
-    lines += [
-        f"{label:<{width}}  {form(pair['before'])} -> {form(pair['after'])}"
-        for label, pair, form in rows
-    ]
-    fits = ", ".join(map(str, known["tps_that_fit"]))
-    lines.append(f"{'tensor-parallel sizes that fit':<{width}}  {fits}")
+    rows = {
+        "effective depth": _change(known["depth"], str),
+        "all-reduces per forward pass, TP > 1": _change(known["all_reduces"], str),
+        f"weights per rank, TP = {tp}": _change(known["weight_bytes_per_rank"], _bytes),
+        f"KV cache per token and rank, TP = {tp}": _change(
+            known["kv_bytes_per_token_per_rank"], _bytes
+        ),
+        "tensor-parallel sizes that fit": ", ".join(map(str, known["tps_that_fit"])),
+    }
+    width = max(map(len, rows))
+    lines += [f"{label:<{width}}  {value}" for label, value in rows.items()]
     if not known["tp_fits"]:
         lines.append(f"TP = {tp} does not fit this plan.")
     return "\n".join(lines)
+
+
+def _change(pair: dict[str, int], form: Callable[[int], str]) -> str:
+    return f"{form(pair['before'])} -> {form(pair['after'])}"
 
 
 def _column(plan: Plan) -> list[str]:

@@ -33,11 +33,14 @@ LayerIndex = Annotated[StrictInt, Field(ge=0)]
 
 
 class Skip(BaseModel):
-    """Unified Layer Skipping: keep floor(layers / speedup) layers, always the first and the last."""
+    """Unified Layer Skipping: keep floor(layers / speedup) layers, first and last always."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     speedup: float = Field(
-        ge=1, allow_inf_nan=False, description="a number from 1 to half the number of layers"
+        ge=1,
+        strict=True,
+        allow_inf_nan=False,
+        description="a number from 1 to half the number of layers",
     )
     schedule: Literal["balanced", "paper"] = Field(
         default="balanced",
@@ -169,7 +172,7 @@ def parse(spec: object) -> Any:
         if spec in NAMED:
             return spec
         raise PlanError(f"plan {_short(spec)} is unknown; allowed: {_names(NAMED)} or a mapping")
-    if not isinstance(spec, dict):
+    if not isinstance(spec, dict) or not all(isinstance(key, str) for key in spec):
         raise PlanError(f"plan {_short(spec)} is not a mapping; allowed keys: {_names(_KEYS)}")
     try:
         parsed = Spec.model_validate(spec)
@@ -178,7 +181,9 @@ def parse(spec: object) -> Any:
     if parsed.blocks is None and parsed.pair is None and parsed.skip is None:
         raise PlanError("plan is empty; it needs one of the keys 'blocks', 'pair', 'skip'")
     if parsed.blocks is not None and (parsed.pair or parsed.group or parsed.skip):
-        raise PlanError("plan key 'blocks' says everything; it can't stand beside pair, group, skip")
+        raise PlanError(
+            "plan key 'blocks' says everything; it can't stand beside pair, group, skip"
+        )
     if parsed.group is not None and parsed.pair is None:
         raise PlanError(f"plan key 'group': {parsed.group} needs the key 'pair' beside it")
     return parsed
@@ -195,28 +200,35 @@ def load(text_or_path: str) -> object:
         return text
     origin = "plan"
     if not text.startswith(("{", "[", '"')):
-        path = Path(text).expanduser()
-        origin = f"plan file {str(path)!r}"
-        try:
-            with path.open("rb") as file:
-                raw = file.read(MAX_SPEC_BYTES + 1)
-            text = raw.decode()
-        except OSError as error:
-            raise PlanError(
-                f"{origin} can't be read ({error.strerror}); "
-                f"allowed: JSON text, a file with JSON, {_names(NAMED)}"
-            ) from None
-        except UnicodeDecodeError:
-            raise PlanError(f"{origin} is not UTF-8 text; allowed: JSON") from None
-    if len(text.encode()) > MAX_SPEC_BYTES:
+        origin = f"plan file {_short(text, 300)}"
+        text = _read(text, origin)
+    if len(text.encode(errors="replace")) > MAX_SPEC_BYTES:
         raise PlanError(f"{origin} is larger than a plan can be; allowed: {MAX_SPEC_BYTES} bytes")
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        where = f"line {error.lineno} column {error.colno}: {error.msg}" if isinstance(
-            error, json.JSONDecodeError
-        ) else "nested too deeply"
-        raise PlanError(f"{origin} is malformed JSON ({where}); allowed: JSON") from None
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno} column {error.colno}: {error.msg}"
+    except RecursionError:
+        where = "nested too deeply"
+    except ValueError:
+        where = "a number is too long"
+    raise PlanError(f"{origin} is malformed JSON ({where}); allowed: JSON")
+
+
+def _read(name: str, origin: str) -> str:
+    allowed = f"JSON text, a file with JSON, {_names(NAMED)}"
+    if not name:
+        raise PlanError(f"plan is empty text; allowed: {allowed}")
+    try:
+        with Path(name).expanduser().open("rb") as file:
+            return file.read(MAX_SPEC_BYTES + 1).decode()
+    except UnicodeDecodeError:
+        reason = "not UTF-8 text"
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+    except (RuntimeError, ValueError):  # an unknown ~user, a NUL byte
+        reason = "not a path"
+    raise PlanError(f"{origin} can't be read ({reason}); allowed: {allowed}")
 
 
 def json_schema() -> dict[str, Any]:
@@ -268,7 +280,7 @@ def _grouped(
     if not start < end <= layers:
         raise PlanError(
             f"plan key 'pair': [{start}, {end}] is not a span of layers; "
-            f"allowed: [start, end] with 0 <= start < end <= {layers}"
+            f"allowed: [start, end) with 0 <= start < end <= {layers}"
         )
     inside = [layer for layer in kept if start <= layer < end]
     if len(inside) % group or not inside:
@@ -279,7 +291,7 @@ def _grouped(
     groups = [tuple(inside[i : i + group]) for i in range(0, len(inside), group)]
     before = [(layer,) for layer in kept if layer < start]
     after = [(layer,) for layer in kept if layer >= end]
-    return tuple([*before, *groups, *after])
+    return (*before, *groups, *after)
 
 
 _KEYS = tuple(Spec.model_fields)
@@ -308,6 +320,6 @@ def _names(names: Any) -> str:
     return ", ".join(repr(name) for name in sorted(names))
 
 
-def _short(value: object) -> str:
+def _short(value: object, limit: int = 60) -> str:
     text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -47,7 +47,7 @@ class Server:
             os.close(handle)
             log = Path(name)
         self.log = log
-        command = [Path(sys.executable).with_name("vllm"), "serve", model]
+        command = [str(Path(sys.executable).with_name("vllm")), "serve", str(model)]
         with open(self.log, "wb") as output:
             self.process = subprocess.Popen(
                 [*command, "--host", HOST, "--port", str(self.port), *args],

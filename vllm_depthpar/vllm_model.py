@@ -138,7 +138,7 @@ class WideDecoderLayer(LlamaDecoderLayer):
                 where = None
             self._loaded[name, None, member] = where
             return
-        shard_id = tensor.shard_id  # type: ignore[attr-defined]  # set by vLLM's WeightsMapper
+        shard_id = tensor.shard_id  # set by vLLM's WeightsMapper
         offset, size = _rows_of(linear, shard_id)
         where = self._place(
             param.data.narrow(0, offset, size), 0, tensor, member, linear.tp_rank, offset

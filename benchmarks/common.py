@@ -1,0 +1,218 @@
+"""What the benchmarks share: plans by name, engines in processes of their own, and reports."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import platform
+import shlex
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
+
+from vllm_depthpar import __version__, plan, sources
+from vllm_depthpar.cli import read_config
+from vllm_depthpar.plan import PlanError
+from vllm_depthpar.server_process import DEFAULT_ENV
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+PLAIN = "plain"
+CORES = len(os.sched_getaffinity(0))
+# For every engine alike. The environment wins.
+_ENV = {
+    **DEFAULT_ENV,
+    "OMP_NUM_THREADS": str(CORES),
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}
+_LAST_LINES = 20
+_STOP_SECONDS = 10
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One row of a comparison: `label` as given on the command line, the plan it means, in words,
+    and the spec vLLM gets (None: vLLM's own model)."""
+
+    label: str
+    plan: str
+    spec: object
+
+
+def contenders(model: str, labels: Iterable[str]) -> list[Contender]:
+    """Plain vLLM, which is always one and the first, and the plans for the checkpoint `model`.
+
+    Raises:
+        PlanError: no such checkpoint, or a label is neither "plain" nor a plan for it.
+    """
+    config = read_config(model)
+    found = [Contender(PLAIN, "vLLM's own model", None)]
+    for label in dict.fromkeys(labels):
+        if label != PLAIN:
+            chosen, _ = sources.choose(config, plan.load(label), override_name="--plans")
+            found.append(Contender(label, chosen.name, chosen.to_spec()))
+    return found
+
+
+class Worker:
+    """A new process that runs `target(connection, spec, *args)`; its output goes to a file.
+
+    Args:
+        contender: what it runs; decides the environment.
+        target: a function of a module, with its end of the pipe as the first argument.
+    """
+
+    def __init__(
+        self, contender: Contender, target: Callable[..., None], *args: object, **options: object
+    ) -> None:
+        self.label = contender.label
+        self._log = tempfile.NamedTemporaryFile(prefix="benchmark-", suffix=".log")  # noqa: SIM115
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        env = {
+            **_ENV,
+            **os.environ,
+            # The engine in this very process: it sleeps between requests, which vLLM's worker
+            # processes, polling shared memory, need not do.
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            # Plain vLLM runs without the plugin, not with an idle one.
+            "VLLM_PLUGINS": "" if contender.spec is None else "depthpar",
+        }
+        self.process = context.Process(
+            target=_run,
+            args=(env, self._log.name, target, theirs, contender.spec, *args),
+            kwargs=options,
+            daemon=True,
+        )
+        self.process.start()
+        theirs.close()
+
+    def receive(self) -> Any:
+        """The next object that the process sends; RuntimeError if it ends instead."""
+        try:
+            return self.connection.recv()
+        except (EOFError, ConnectionResetError):
+            lines = Path(self._log.name).read_text(errors="replace").splitlines()
+            raise RuntimeError(
+                "\n".join([f"the engine of {self.label} ended:", *lines[-_LAST_LINES:]])
+            ) from None
+
+    def ask(self, request: object) -> Any:
+        """Send a request and wait for the answer."""
+        self.connection.send(request)
+        return self.receive()
+
+    def stop(self) -> None:
+        """End the process: one that waits for a request ends by itself, any other is killed."""
+        self.connection.close()
+        self.process.join(_STOP_SECONDS)
+        self.process.kill()
+        self.process.join()
+        self._log.close()
+
+
+def _run(
+    env: dict[str, str], log: str, target: Callable[..., None], *args: object, **options: object
+) -> None:
+    os.environ.update(env)
+    with open(log, "wb") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    target(*args, **options)
+
+
+def make_engine(model: str, spec: object, **options: object) -> LLM:
+    """vLLM's engine on a checkpoint, with a plan or (None) as plain vLLM, in this process."""
+    from vllm import LLM
+
+    if spec is not None:
+        options |= {"model_impl": "depthpar", "hf_overrides": {sources.KEY: spec}}
+    engine: LLM = LLM(
+        model,
+        distributed_executor_backend="uni",
+        skip_tokenizer_init=True,
+        enable_prefix_caching=False,
+        disable_log_stats=True,
+        seed=0,
+        **options,
+    )
+    return engine
+
+
+def progress() -> Progress:
+    """A progress bar on stderr, with what is being done, counts and time."""
+    return Progress(
+        *Progress.get_default_columns()[:-1],
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+    )
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    """Median and spread."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def spread(values: list[float], form: str = ".2f") -> str:
+    """Median and spread for people: '1.21 (1.19 to 1.24)'."""
+    return "{median:{form}} ({min:{form}} to {max:{form}})".format(form=form, **summary(values))
+
+
+def facts() -> dict[str, Any]:
+    """When, with what and on what: JSON-ready. Paths in the command are reduced to their names."""
+    arguments = [Path(part).name if part.startswith("/") else part for part in sys.argv[1:]]
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *arguments]),
+        "versions": {
+            "vllm_depthpar": __version__,
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in ("vllm", "torch", "transformers")},
+        },
+        "cpu": _cpu_model(),
+        "cores": CORES,
+        "threads": int(os.environ.get("OMP_NUM_THREADS", CORES)),
+    }
+
+
+def _cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def markdown(header: list[str], rows: Iterable[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write a file that is never seen half written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(path)
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Run a benchmark; exit code 1, with one line for wrong input, if it cannot be run."""
+    try:
+        main()
+    except (PlanError, RuntimeError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

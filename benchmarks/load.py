@@ -1,0 +1,218 @@
+"""Load time and peak memory of plans beside plain vLLM's.
+
+Every measurement has a process of its own, in turns: A B C, B C A, ... It covers the step in
+which vLLM's model loader makes the model, reads the weights and brings them into the form that the
+kernels take (`BaseModelLoader.load_model`), and nothing before or after. The part of it up to the
+last weight read, which is where plans do something of their own, is also reported alone: what
+follows is vLLM's packing for its CPU kernels and two full garbage collections.
+
+Memory: vLLM maps safetensors files into memory, and pages of a mapped file count as resident
+although they are the system's file cache, which it takes back when it needs memory. How many are
+resident says more about the system than about the program. So what is compared is *anonymous*
+memory (RssAnon in /proc/PID/status), which a process cannot do without: its peak during the step,
+read every few milliseconds from outside, less what it was just before. The peak of all resident
+memory (VmHWM, kept by the kernel) is reported beside it. The files are in the system's cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import common
+
+from vllm_depthpar import bundled
+from vllm_depthpar.cli import read_config
+from vllm_depthpar.shape import ModelShape
+
+SAMPLE_SECONDS = 0.005
+MIB = 2**20
+# The whole step, and from its start to the last weight read.
+PARTS = ("load", "reading")
+# What the plugin promises, beside plain vLLM.
+MOST_TIME = 1.15
+MOST_LAYERS = 2
+
+
+def main() -> None:
+    """Measure, print a table, write the JSON."""
+    args = _parser().parse_args()
+    start = time.monotonic()
+    with ExitStack() as stack:
+        if args.random:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()), "random-llama")
+            model = str(_write_random(folder))
+        else:
+            model = str(args.model or bundled.prepare())
+        contenders = common.contenders(model, args.plans)
+        shape = ModelShape.from_config(read_config(model))
+        measured = _measure(model, contenders, args.rounds, {"dtype": args.dtype})
+    layer = shape.layer_parameters() * (4 if args.dtype == "float32" else 2)
+
+    report: list[dict[str, Any]] = [{"label": one.label, "plan": one.plan} for one in contenders]
+    for part in PARTS:
+        rows = []
+        for one, entry in zip(contenders, report, strict=True):
+            values = _values([each[part] for each in measured[one.label]])
+            plain = _values([each[part] for each in measured[common.PLAIN]])
+            against = {
+                "ratio": [a / b for a, b in zip(values["seconds"], plain["seconds"], strict=True)],
+                "layers_above": [
+                    (a - b) / layer for a, b in zip(values["peak"], plain["peak"], strict=True)
+                ],
+            }
+            entry[part] = {
+                **{key: common.summary(each) for key, each in (values | against).items()},
+                "rounds": values,
+            }
+            peak, resident = (
+                common.spread([each / MIB for each in values[key]], ".0f")
+                for key in ("peak", "resident_peak")
+            )
+            ratio, above = (common.spread(each) if one.spec else "" for each in against.values())
+            name = f"`{one.label}`"
+            rows.append([name, one.plan, common.spread(values["seconds"]), ratio, peak, above])
+            rows[-1].append(resident)
+        header = [part, "blocks", "s", "ratio", "peak, MiB", "layers above plain"]
+        print(common.markdown([*header, "resident peak, MiB"], rows), end="\n\n")
+    print(
+        f"{Path(model).name}, {args.rounds} rounds, median (min to max). Peak: anonymous memory "
+        f"above what it was before; one layer is {layer / MIB:.1f} MiB. Promised: load at most "
+        f"{MOST_TIME} times plain's, peak at most {MOST_LAYERS} layers above plain's."
+    )
+    if args.out:
+        content = {
+            **common.facts(),
+            "model": Path(model).name,
+            "dtype": args.dtype,
+            "layer_bytes": layer,
+            "sample_seconds": SAMPLE_SECONDS,
+            "seconds": round(time.monotonic() - start),
+            "contenders": report,
+        }
+        common.write_json(args.out, content)
+
+
+Measurement = dict[str, dict[str, float]]  # one of PARTS -> seconds, peak, resident_peak
+
+
+def _values(rounds: list[dict[str, float]]) -> dict[str, list[float]]:
+    return {key: [each[key] for each in rounds] for key in rounds[0]}
+
+
+def _measure(
+    model: str, contenders: list[common.Contender], rounds: int, options: dict[str, Any]
+) -> dict[str, list[Measurement]]:
+    """Label -> the measurement of each round."""
+    measured: dict[str, list[Measurement]] = {one.label: [] for one in contenders}
+    with common.progress() as progress:
+        task = progress.add_task("reading the files once", total=1 + rounds * len(contenders))
+        measure(contenders[0], model, options)  # not counted: brings the files into the cache
+        progress.advance(task)
+        for number in range(rounds):
+            first = number % len(contenders)
+            for one in contenders[first:] + contenders[:first]:
+                progress.update(task, description=one.label)
+                measured[one.label].append(measure(one, model, options))
+                progress.advance(task)
+    return measured
+
+
+def measure(contender: common.Contender, model: str, options: dict[str, Any]) -> Measurement:
+    """Load once, in a new process: seconds, and bytes of memory above those before the load.
+
+    `peak` is anonymous memory, `resident_peak` all resident memory.
+    """
+    worker = common.Worker(contender, load, model, options)
+    try:
+        _, before = worker.receive()
+        result, peak = {}, 0
+        for part in reversed(PARTS):  # the shorter one ends first
+            while not worker.connection.poll(SAMPLE_SECONDS):
+                peak = max(peak, memory(worker.process.pid)["RssAnon"])
+            seconds, after = worker.receive()
+            peak = max(peak, after["RssAnon"])
+            result[part] = {
+                "seconds": seconds,
+                "peak": peak - before["RssAnon"],
+                "resident_peak": after["VmHWM"] - before["VmRSS"],
+            }
+        return result
+    finally:
+        worker.stop()
+
+
+def load(connection: Connection, spec: object, model: str, options: dict[str, Any]) -> None:
+    """Load a model; send (seconds, memory) before it, after reading weights, and at the end."""
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    inner, inner_read = BaseModelLoader.load_model, DefaultModelLoader.load_weights
+    start = 0.0
+
+    def load_weights(*args: Any, **kwargs: Any) -> None:
+        inner_read(*args, **kwargs)
+        connection.send((time.perf_counter() - start, memory("self")))
+
+    def load_model(*args: Any, **kwargs: Any) -> None:
+        nonlocal start
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+        connection.send((0.0, memory("self")))
+        start = time.perf_counter()
+        inner(*args, **kwargs)
+        connection.send((time.perf_counter() - start, memory("self")))
+        sys.exit()  # the engine is of no use here
+
+    BaseModelLoader.load_model = load_model
+    DefaultModelLoader.load_weights = load_weights
+    common.make_engine(model, spec, enforce_eager=True, max_model_len=256, **options)
+
+
+def memory(pid: int | str | None) -> dict[str, int]:
+    """RssAnon, VmRSS and VmHWM of a process, in bytes."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    pairs = (line.split(":") for line in lines if line.endswith("kB"))
+    return {key: int(value.split()[0]) * 1024 for key, value in pairs}
+
+
+def _write_random(folder: Path) -> Path:
+    """A seeded random Llama of 1.1 GB in bf16: with a small model constant costs are most."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    import torch
+    from models import write_llama
+
+    return write_llama(
+        folder,
+        layers=12,
+        hidden=2048,
+        heads=16,
+        kv_heads=8,
+        head_dim=128,
+        intermediate=5632,
+        vocab=8192,
+        dtype=torch.bfloat16,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Load time and peak memory beside plain vLLM's.")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("model", nargs="?", help="checkpoint (the bundled SmolLM2-135M-Instruct)")
+    which.add_argument("--random", action="store_true", help="a random Llama of 1.1 GB, 12 layers")
+    parser.add_argument(
+        "--plans", nargs="+", default=["auto"], metavar="PLAN", help="JSON, a plan file, auto, ..."
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="(5)")
+    parser.add_argument("--dtype", default="bfloat16", help="(bfloat16)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the numbers as JSON")
+    return parser
+
+
+if __name__ == "__main__":
+    common.run_main(main)

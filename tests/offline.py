@@ -1,0 +1,170 @@
+"""vLLM's engine on a list of cases, in processes that pay for its imports once.
+
+`run` starts one process per tensor-parallel rank (vLLM's external launcher: every rank is an
+ordinary process that holds its own engine) and returns what rank 0 saw. Tests of numbers use it;
+tests of the product start `vllm serve`.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Case:
+    """One engine: a checkpoint, a plan ("plain" for vLLM's own model), and prompts for it."""
+
+    model: Path
+    plan: object
+    prompts: list[list[int]]
+    dtype: str = "float32"
+    max_tokens: int = 1
+    logits: bool = False  # keep all logits (one rank only)
+    engine: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the engine answered, per prompt."""
+
+    prompt_logprobs: list[torch.Tensor]  # [tokens - 1]
+    tokens: list[list[int]]
+    logits: list[torch.Tensor]  # every tensor of logits the model computed, in turn: [rows, vocab]
+
+
+def run(
+    cases: list[Case], ranks: int = 1, timeout: float = 600, compiled: bool = False
+) -> list[Result]:
+    """Run every case at TP = `ranks`, eager or with vLLM's default compilation."""
+    with tempfile.TemporaryDirectory() as folder:
+        job, answer = Path(folder, "cases.pt"), Path(folder, "results.pt")
+        torch.save(cases, job)
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            port = listener.getsockname()[1]
+        common = {
+            **os.environ,
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_LOGGING_LEVEL": "WARNING",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            # More ranks than cores: let the kernel place them.
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind" if ranks > 1 else "0-1",
+            "OMP_NUM_THREADS": "1" if ranks > 1 else "2",
+            "TORCHDYNAMO_DISABLE": str(int(not compiled)),  # or vLLM's sampler is compiled
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "WORLD_SIZE": str(ranks),
+        }
+        logs = [Path(folder, f"{rank}.log") for rank in range(ranks)]
+        processes = []
+        for rank, log in enumerate(logs):
+            command = [sys.executable, __file__, str(job), str(answer)]
+            env = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            with log.open("wb") as out:
+                processes.append(subprocess.Popen(command, env=env, stdout=out, stderr=out))
+        try:
+            for process in processes:
+                process.wait(timeout)
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        if any(process.returncode for process in processes):
+            raise RuntimeError("\n".join(log.read_text()[-4000:] for log in logs))
+        results: list[Result] = torch.load(answer, weights_only=False)
+        return results
+
+
+def _engine_run(case: Case, ranks: int) -> Result:
+    from vllm import LLM, SamplingParams
+    from vllm.inputs import TokensPrompt
+
+    chosen: dict[str, Any] = {}
+    if case.plan != "plain":
+        chosen = {"model_impl": "depthpar", "hf_overrides": {"depthpar": case.plan}}
+    llm = LLM(
+        str(case.model),
+        dtype=case.dtype,
+        tensor_parallel_size=ranks,
+        distributed_executor_backend="external_launcher" if ranks > 1 else "uni",
+        **{
+            "enforce_eager": os.environ["TORCHDYNAMO_DISABLE"] == "1",
+            "max_model_len": 256,
+            "max_num_seqs": 32,
+            "skip_tokenizer_init": True,
+            "disable_log_stats": True,
+            "seed": 0,
+            **chosen,
+            **case.engine,
+        },
+    )
+    seen: list[torch.Tensor] = []
+    if case.logits:
+        executor = llm.llm_engine.model_executor
+        model = executor.driver_worker.worker.model_runner.model
+        inner = model.compute_logits
+
+        def compute_logits(hidden: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = inner(hidden)
+            seen.append(logits.clone())
+            return logits
+
+        model.compute_logits = compute_logits
+    outputs = llm.generate(
+        [TokensPrompt(prompt_token_ids=prompt) for prompt in case.prompts],
+        SamplingParams(
+            temperature=0,
+            max_tokens=case.max_tokens,
+            prompt_logprobs=0,
+            ignore_eos=True,
+            detokenize=False,
+        ),
+        use_tqdm=False,
+    )
+    return Result(
+        prompt_logprobs=[
+            torch.tensor(
+                [
+                    entry[token].logprob
+                    for entry, token in zip(
+                        output.prompt_logprobs[1:], output.prompt_token_ids[1:], strict=True
+                    )
+                ]
+            )
+            for output in outputs
+        ],
+        tokens=[list(output.outputs[0].token_ids) for output in outputs],
+        logits=seen,
+    )
+
+
+def _main(job: str, answer: str) -> None:
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    results = []
+    for case in torch.load(job, weights_only=False):
+        results.append(_engine_run(case, ranks))
+        if ranks == 1:
+            from vllm.distributed import cleanup_dist_env_and_memory
+
+            cleanup_dist_env_and_memory()
+        gc.collect()
+    if rank == 0:
+        torch.save(results, answer)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))
+    # Unpickled as offline.Case, not __main__.Case.
+    import offline
+
+    offline._main(*sys.argv[1:])

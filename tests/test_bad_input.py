@@ -1,0 +1,143 @@
+"""Wrong input to `vllm serve`: one clear line and exit code 1 before weights load."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from forked_serve import Call, Outcome, run
+from models import write_llama
+
+
+def plan(spec: Any) -> list[str]:
+    return ["--hf-overrides", json.dumps({"depthpar": spec})]
+
+
+# What is given, and what the line must say. MODEL: a checkpoint of 6 layers and 4 heads.
+BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "index out of range": (
+        {"args": plan({"blocks": [[0], [6]]})},
+        ["'blocks'", "layer 6", "out of range", "0 to 5"],
+    ),
+    "layer twice": (
+        {"args": plan({"blocks": [[0, 1], [1]]})},
+        ["'blocks'", "layer 1", "twice", "once"],
+    ),
+    "odd span": ({"args": plan({"pair": [1, 4]})}, ["'pair'", "[1, 4]", "3 layers", "multiple"]),
+    "empty plan": ({"args": plan({})}, ["empty", "'blocks', 'pair', 'skip'"]),
+    "unknown key": ({"args": plan({"pairs": [0, 2]})}, ["'pairs'", "did you mean 'pair'?"]),
+    "speed-up below 1": (
+        {"args": plan({"skip": {"speedup": 0.5}})},
+        ["'skip.speedup'", "0.5", "from 1 to half the number of layers"],
+    ),
+    "speed-up above N/2": (
+        {"args": plan({"skip": {"speedup": 4}})},
+        ["'skip.speedup'", "4", "1 to 3"],
+    ),
+    "malformed JSON": (
+        {"env": {"DEPTHPAR_PLAN": '{"pair": [0, 2'}},
+        ["malformed JSON", "line 1 column 15"],
+    ),
+    "plan file missing": (
+        {"env": {"DEPTHPAR_PLAN": "/nowhere/plan.json"}},
+        ["'/nowhere/plan.json'", "No such file", "JSON"],
+    ),
+    "plan for another number of layers": (
+        {"args": plan({"layers": 32, "pair": [0, 2]})},
+        ["'layers'", "32", "allowed: 6"],
+    ),
+    "heads not divisible by TP": (
+        {"args": [*plan({"pair": [0, 2]}), "--tensor-parallel-size", "3"]},
+        ["--tensor-parallel-size 3", "4 heads", "allowed: 1, 2, 4"],
+    ),
+    "model path missing": ({"model": "/nowhere/model"}, ["no such model", "folder"]),
+    "port taken": ({"port": "taken"}, ["port is taken", "--port"]),
+    "another architecture": (
+        {"model": "gpt2"},
+        ["GPT2LMHeadModel", "allowed: ", "LlamaForCausalLM"],
+    ),
+    "LoRA": ({"args": ["--enable-lora"]}, ["--enable-lora", "merge the adapter"]),
+    "pipeline parallelism": (
+        {"args": ["--pipeline-parallel-size", "2"]},
+        ["--pipeline-parallel-size 2", "--tensor-parallel-size"],
+    ),
+    "quantization that cannot be folded": (
+        {"args": [*plan({"pair": [0, 2]}), "--quantization", "fp8"]},
+        ["'fp8'", "--tensor-parallel-size a multiple of 2"],
+    ),
+    "speculation with the model's insides": (
+        {
+            "args": [
+                "--speculative-config",
+                json.dumps({"method": "medusa", "model": "MODEL", "num_speculative_tokens": 2}),
+            ]
+        },
+        ["'medusa'", "ngram"],
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Outcome]]:
+    folder = tmp_path_factory.mktemp("models")
+    model = write_llama(folder / "llama")
+    (folder / "gpt2").mkdir()
+    gpt2 = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_layer": 2, "n_head": 2}
+    (folder / "gpt2" / "config.json").write_text(json.dumps(gpt2))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        calls = {}
+        for name, (given, _) in BAD.items():
+            port = str(taken.getsockname()[1]) if given.get("port") == "taken" else "0"
+            where = {"gpt2": str(folder / "gpt2")}.get(given.get("model", ""), given.get("model"))
+            args = [str(where or model), "--model-impl", "depthpar", "--skip-tokenizer-init"]
+            args += ["--host", "127.0.0.1", "--port", port, *given.get("args", [])]
+            args = [arg.replace("MODEL", str(model)) for arg in args]
+            calls[name] = Call(args, {"VLLM_LOGGING_LEVEL": "INFO", **given.get("env", {})})
+        yield dict(zip(calls, run(list(calls.values())), strict=True))
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_one_line_and_exit_code_1(name: str, outcomes: dict[str, Outcome]) -> None:
+    outcome = outcomes[name]
+    assert outcome.code == 1, outcome.output[-2000:]
+    last = outcome.output.strip().splitlines()[-1]
+    assert last.startswith("depthpar: error: "), outcome.output[-2000:]
+    for words in BAD[name][1]:
+        assert words in last
+    assert "Traceback" not in outcome.output
+    assert "Loading safetensors" not in outcome.output
+    assert "EngineCore" not in outcome.output
+
+
+def test_installed_command(tmp_path: Path) -> None:
+    """The same through the console script, as a user starts it."""
+    model = write_llama(tmp_path)
+    command = [Path(sys.executable).with_name("vllm"), "serve", model, "--model-impl", "depthpar"]
+    done = subprocess.run(
+        [*map(str, command), *plan({"pair": [0, 3]})], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1] == (
+        "depthpar: error: plan key 'pair': [0, 3] holds 3 layers; allowed: a multiple of 2"
+    )
+
+
+def test_plain_vllm_is_left_alone(tmp_path: Path) -> None:
+    """Without --model-impl depthpar, a checkpoint's plan and DEPTHPAR_PLAN mean nothing."""
+    model = write_llama(tmp_path)
+    call = Call(
+        [str(model), "--skip-tokenizer-init", "--port", "0"],
+        {"DEPTHPAR_PLAN": "{", "VLLM_LOGGING_LEVEL": "INFO"},
+        until="Initializing a V1 LLM engine",
+    )
+    (outcome,) = run([call])
+    assert "Resolved architecture: LlamaForCausalLM" in outcome.output
+    assert " blocks" not in outcome.output
