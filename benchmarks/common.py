@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import multiprocessing
 import os
@@ -206,6 +207,34 @@ def write_json(path: Path, content: object) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(content, indent=1) + "\n")
     partial.replace(path)
+
+
+def at_least(lowest: int) -> Callable[[str], int]:
+    """A type for argparse: an integer that is `lowest` or more."""
+
+    def integer(text: str) -> int:
+        if int(text) < lowest:
+            raise argparse.ArgumentTypeError(f"{text} is too small; allowed: {lowest} or more")
+        return int(text)
+
+    return integer
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """A parser with what all benchmarks take."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument(
+        "--plans", nargs="+", default=["auto"], metavar="PLAN", help="JSON, a plan file, auto, ..."
+    )
+    parser.add_argument("--rounds", type=at_least(1), default=5, help="(5)")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="(bfloat16)"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the numbers as JSON")
+    return parser
+
+
+MODEL_HELP = "checkpoint (the bundled SmolLM2-135M-Instruct)"
 
 
 def run_main(main: Callable[[], None]) -> None:

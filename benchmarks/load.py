@@ -201,16 +201,10 @@ def _write_random(folder: Path) -> Path:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Load time and peak memory beside plain vLLM's.")
+    parser = common.arguments("Load time and peak memory of plans beside plain vLLM's.")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("model", nargs="?", help="checkpoint (the bundled SmolLM2-135M-Instruct)")
+    which.add_argument("model", nargs="?", help=common.MODEL_HELP)
     which.add_argument("--random", action="store_true", help="a random Llama of 1.1 GB, 12 layers")
-    parser.add_argument(
-        "--plans", nargs="+", default=["auto"], metavar="PLAN", help="JSON, a plan file, auto, ..."
-    )
-    parser.add_argument("--rounds", type=int, default=5, help="(5)")
-    parser.add_argument("--dtype", default="bfloat16", help="(bfloat16)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the numbers as JSON")
     return parser
 
 

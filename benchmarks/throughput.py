@@ -168,18 +168,13 @@ def decode_speed(
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Decode speed of plans beside plain vLLM's.")
-    parser.add_argument("model", nargs="?", help="checkpoint (the bundled SmolLM2-135M-Instruct)")
-    parser.add_argument(
-        "--plans", nargs="+", default=["auto"], metavar="PLAN", help="JSON, a plan file, auto, ..."
-    )
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="(1 8)")
-    parser.add_argument("--rounds", type=int, default=5, help="(5)")
-    parser.add_argument("--tokens", type=int, default=64, help="per sequence (64)")
-    parser.add_argument("--prompt-tokens", type=int, default=32, help="per sequence (32)")
+    parser = common.arguments("Decode speed of plans beside plain vLLM's.")
+    positive = common.at_least(1)
+    parser.add_argument("model", nargs="?", help=common.MODEL_HELP)
+    parser.add_argument("--batches", nargs="+", type=positive, default=[1, 8], help="(1 8)")
+    parser.add_argument("--tokens", type=common.at_least(2), default=64, help="a sequence (64)")
+    parser.add_argument("--prompt-tokens", type=positive, default=32, help="a sequence (32)")
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
-    parser.add_argument("--dtype", default="bfloat16", help="(bfloat16)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the numbers as JSON")
     return parser
 
 

@@ -61,6 +61,8 @@ def run(
             "VLLM_CPU_OMP_THREADS_BIND": "nobind" if ranks > 1 else "0-1",
             "OMP_NUM_THREADS": "1" if ranks > 1 else "2",
             "TORCHDYNAMO_DISABLE": str(int(not compiled)),  # or vLLM's sampler is compiled
+            # vLLM 0.32 writes these artifacts on a CPU but cannot load them again.
+            "VLLM_USE_AOT_COMPILE": "0",
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "WORLD_SIZE": str(ranks),

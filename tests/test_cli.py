@@ -1,0 +1,126 @@
+"""The command `depthpar`, run as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import write_llama
+
+from vllm_depthpar import plan as plans
+from vllm_depthpar.cli import main
+from vllm_depthpar.shape import ModelShape
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_llama(tmp_path_factory.mktemp("llama"), layers=8, dtype=torch.bfloat16)
+
+
+PLAN = '{"blocks": [[0], [1], [2, 3], [4], [6]]}'
+
+
+def test_show_draws_the_blocks(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "show", str(model), "--plan", PLAN, "--tp", "2"]) == 0
+    out = capsys.readouterr().out
+    for line in (
+        "8 layers as 5 blocks (1 of 2, 2 skipped) (from --plan)",
+        "  │ 0 .. 1   2 layers",
+        "  ╪ 2 ║ 3",
+        "  ┊ 5   skipped",
+        "  ┊ 7   skipped",
+    ):
+        assert line in out
+    assert "effective depth                       8 -> 5" in out
+    assert "all-reduces per forward pass, TP > 1  17 -> 11" in out
+    assert "tensor-parallel sizes that fit        1, 2, 4" in out
+
+
+def test_show_json_counts_bytes(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "show", str(model), "--plan", PLAN, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    files = (model / "model.safetensors").stat().st_size
+    header = 8 + int.from_bytes((model / "model.safetensors").read_bytes()[:8], "little")
+    assert facts["weight_bytes_per_rank"]["before"] == files - header
+    layer = ModelShape.from_config(json.loads((model / "config.json").read_text()))
+    saved = 2 * layer.layer_parameters() * 2
+    assert facts["weight_bytes_per_rank"]["after"] == files - header - saved
+    # 2 (K, V) x 2 KV heads x 32 x 2 bytes for each layer that is kept
+    assert facts["kv_bytes_per_token_per_rank"] == {"before": 8 * 256, "after": 6 * 256}
+    assert plans.resolve(facts["plan"], 8).digest == facts["digest"]
+
+
+def test_show_says_when_tp_does_not_fit(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "show", str(model), "--plan", PLAN, "--tp", "3"]) == 0
+    assert "TP = 3 does not fit this plan." in capsys.readouterr().out
+
+
+def test_environment_and_auto(
+    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["plan", "show", str(model)]) == 0
+    assert "conservative rule" in capsys.readouterr().out
+    monkeypatch.setenv("DEPTHPAR_PLAN", PLAN)
+    assert main(["plan", "show", str(model)]) == 0
+    assert "(from DEPTHPAR_PLAN)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("layers", "hidden", "intermediate", "expected"),
+    [
+        (32, 4096, 11008, [18, 28]),
+        (28, 3072, 8192, [21, 25]),
+        (30, 576, 1536, [22, 28]),
+        (80, 8192, 28672, [58, 78]),
+    ],
+)
+def test_auto_plans(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    layers: int,
+    hidden: int,
+    intermediate: int,
+    expected: list[int],
+) -> None:
+    config = {
+        "model_type": "llama",
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_attention_heads": hidden // 64,
+        "vocab_size": 32000,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["plan", "show", str(tmp_path), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)["plan"]
+    assert shown == plans.resolve({"pair": expected}, layers).to_spec()
+
+
+def test_wrong_input_is_one_line(model: Path, tmp_path: Path) -> None:
+    gpt2 = tmp_path / "config.json"
+    gpt2.write_text('{"model_type": "gpt2"}')
+    for arguments, words in (
+        ([str(model), "--plan", '{"pair": [0, 99]}'], "'pair'"),
+        ([str(tmp_path)], "'gpt2'"),
+        ([str(tmp_path / "none")], "no checkpoint"),
+    ):
+        done = subprocess.run(
+            [str(Path(sys.executable).with_name("depthpar")), "plan", "show", *arguments],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )
+        assert done.returncode == 1
+        assert done.stderr.startswith("depthpar: error: ")
+        assert words in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_schema_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "schema"]) == 0
+    assert json.loads(capsys.readouterr().out) == plans.json_schema()
