@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_depthpar import __version__, picture, plan, sources
+from vllm_depthpar.bundled import BundledModelError, prepare
 from vllm_depthpar.plan import PlanError
 from vllm_depthpar.shape import ModelShape
 
@@ -19,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         print(args.run(args))
-    except PlanError as error:
+    except (PlanError, BundledModelError) as error:
         print(f"depthpar: error: {error}", file=sys.stderr)
         return 1
     except BrokenPipeError:
@@ -69,8 +70,6 @@ def _plan_show(args: argparse.Namespace) -> str:
 
 
 def _bundled(_: argparse.Namespace) -> str:
-    from vllm_depthpar.bundled import prepare
-
     return str(prepare())
 
 

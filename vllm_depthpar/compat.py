@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from packaging.specifiers import SpecifierSet
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 from pydantic import ValidationError
 from transformers import PreTrainedConfig
 from vllm.config import ModelConfig, VllmConfig
@@ -56,7 +56,11 @@ def check_version(version: str) -> None:
     Raises:
         PlanError: `version` is outside `SUPPORTED`.
     """
-    if not SUPPORTED.contains(Version(Version(version).base_version)):
+    try:
+        supported = SUPPORTED.contains(Version(Version(version).base_version))
+    except InvalidVersion:  # a source tree without its version
+        supported = False
+    if not supported:
         raise PlanError(
             f"vllm-depthpar {__version__} does not work with vllm {version}; allowed: vllm "
             f"{SUPPORTED}, or VLLM_PLUGINS without 'depthpar' to run vllm alone"

@@ -1,0 +1,56 @@
+"""What `compat` relies on in vLLM: a canary for the next version."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import vllm.model_executor.models.llama as llama
+from vllm.config import ModelConfig
+from vllm.distributed import parallel_state
+from vllm.model_executor.models import ModelRegistry
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+from vllm.version import __version__ as vllm_version
+
+from vllm_depthpar import compat
+from vllm_depthpar.plan import PlanError
+from vllm_depthpar.register import register
+
+
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.3+cpu", "0.33.0", "0.33.1.dev4", vllm_version])
+def test_version_is_taken(version: str) -> None:
+    compat.check_version(version)
+
+
+@pytest.mark.parametrize("version", ["0.31.9", "0.34.0", "1.0", "dev"])
+def test_version_is_refused(version: str) -> None:
+    with pytest.raises(PlanError, match=r"does not work with vllm .*; allowed: vllm "):
+        compat.check_version(version)
+
+
+def test_registering_twice_wraps_once() -> None:
+    register()
+    look_up = type(ModelRegistry).resolve_model_cls
+    register()
+    assert type(ModelRegistry).resolve_model_cls is look_up
+    assert compat.ARCHITECTURE in ModelRegistry.get_supported_archs()
+    assert MODELS_CONFIG_MAP[compat.ARCHITECTURE] is compat.DepthParConfig
+
+
+def test_what_is_relied_on() -> None:
+    for name in ("inspect_model_cls", "resolve_model_cls"):
+        method = inspect.unwrap(getattr(type(ModelRegistry), name))
+        assert list(inspect.signature(method).parameters) == [
+            "self",
+            "architectures",
+            "model_config",
+        ]
+    assert "model_impl" in ModelConfig.__dataclass_fields__
+    for function in (
+        parallel_state.get_tensor_model_parallel_world_size,
+        parallel_state.get_tensor_model_parallel_rank,
+    ):
+        assert "get_tp_group()" in inspect.getsource(function)
+    assert "return _TP" in inspect.getsource(parallel_state.get_tp_group)
+    assert "config" in inspect.signature(llama.LlamaDecoderLayer.__init__).parameters
+    assert "layer_type(vllm_config=vllm_config, prefix=prefix)" in inspect.getsource(llama)
