@@ -22,7 +22,6 @@ PLANS: dict[str, Any] = {
     "half in pairs": {"pair": [12, 28]},
     "all in pairs": {"pair": [0, 30]},
     "groups of three": {"pair": [15, 30], "group": 3},
-    "all in threes": {"pair": [0, 30], "group": 3},
     "skip": {"skip": {"speedup": 1.25}},
     "skip and pairs": {"skip": {"speedup": 1.1}, "pair": [14, 28]},
     "mixed, out of order": {
@@ -44,16 +43,21 @@ def check(result: Result, case: Case, model: torch.nn.Module) -> None:
 
     The second is the same as equal greedy continuations, by induction over the tokens.
     """
-    for prompt, logprobs, tokens in zip(
-        case.prompts, result.prompt_logprobs, result.tokens, strict=True
+    texts = [
+        torch.tensor(prompt + tokens)
+        for prompt, tokens in zip(case.prompts, result.tokens, strict=True)
+    ]
+    # Padding comes after the text, where a causal model does not see it.
+    with torch.no_grad():
+        logits = model(torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)).logits
+    for prompt, text, row, logprobs in zip(
+        case.prompts, texts, logits, result.prompt_logprobs, strict=True
     ):
-        text = torch.tensor([prompt + tokens])
-        with torch.no_grad():
-            reference = model(text).logits[0].log_softmax(-1)
-        expected = reference[:-1].gather(1, text[0, 1:, None])[:, 0][: len(prompt) - 1]
+        reference = row[: len(text)].log_softmax(-1)
+        expected = reference[:-1].gather(1, text[1:, None])[: len(prompt) - 1, 0]
         torch.testing.assert_close(logprobs, expected, atol=LOGPROB, rtol=0)
-        assert reference[len(prompt) - 1 : -1].argmax(-1).tolist() == tokens
-        assert len(tokens) == case.max_tokens
+        assert len(text) == len(prompt) + case.max_tokens
+        assert torch.equal(reference[len(prompt) - 1 : -1].argmax(-1), text[len(prompt) :])
 
 
 @pytest.fixture(scope="session")
@@ -83,7 +87,7 @@ def one_rank(smollm2: Path, token_ids: list[list[int]]) -> Answers:
 def three_ranks(smollm2: Path, token_ids: list[list[int]]) -> Answers:
     """More ranks than cores: vLLM's ranks spin while they wait, so fewer and shorter prompts."""
     return answers(
-        {name: Case(smollm2, plan, token_ids[:6], max_tokens=8) for name, plan in PLANS.items()},
+        {name: Case(smollm2, plan, token_ids[:4], max_tokens=4) for name, plan in PLANS.items()},
         ranks=3,
     )
 
@@ -205,7 +209,7 @@ def test_prequantized_checkpoint_on_two_ranks(tmp_path: Path) -> None:
     assert max(ours) < 1.5 * plain, errors
 
 
-BF16_PLANS = ("plain", {"pair": [22, 28]}, {"pair": [14, 28]}, {"pair": [12, 28]})
+BF16_PLANS = ("plain", {"pair": [22, 28]}, {"pair": [12, 28]})
 
 
 def test_bfloat16_rounding(smollm2: Path, token_ids: list[list[int]]) -> None:
