@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -37,11 +38,13 @@ def test_folded_projection_equals_norm_then_projection() -> None:
     torch.testing.assert_close(normalized @ weight.T, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_folding_rounds_once() -> None:
-    """bf16 weights get the bf16 number nearest the exact product."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("gain_dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_folding_rounds_once(dtype: torch.dtype, gain_dtype: torch.dtype) -> None:
+    """Half-precision weights get the number nearest to the product in fp32."""
     torch.manual_seed(0)
-    weight = torch.randn(64, 48).bfloat16()
-    gain = (torch.rand(48) + 0.5).bfloat16()
-    exact = weight.double() * gain.double()
+    weight = torch.randn(9000, 48).to(dtype)
+    gain = (torch.rand(48) + 0.5).to(gain_dtype)
+    product = weight.float() * gain.float()
     fold_gain_(weight, gain)
-    assert torch.equal(weight, exact.bfloat16())
+    assert torch.equal(weight, product.to(dtype))

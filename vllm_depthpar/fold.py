@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import torch
 
-# Rows folded at a time: bounds the fp32 copy to a few megabytes per thousand columns.
-_CHUNK = 1024
+# Elements folded at a time where it takes an fp32 copy: 1 MiB, which stays in a core's cache.
+_CHUNK = 1 << 18
 
 
 def shard_of(member: int, size: int, rank: int, per_rank: int) -> tuple[slice, slice] | None:
@@ -44,5 +44,10 @@ def fold_gain_(weight: torch.Tensor, gain: torch.Tensor) -> None:
         gain: [in], the RMSNorm gain of the layer that the weight belongs to.
     """
     gain = gain.to(device=weight.device, dtype=torch.float32)
-    for rows in weight.split(_CHUNK):
+    rounded = gain.to(weight.dtype)
+    if torch.equal(rounded.float(), gain):
+        # PyTorch multiplies half-precision numbers in fp32 and rounds once: one pass, no copy.
+        weight.mul_(rounded)
+        return
+    for rows in weight.split(max(1, _CHUNK // weight.shape[1])):
         rows.copy_(rows.float() * gain)
