@@ -63,7 +63,7 @@ def check(result: Result, case: Case, model: torch.nn.Module) -> None:
 @pytest.fixture(scope="session")
 def token_ids(smollm2: Path) -> list[list[int]]:
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    return [tokenizer(text).input_ids for text in TEXTS]
+    return [tokenizer(text).input_ids[:32] for text in TEXTS]
 
 
 Answers = dict[str, tuple[Case, Result]]
@@ -159,18 +159,14 @@ def test_random_model_equals_reference(
 
 
 def test_compiled_plans_of_one_shape(tmp_path: Path) -> None:
-    """torch.compile, and vLLM's compile cache: plans whose graphs differ in order only.
-
-    The second run finds the caches filled by the first.
-    """
+    """torch.compile, and vLLM's compile cache: plans whose graphs differ in order only."""
     folder = write_llama(tmp_path, layers=3)
     cases = [
         Case(folder, {"blocks": blocks}, prompts(4, 40).tolist(), max_tokens=16)
         for blocks in ([[0, 1], [2]], [[2], [0, 1]])
     ]
-    for results in (run(cases, compiled=True), run(cases[::-1], compiled=True)[::-1]):
-        for case, result in zip(cases, results, strict=True):
-            check(result, case, hf.load(folder, case.plan))
+    for case, result in zip(cases, run(cases, compiled=True), strict=True):
+        check(result, case, hf.load(folder, case.plan))
 
 
 def test_ngram_speculation(tmp_path: Path) -> None:
@@ -209,7 +205,7 @@ def test_prequantized_checkpoint_on_two_ranks(tmp_path: Path) -> None:
     assert max(ours) < 1.5 * plain, errors
 
 
-BF16_PLANS = ("plain", {"pair": [22, 28]}, {"pair": [12, 28]})
+BF16_PLANS = ("plain", {"pair": [12, 28]})
 
 
 def test_bfloat16_rounding(smollm2: Path, token_ids: list[list[int]]) -> None:
