@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from vllm_depthpar.plan import Plan
+from vllm_depthpar.plan import Plan, resolve
 from vllm_depthpar.shape import ModelShape, all_reduces
 
 
@@ -14,7 +14,7 @@ def facts(plan: Plan, shape: ModelShape, tp: int = 1) -> dict[str, Any]:
 
     Bytes are per rank at tensor-parallel size `tp`; all-reduces are per forward pass at TP > 1.
     """
-    plain = Plan(plan.layers, tuple((layer,) for layer in range(plan.layers)))
+    plain = resolve("identity", plan.layers)
     return {
         "plan": plan.to_spec(),
         "digest": plan.digest,
