@@ -43,9 +43,16 @@ class Result:
 
 
 def run(
-    cases: list[Case], ranks: int = 1, timeout: float = 600, compiled: bool = False
+    cases: list[Case],
+    ranks: int = 1,
+    timeout: float = 600,
+    compiled: bool = False,
+    hosts: bool = False,
 ) -> list[Result]:
-    """Run every case at TP = `ranks`, eager or with vLLM's default compilation."""
+    """Run every case at TP = `ranks`, eager or with vLLM's default compilation.
+
+    With `hosts` each rank is a host to vLLM: messages instead of shared memory.
+    """
     with tempfile.TemporaryDirectory() as folder:
         job, answer = Path(folder, "cases.pt"), Path(folder, "results.pt")
         torch.save(cases, job)
@@ -63,6 +70,7 @@ def run(
             "TORCHDYNAMO_DISABLE": str(int(not compiled)),  # or vLLM's sampler is compiled
             # vLLM 0.32 writes these artifacts on a CPU but cannot load them again.
             "VLLM_USE_AOT_COMPILE": "0",
+            "OFFLINE_HOSTS": str(int(hosts)),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "WORLD_SIZE": str(ranks),
@@ -152,6 +160,11 @@ def _engine_run(case: Case, ranks: int) -> Result:
 
 def _main(job: str, answer: str) -> None:
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if os.environ["OFFLINE_HOSTS"] == "1":
+        from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
+
+        # vLLM's ranks use shared memory if they agree on a name for it, as on one host they do.
+        _CPUSHMDistributed.make_group_name = staticmethod(lambda communicator: f"host {rank}")
     results = []
     for case in torch.load(job, weights_only=False):
         results.append(_engine_run(case, ranks))

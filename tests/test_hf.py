@@ -27,6 +27,17 @@ PLANS: dict[str, Any] = {
     "skip and pair": {"skip": {"speedup": 1.5}, "pair": [1, 5]},
     "out of order": {"blocks": [[0], [3], [2, 1], [5, 4]]},
     "out of order, skipping": {"blocks": [[4, 1], [0], [5, 2]]},
+    # One for each way into a ladder block (first, after a standard one, after a ladder one) and out
+    # of it (last, before a standard one, before a ladder one).
+    "all ladder": {"ladder": "all"},
+    "last ladder": {"ladder": 3},
+    "first ladder": {"ladder": [0, 1]},
+    "one ladder": {"ladder": [2]},
+    "scattered ladder": {"ladder": [0, 2, 3, 5]},
+    "ladder over pairs": {"pair": [0, 6], "ladder": "all"},
+    "ladder over some pairs": {"pair": [1, 5], "ladder": [3, 4, 5]},
+    "ladder with skips": {"skip": {"speedup": 1.5}, "ladder": "all"},
+    "ladder out of order, skipping": {"blocks": [[4, 1], [0], [5, 2]], "ladder": [0, 2, 5]},
 }
 MODELS: dict[str, dict[str, Any]] = {
     "GQA": {},
@@ -98,10 +109,13 @@ def plain_logits(path: Path, plan: Plan, ids: Tensor) -> Tensor:
         gate, up = apply(f"{name}.mlp.gate_proj", x), apply(f"{name}.mlp.up_proj", x)
         return apply(f"{name}.mlp.down_proj", silu(gate) * up)
 
-    x = embedding(ids, weights["model.embed_tokens.weight"])
-    for block in plan.blocks:
-        x = x + torch.stack([attention(layer, x) for layer in block]).sum(0)
-        x = x + torch.stack([mlp(layer, x) for layer in block]).sum(0)
+    x = after_attention = embedding(ids, weights["model.embed_tokens.weight"])
+    for position, block in enumerate(plan.blocks):
+        ladder = position in plan.ladder
+        read = after_attention if ladder else x
+        after_attention = x + torch.stack([attention(layer, read) for layer in block]).sum(0)
+        read = x if ladder else after_attention
+        x = after_attention + torch.stack([mlp(layer, read) for layer in block]).sum(0)
     head = "model.embed_tokens" if config["tie_word_embeddings"] else "lm_head"
     return apply(head, norm("model.norm", x))
 
@@ -181,7 +195,9 @@ def test_left_padding_does_not_change_a_row(folder: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("plan", ["pairs", "out of order, skipping"])
+@pytest.mark.parametrize(
+    "plan", ["pairs", "out of order, skipping", "scattered ladder", "ladder over pairs"]
+)
 def test_gradients_reach_every_kept_parameter(folder: Path, plan: str) -> None:
     model = hf.load(folder, PLANS[plan])
     ids = prompts(2, 16)

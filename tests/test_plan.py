@@ -41,11 +41,40 @@ FORMS: list[tuple[Any, int, list[list[int]]]] = [
 ]
 
 
+# (spec, layers, blocks, indices of the layers in ladder blocks)
+LADDERS: list[tuple[Any, int, list[list[int]], list[int]]] = [
+    ({"ladder": "all"}, 3, [[0], [1], [2]], [0, 1, 2]),
+    ({"ladder": 2}, 4, [[0], [1], [2], [3]], [2, 3]),
+    ({"ladder": 4}, 4, [[0], [1], [2], [3]], [0, 1, 2, 3]),
+    ({"ladder": [2, 0]}, 4, [[0], [1], [2], [3]], [0, 2]),
+    ({"ladder": [2, 2]}, 4, [[0], [1], [2], [3]], [2]),
+    ({"ladder": [], "pair": [0, 2]}, 3, [[0, 1], [2]], []),
+    ({"ladder": "all", "pair": [1, 3]}, 4, [[0], [1, 2], [3]], [0, 1, 2, 3]),
+    ({"ladder": 3, "pair": [1, 3]}, 4, [[0], [1, 2], [3]], [1, 2, 3]),
+    ({"ladder": [2, 1], "pair": [1, 3]}, 4, [[0], [1, 2], [3]], [1, 2]),
+    ({"ladder": "all", "skip": {"speedup": 2}}, 4, [[0], [3]], [0, 3]),
+    # A number counts layers of the checkpoint, skipped ones too.
+    ({"ladder": 2, "skip": {"speedup": 2}}, 9, [[0], [3], [5], [8]], [8]),
+    ({"ladder": 6, "skip": {"speedup": 2}, "pair": [1, 8]}, 9, [[0], [3, 5], [8]], [3, 5, 8]),
+    ({"ladder": [1, 3], "blocks": [[0], [3, 1]]}, 4, [[0], [3, 1]], [1, 3]),
+]
+
+
+@pytest.mark.parametrize(("spec", "layers", "blocks", "ladder"), LADDERS)
+def test_ladder_form(spec: Any, layers: int, blocks: list[list[int]], ladder: list[int]) -> None:
+    plan = resolve(spec, layers)
+    assert plan.blocks == tuple(tuple(block) for block in blocks)
+    assert plan.ladder == {at for at, block in enumerate(blocks) if block[0] in ladder}
+    assert plan.to_spec().get("ladder", []) == ladder
+    assert plan.is_identity == (not ladder and plan.depth == layers)
+
+
 @pytest.mark.parametrize(("spec", "layers", "blocks"), FORMS)
 def test_form(spec: Any, layers: int, blocks: list[list[int]]) -> None:
     plan = resolve(spec, layers)
     assert plan == Plan(layers, tuple(tuple(block) for block in blocks))
     assert plan.to_spec() == {"layers": layers, "blocks": blocks}
+    assert not plan.ladder
 
 
 def test_properties_of_a_plan() -> None:
@@ -58,6 +87,9 @@ def test_properties_of_a_plan() -> None:
     assert resolve("identity", 10).is_identity
     assert resolve("identity", 10).name == "10 layers as 10 blocks"
     assert not resolve({"blocks": [[1], [0]]}, 2).is_identity
+    ladder = resolve({"pair": [2, 6], "ladder": 6}, 10)
+    assert ladder.name == "10 layers as 8 blocks (2 of 2, 5 ladder)"
+    assert [at for at in range(10) if ladder.is_ladder(at)] == [3, 4, 5, 6, 7]
 
 
 def test_digest_is_stable() -> None:
@@ -126,8 +158,27 @@ def blocks(draw: st.DrawFn) -> Case:
 
 
 whole: st.SearchStrategy[Case] = st.integers(2, 200).map(lambda layers: ({}, layers))
+
+
+@st.composite
+def ladders(draw: st.DrawFn, specs: st.SearchStrategy[Case]) -> Case:
+    """A ladder over some of the blocks of the spec below; blocks stay whole."""
+    spec, layers = draw(specs)
+    blocks = resolve(spec or "identity", layers).blocks
+    chosen = draw(st.lists(st.sampled_from(blocks), unique=True))
+    if draw(st.booleans()) or not (spec or chosen):
+        return {**spec, "ladder": "all"}, layers
+    return {**spec, "ladder": [layer for block in chosen for layer in block]}, layers
+
+
 short_forms = skips() | pairs(whole) | pairs(skips())
-specs = short_forms | blocks() | st.integers(1, 200).map(lambda layers: ("identity", layers))
+short_forms |= ladders(whole) | ladders(short_forms)
+specs = (
+    short_forms
+    | blocks()
+    | ladders(blocks())
+    | st.integers(1, 200).map(lambda layers: ("identity", layers))
+)
 
 
 @given(specs)
@@ -162,6 +213,15 @@ def test_pairs_group_the_span_and_nothing_else(case: Case) -> None:
         inside = start <= block[0] < end
         assert len(block) == (spec.get("group", 2) if inside else 1)
         assert all(start <= layer < end for layer in block) == inside
+
+
+@given(ladders(short_forms))
+def test_ladder_takes_the_named_layers_and_nothing_else(case: Case) -> None:
+    spec, layers = case
+    plan, without = resolve(spec, layers), resolve({**spec, "ladder": []}, layers)
+    assert plan.blocks == without.blocks
+    named = plan.kept if spec["ladder"] == "all" else spec["ladder"]
+    assert {layer for at in plan.ladder for layer in plan.blocks[at]} == set(named)
 
 
 @given(skips())
@@ -206,19 +266,19 @@ ERRORS: list[tuple[Any, str]] = [
     ({"skip": {"speedup": True}}, "'skip.speedup': True is wrong"),
     ({1: 2}, "is not a mapping"),
     # The value as a whole
-    (None, "None is not a mapping; allowed keys: 'blocks', 'group', 'layers', 'pair', 'skip'"),
+    (None, "None is not a mapping; allowed keys: 'blocks', 'group', 'ladder', 'layers', 'pair', "),
     ([[0], [1]], "[[0], [1]] is not a mapping"),
     (3, "3 is not a mapping"),
     ("atuo", "'atuo' is unknown; allowed: 'auto', 'identity' or a mapping"),
     ("two\nlines", r"'two\nlines' is unknown"),
     ("x" * 1000, "... is unknown"),
     ("auto", "'auto' needs the model"),
-    ({}, "empty; it needs one of the keys 'blocks', 'pair', 'skip'"),
+    ({}, "empty; it needs one of the keys 'blocks', 'ladder', 'pair', 'skip'"),
     ({"layers": 30}, "empty"),
     ({"blocks": None}, "empty"),
     # Keys
     ({"pairs": [0, 2]}, "'pairs' is unknown; did you mean 'pair'?"),
-    ({"pairs": [0, 2]}, "allowed: 'blocks', 'group', 'layers', 'pair', 'skip'"),
+    ({"pairs": [0, 2]}, "allowed: 'blocks', 'group', 'ladder', 'layers', 'pair', 'skip'"),
     ({"pair": [0, 2], "grp": 2}, "'grp' is unknown; did you mean 'group'?"),
     ({"zzz": 1}, "'zzz' is unknown (allowed:"),
     ({"a\nb": 1}, r"'a\nb' is unknown"),
@@ -237,9 +297,9 @@ ERRORS: list[tuple[Any, str]] = [
     ({"blocks": [["1"]]}, "'blocks': '1' is wrong"),
     ({"blocks": [[0], [1, 0]]}, "'blocks': layer 0 is used twice; allowed: once"),
     ({"blocks": [[4, 4]]}, "'blocks': layer 4 is used twice"),
-    ({"blocks": [[0]], "pair": [0, 2]}, "'blocks' says everything"),
-    ({"blocks": [[0]], "group": 2}, "'blocks' says everything"),
-    ({"blocks": [[0]], "skip": {"speedup": 2}}, "'blocks' says everything"),
+    ({"blocks": [[0]], "pair": [0, 2]}, "'blocks' names every layer"),
+    ({"blocks": [[0]], "group": 2}, "'blocks' names every layer"),
+    ({"blocks": [[0]], "skip": {"speedup": 2}}, "'blocks' names every layer"),
     # pair and group
     ({"pair": [14, 27]}, "'pair': [14, 27] holds 13 layers; allowed: a multiple of 2"),
     ({"pair": [14, 28], "group": 3}, "'pair': [14, 28] holds 14 layers; allowed: a multiple of 3"),
@@ -270,6 +330,20 @@ ERRORS: list[tuple[Any, str]] = [
     # A span is counted in the layers that skipping left.
     ({"skip": {"speedup": 2}, "pair": [14, 24]}, "'pair': [14, 24] holds 5 layers"),
     ({"skip": {"speedup": 10}, "pair": [2, 6]}, "'pair': [2, 6] holds 0 layers"),
+    # ladder
+    ({"ladder": 0}, "'ladder': 0 is wrong; allowed: which layers read the stream as a ladder"),
+    ({"ladder": 31}, "'ladder': 31 is too many; allowed: 1 to 30"),
+    ({"ladder": -1}, "'ladder': -1 is wrong"),
+    ({"ladder": True}, "'ladder': True is wrong"),
+    ({"ladder": 1.5}, "'ladder': 1.5 is wrong"),
+    ({"ladder": "last"}, "'ladder': 'last' is wrong; allowed: which layers"),
+    ({"ladder": [30]}, "'ladder': layer 30 is out of range; allowed: 0 to 29"),
+    ({"ladder": [-1]}, "'ladder': [-1] is wrong"),
+    ({"ladder": ["1"]}, "'ladder': ['1'] is wrong"),
+    ({"ladder": [1], "skip": {"speedup": 2}}, "'ladder': layer 1 is skipped; allowed: layers that"),
+    ({"ladder": 3, "pair": [26, 28]}, "'ladder': 3 takes some layers of the block [26, 27]; allow"),
+    ({"ladder": [3], "pair": [2, 6]}, "'ladder': [3] takes some layers of the block [2, 3]"),
+    ({"lader": "all"}, "'lader' is unknown; did you mean 'ladder'?"),
     # layers
     ({"pair": [0, 2], "layers": 28}, "'layers': 28 is not this checkpoint's number of layers; al"),
     ({"pair": [0, 2], "layers": 28}, "allowed: 30"),
@@ -295,7 +369,7 @@ json_values = st.recursive(
     max_leaves=8,
 )
 spec_like = st.dictionaries(
-    st.sampled_from(["blocks", "pair", "group", "skip", "layers", "speedup"]),
+    st.sampled_from(["blocks", "pair", "group", "skip", "ladder", "layers", "speedup"]),
     json_values
     | st.lists(st.integers(-2, 32), max_size=3)
     | st.lists(st.lists(st.integers(-2, 32), max_size=3), max_size=3)
@@ -373,7 +447,7 @@ def test_load_of_a_bad_file_names_the_file(tmp_path: Path, content: bytes, words
     assert len(str(error.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("spec", [spec for spec, _, _ in FORMS] + ["auto"], ids=repr)
+@pytest.mark.parametrize("spec", [form[0] for form in (*FORMS, *LADDERS)] + ["auto"], ids=repr)
 def test_schema_accepts(spec: Any) -> None:
     jsonschema.validate(spec, json_schema())
 
@@ -400,6 +474,9 @@ def test_schema_accepts(spec: Any) -> None:
         {"skip": {"speedup": "2"}},
         {"skip": {"speedup": 2, "schedule": "even"}},
         {"skip": {"speedup": 2, "keep": 3}},
+        {"ladder": 0},
+        {"ladder": "last"},
+        {"ladder": [-1]},
         {"pair": [0, 2], "layers": 0},
     ],
     ids=repr,

@@ -11,6 +11,7 @@ from typing import Any
 
 from vllm_depthpar import __version__, picture, plan, sources
 from vllm_depthpar.bundled import BundledModelError, prepare
+from vllm_depthpar.ladder_checkpoint import MODEL_TYPE
 from vllm_depthpar.plan import PlanError
 from vllm_depthpar.shape import ModelShape
 
@@ -89,7 +90,7 @@ def read_config(model: str) -> dict[str, Any]:
         config = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise PlanError(f"{path} can't be read ({error}); allowed: a config.json") from None
-    if not isinstance(config, dict) or config.get("model_type") != "llama":
+    if not isinstance(config, dict) or config.get("model_type") not in ("llama", MODEL_TYPE):
         kind = config.get("model_type") if isinstance(config, dict) else None
         raise PlanError(f"model_type {kind!r} of {model} is not supported; allowed: 'llama'")
     return config

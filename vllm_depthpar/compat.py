@@ -17,6 +17,7 @@ from math import gcd
 from types import TracebackType
 from typing import Any
 
+import torch
 from huggingface_hub.errors import (
     HFValidationError,
     LocalEntryNotFoundError,
@@ -26,13 +27,16 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 from pydantic import ValidationError
 from transformers import PreTrainedConfig
-from vllm.config import ModelConfig, VllmConfig
+from vllm.config import CUDAGraphMode, ModelConfig, VllmConfig
 from vllm.distributed import get_tp_group, parallel_state
+from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
+from vllm.distributed.parallel_state import GroupCoordinator
+from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.logger import init_logger
 from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 
-from vllm_depthpar import __version__, sources
+from vllm_depthpar import __version__, ladder_checkpoint, ladder_config, sources
 from vllm_depthpar.plan import Plan, PlanError, resolve
 from vllm_depthpar.shape import ModelShape
 
@@ -41,7 +45,13 @@ SUPPORTED = SpecifierSet(">=0.32,<0.34")
 MODEL_IMPL = "depthpar"
 ARCHITECTURE = "DepthParLlamaForCausalLM"
 # Architectures that vLLM itself serves with its Llama class and that have Llama's config keys.
-LLAMA_ARCHITECTURES = ("LlamaForCausalLM", "LLaMAForCausalLM", "LlamaModel", ARCHITECTURE)
+LLAMA_ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "LLaMAForCausalLM",
+    "LlamaModel",
+    ladder_checkpoint.ARCHITECTURE,
+    ARCHITECTURE,
+)
 
 # Speculation that takes nothing from inside the target model.
 _SPECULATION = ("ngram", "ngram_gpu", "suffix", "draft_model")
@@ -73,6 +83,7 @@ def install() -> None:
         return
     ModelRegistry.register_model(ARCHITECTURE, f"vllm_depthpar.vllm_model:{ARCHITECTURE}")
     MODELS_CONFIG_MAP[ARCHITECTURE] = DepthParConfig
+    ladder_config.register()
     registry = type(ModelRegistry)
     for name in ("inspect_model_cls", "resolve_model_cls"):
         setattr(registry, name, _with_model_impl(getattr(registry, name)))
@@ -80,7 +91,7 @@ def install() -> None:
 
 
 def _with_model_impl(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Let `model_impl == "depthpar"` select our class.
+    """Let `model_impl == "depthpar"`, or a checkpoint trained as a ladder, select our class.
 
     Relies on: the registry's two look-ups take (architectures, model_config), every look-up goes
     through them, and `ModelConfig.model_impl` accepts any string.
@@ -88,7 +99,8 @@ def _with_model_impl(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(method)
     def look_up(self: Any, architectures: str | list[str], model_config: ModelConfig) -> Any:
-        if model_config.model_impl == MODEL_IMPL:
+        ladder = model_config.hf_config.model_type == ladder_checkpoint.MODEL_TYPE
+        if model_config.model_impl == MODEL_IMPL or ladder:
             architectures = [_select(architectures)]
         return method(self, architectures, model_config)
 
@@ -209,6 +221,35 @@ def base_shape(config: PreTrainedConfig) -> ModelShape:
     """The shape of the checkpoint, as it was before the plan."""
     return ModelShape.from_config(
         {**config.to_dict(), "num_hidden_layers": config.depthpar_base_layers}
+    )
+
+
+def group_named(name: str) -> GroupCoordinator:
+    """The live group with a unique name, as vLLM's own collective ops look it up.
+
+    Relies on: `parallel_state._groups` maps names to weak references.
+    """
+    group = parallel_state._groups[name]()
+    if group is None:
+        raise RuntimeError(f"group {name} is destroyed")
+    return group
+
+
+def reduces_over_shared_memory(group: GroupCoordinator) -> bool:
+    """Whether a CPU group's ranks share a host and all-reduce through its memory.
+
+    Relies on: `CpuCommunicator.dist_module` is torch.distributed where they don't.
+    """
+    communicator = group.device_communicator
+    return isinstance(getattr(communicator, "dist_module", None), _CPUSHMDistributed)
+
+
+def capturing_a_piece() -> bool:
+    """Whether a CUDA graph is being captured that is one piece of a forward pass."""
+    return (
+        torch.cuda.is_current_stream_capturing()
+        and is_forward_context_available()
+        and get_forward_context().cudagraph_runtime_mode == CUDAGraphMode.PIECEWISE
     )
 
 

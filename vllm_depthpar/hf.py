@@ -10,6 +10,14 @@ each with its own RMSNorm inside, a block of layers i runs
 A block of one layer is a standard Llama layer; a block of two is Layer Parallelism's pair
 (arXiv 2502.02790, section 4). A layer in no block is absent, with its cache (Unified Layer
 Skipping, arXiv 2404.06954).
+
+A ladder block (Ladder Residual, arXiv 2501.06589, section 3) reads the stream elsewhere: with y the
+stream of the block before it after that block's attention (before the first block: the embedding),
+
+    y, x <- x + sum_i A_i(y), x + sum_i A_i(y) + sum_i F_i(x)
+
+As in the authors' modeling_llama_ladder.py, a standard block before it hands on its y, and one
+after it reads the complete x.
 """
 
 from __future__ import annotations
@@ -18,14 +26,17 @@ import re
 from collections.abc import Iterable
 from functools import reduce
 from os import PathLike
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from . import ladder_config
 from .plan import Plan, PlanError, resolve
+
+Stream: TypeAlias = Tensor | tuple[Tensor, Tensor]
 
 
 class ParallelBlock(LlamaDecoderLayer):
@@ -33,29 +44,38 @@ class ParallelBlock(LlamaDecoderLayer):
 
     To transformers it is one decoder layer: subclassing makes gradient checkpointing, the recording
     of hidden states and device maps treat it as such. `attend` and `feed` are the two sums of the
-    equations, so that a block that reads the stream elsewhere changes `forward` alone.
+    equations.
 
     Attributes:
         members: the original decoder layers, by their index in the checkpoint.
+        ladder: whether this is a ladder block.
+        before_ladder: whether the next block is one.
     """
 
-    def __init__(self, members: dict[int, LlamaDecoderLayer]) -> None:
+    def __init__(
+        self, members: dict[int, LlamaDecoderLayer], ladder: bool, before_ladder: bool
+    ) -> None:
         # Not LlamaDecoderLayer's own constructor: it would make one more layer's weights.
         nn.Module.__init__(self)
         self.members = nn.ModuleDict({str(index): layer for index, layer in members.items()})
+        self.ladder = ladder
+        self.before_ladder = before_ladder
 
-    def forward(self, hidden_states: Tensor, *_: Any, **context: Any) -> Tensor:
+    def forward(self, hidden_states: Stream, *_: Any, **context: Any) -> Stream:
         """Run the block.
 
         Args:
-            hidden_states: the residual stream, (batch, tokens, hidden).
+            hidden_states: the residual stream, (batch, tokens, hidden); for a ladder block that is
+                not the first, the pair (x, y) of the equations.
             context: what transformers hands every attention (rotary embedding, mask, cache).
 
         Returns:
-            The residual stream after the block, same shape.
+            The residual stream after the block, same shape; the pair if a ladder block is next.
         """
-        hidden_states = hidden_states + self.attend(hidden_states, **context)
-        return hidden_states + self.feed(hidden_states)
+        x, y = hidden_states if isinstance(hidden_states, tuple) else (hidden_states, hidden_states)
+        y = x + self.attend(y if self.ladder else x, **context)
+        x = y + self.feed(x if self.ladder else y)
+        return (x, y) if self.before_ladder else x
 
     def attend(self, stream: Tensor, **context: Any) -> Tensor:
         """The sum of A_i(stream) over the block's layers; shapes as in `forward`."""
@@ -89,6 +109,7 @@ def load(
         PlanError: the plan is wrong, or the checkpoint is not a Llama; before weights load.
         OSError: there is no checkpoint at `path`.
     """
+    ladder_config.register()
     config = AutoConfig.from_pretrained(path)
     if not isinstance(config, LlamaConfig):
         raise PlanError(f"model_type {config.model_type!r} is not supported; allowed: 'llama'")
@@ -121,7 +142,12 @@ def restructure(model: LlamaForCausalLM, plan: Plan) -> LlamaForCausalLM:
     for slot, index in enumerate(index for block in plan.blocks for index in block):
         layers[index].self_attn.layer_idx = slot
     model.model.layers = nn.ModuleList(
-        ParallelBlock({index: layers[index] for index in block}) for block in plan.blocks
+        ParallelBlock(
+            {index: layers[index] for index in block},
+            ladder=plan.is_ladder(position),
+            before_ladder=plan.is_ladder(position + 1),
+        )
+        for position, block in enumerate(plan.blocks)
     )
     model.config.num_hidden_layers = len(plan.kept)
     return model

@@ -1,10 +1,11 @@
-"""The plan: which layers run, and which of them run side by side.
+"""The plan: which layers run, which of them run side by side, and what each block reads.
 
 A *spec* is what people write (JSON: ``{"pair": [14, 28]}``, ``{"skip": {"speedup": 1.5}}``, ...).
 `resolve` turns a spec and the checkpoint's number of layers into a `Plan`, the one normal form
 that every other part of the program takes. Plain data: no torch, no vLLM.
 
-Methods: Layer Parallelism (arXiv 2502.02790), Unified Layer Skipping (arXiv 2404.06954).
+Methods: Layer Parallelism (arXiv 2502.02790), Ladder Residual (arXiv 2501.06589), Unified Layer
+Skipping (arXiv 2404.06954). They compose.
 """
 
 from __future__ import annotations
@@ -68,12 +69,18 @@ class Spec(BaseModel):
     skip: Skip | None = Field(
         default=None, description='{"speedup": s} or {"speedup": s, "schedule": "paper"}'
     )
+    ladder: Annotated[StrictInt, Field(ge=1)] | list[LayerIndex] | Literal["all"] | None = Field(
+        default=None,
+        description="which layers read the stream as a ladder: a number (that many, the last), "
+        "a list of layer indices, or 'all'",
+    )
     layers: Annotated[StrictInt, Field(ge=1)] | None = Field(
         default=None, description="the number of layers of the checkpoint the plan was made for"
     )
 
 
 NAMED = ("auto", "identity")
+_METHODS = ("blocks", "ladder", "pair", "skip")
 _ADAPTER: TypeAdapter[Any] = TypeAdapter(Spec | Literal["auto", "identity"])
 
 
@@ -85,10 +92,15 @@ class Plan:
         layers: number of decoder layers N of the checkpoint.
         blocks: the blocks in the order they run; each holds the indices (0..N-1) of the layers
             that run side by side in it. Layers in no block are skipped.
+        ladder: positions in `blocks` of the ladder blocks; the others are standard. With x the
+            stream before a block and A and F its attention and MLP, a standard block computes
+            y = x + A(x), then y + F(y). A ladder block computes y = x + A(y'), then y + F(x), where
+            y' is the y of the block before it (of the first block: the embedding).
     """
 
     layers: int
     blocks: tuple[tuple[int, ...], ...]
+    ladder: frozenset[int] = frozenset()
 
     @property
     def depth(self) -> int:
@@ -108,13 +120,19 @@ class Plan:
     @property
     def is_identity(self) -> bool:
         """True when the plan runs every layer alone and in order, as plain vLLM does."""
-        return self.blocks == tuple((layer,) for layer in range(self.layers))
+        return not self.ladder and self.blocks == tuple((layer,) for layer in range(self.layers))
+
+    def is_ladder(self, position: int) -> bool:
+        """Whether the block at `position` is a ladder block; False for positions past the last."""
+        return position in self.ladder
 
     @property
     def name(self) -> str:
         """A summary for one line of a log: '30 layers as 23 blocks (7 of 2)'."""
         widths = [len(block) for block in self.blocks if len(block) > 1]
         notes = [f"{widths.count(width)} of {width}" for width in sorted(set(widths))]
+        if self.ladder:
+            notes.append(f"{len(self.ladder)} ladder")
         if self.skipped:
             notes.append(f"{len(self.skipped)} skipped")
         return f"{self.layers} layers as {self.depth} blocks" + (
@@ -128,7 +146,13 @@ class Plan:
 
     def to_spec(self) -> dict[str, Any]:
         """The plan as JSON-ready data; `resolve` gives the same plan back."""
-        return {"layers": self.layers, "blocks": [list(block) for block in self.blocks]}
+        spec: dict[str, Any] = {
+            "layers": self.layers,
+            "blocks": [list(block) for block in self.blocks],
+        }
+        if self.ladder:
+            spec["ladder"] = sorted(layer for at in self.ladder for layer in self.blocks[at])
+        return spec
 
 
 def resolve(spec: object, layers: int) -> Plan:
@@ -152,12 +176,8 @@ def resolve(spec: object, layers: int) -> Plan:
             f"plan key 'layers': {parsed.layers} is not this checkpoint's number of layers; "
             f"allowed: {layers}"
         )
-    if parsed.blocks is not None:
-        return Plan(layers, _checked_blocks(parsed.blocks, layers))
-    kept = _kept_by_skipping(parsed.skip, layers) if parsed.skip else tuple(range(layers))
-    if parsed.pair is None:
-        return Plan(layers, tuple((layer,) for layer in kept))
-    return Plan(layers, _grouped(kept, parsed.pair, parsed.group or 2, layers))
+    blocks = _blocks(parsed, layers)
+    return Plan(layers, blocks, _ladder_blocks(parsed.ladder, blocks, layers))
 
 
 def parse(spec: object) -> Any:
@@ -178,11 +198,11 @@ def parse(spec: object) -> Any:
         parsed = Spec.model_validate(spec)
     except ValidationError as error:
         raise PlanError(_explain(error)) from None
-    if parsed.blocks is None and parsed.pair is None and parsed.skip is None:
-        raise PlanError("plan is empty; it needs one of the keys 'blocks', 'pair', 'skip'")
+    if all(getattr(parsed, key) is None for key in _METHODS):
+        raise PlanError(f"plan is empty; it needs one of the keys {_names(_METHODS)}")
     if parsed.blocks is not None and (parsed.pair or parsed.group or parsed.skip):
         raise PlanError(
-            "plan key 'blocks' says everything; it can't stand beside pair, group, skip"
+            "plan key 'blocks' names every layer that runs; it can't stand beside pair, group, skip"
         )
     if parsed.group is not None and parsed.pair is None:
         raise PlanError(f"plan key 'group': {parsed.group} needs the key 'pair' beside it")
@@ -238,6 +258,46 @@ def json_schema() -> dict[str, Any]:
         "title": "vllm-depthpar plan",
         **_ADAPTER.json_schema(),
     }
+
+
+def _blocks(spec: Spec, layers: int) -> tuple[tuple[int, ...], ...]:
+    if spec.blocks is not None:
+        return _checked_blocks(spec.blocks, layers)
+    kept = _kept_by_skipping(spec.skip, layers) if spec.skip else tuple(range(layers))
+    if spec.pair is None:
+        return tuple((layer,) for layer in kept)
+    return _grouped(kept, spec.pair, spec.group or 2, layers)
+
+
+def _ladder_blocks(
+    ladder: int | list[int] | str | None, blocks: tuple[tuple[int, ...], ...], layers: int
+) -> frozenset[int]:
+    """Positions of the blocks whose layers `ladder` names."""
+    if isinstance(ladder, int):
+        if ladder > layers:
+            raise PlanError(f"plan key 'ladder': {ladder} is too many; allowed: 1 to {layers}")
+        named = set(range(layers - ladder, layers))
+    elif isinstance(ladder, list):
+        named = set(ladder)
+        kept = {layer for block in blocks for layer in block}
+        for layer in ladder:
+            if layer >= layers:
+                raise PlanError(
+                    f"plan key 'ladder': layer {layer} is out of range; allowed: 0 to {layers - 1}"
+                )
+            if layer not in kept:
+                raise PlanError(
+                    f"plan key 'ladder': layer {layer} is skipped; allowed: layers that run"
+                )
+    else:
+        named = set(range(layers)) if ladder == "all" else set()
+    for block in blocks:
+        if 0 < len(named.intersection(block)) < len(block):
+            raise PlanError(
+                f"plan key 'ladder': {_short(ladder)} takes some layers of the block "
+                f"{_short(list(block))}; allowed: all layers of a block, or none"
+            )
+    return frozenset(position for position, block in enumerate(blocks) if named.issuperset(block))
 
 
 def _checked_blocks(blocks: list[list[int]], layers: int) -> tuple[tuple[int, ...], ...]:
@@ -304,6 +364,8 @@ def _explain(error: ValidationError) -> str:
     fields, path = Spec.model_fields, [part for part in first["loc"] if isinstance(part, str)]
     if path[:1] == ["skip"] and len(path) > 1:
         fields = Skip.model_fields
+    if path[:1] == ["ladder"]:
+        path = ["ladder"]  # without pydantic's name for the form that it tried
     key, leaf = ".".join(path), path[-1]
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(leaf, fields, n=1, cutoff=0.5)

@@ -96,5 +96,19 @@ class ModelShape:
 
 
 def all_reduces(plan: Plan) -> int:
-    """All-reduces of one forward pass at TP > 1: two a block, and one for the embedding."""
-    return 2 * plan.depth + 1
+    """All-reduces of one forward pass at TP > 1.
+
+    Two a block and one for the embedding; but a ladder block that no other follows sums attention
+    and MLP on each rank first and reduces once.
+    """
+    ends = sum(not plan.is_ladder(at + 1) for at in plan.ladder)
+    return 2 * plan.depth + 1 - ends
+
+
+def hidden_all_reduces(plan: Plan) -> int:
+    """Those of `all_reduces` that run while the next module computes (arXiv 2501.06589).
+
+    The MLP's of any block that a ladder block follows; the attention's of such a ladder block.
+    """
+    followed = [at for at in range(plan.depth) if plan.is_ladder(at + 1)]
+    return len(followed) + sum(plan.is_ladder(at) for at in followed)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllm_depthpar import plan as plans
+from vllm_depthpar.ladder_checkpoint import ladder_of
 from vllm_depthpar.plan import Plan
 from vllm_depthpar.presets import auto_spec
 from vllm_depthpar.shape import ModelShape
@@ -28,13 +29,16 @@ def choose(
         environ: the value of the environment variable `DEPTHPAR_PLAN`, if it is set.
         override_name: where `override` was given, for the log.
 
+    A checkpoint that was trained as a ladder (see `vllm_depthpar.ladder_checkpoint`) stays one: a
+    mapping without the key `ladder` gets the checkpoint's ladder layers, and `auto` is those alone.
+
     Returns:
         The plan, and where it came from, for the log.
 
     Raises:
         PlanError: the winning source holds no valid plan for this checkpoint.
     """
-    shape = ModelShape.from_config(config)
+    shape, ladder = ModelShape.from_config(config), ladder_of(config)
     if override is not None:
         spec, source = override, override_name
     elif environ:
@@ -43,6 +47,10 @@ def choose(
         spec, source = config[KEY], "config.json"
     else:
         spec, source = "auto", "default"
+    if spec == "auto" and ladder is not None:
+        spec, source = {"ladder": ladder}, f"{source}: the checkpoint's ladder_layers"
+    elif ladder is not None and isinstance(spec, dict) and spec.get("ladder") is None:
+        spec = {**spec, "ladder": ladder}
     if spec == "auto":
         spec, reason = auto_spec(shape)
         source = f"{source}: auto, {reason}"

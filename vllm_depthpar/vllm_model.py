@@ -3,9 +3,11 @@
 A block of m layers is *one* decoder layer with m times the heads, KV heads and intermediate size
 (see `vllm_depthpar.fold`), or, where m divides the tensor-parallel size, one member layer per
 group of ranks. Either way vLLM's kernels, sharding, KV cache, batching and compilation apply as
-they are: these classes only decide what a block holds and how its weights arrive.
+they are: these classes only decide what a block holds, how its weights arrive, what it reads, and
+when its all-reduces run.
 
-Layer Parallelism: arXiv 2502.02790, equation 2. Unified Layer Skipping: arXiv 2404.06954.
+Layer Parallelism: arXiv 2502.02790, equation 2. Ladder Residual: arXiv 2501.06589, section 3.
+Unified Layer Skipping: arXiv 2404.06954.
 """
 
 from __future__ import annotations
@@ -13,12 +15,14 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from transformers import LlamaConfig
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     LinearBase,
@@ -31,6 +35,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, extract_layer_in
 from vllm_depthpar.compat import member_of_this_rank, narrowed_tensor_parallel, plan_of
 from vllm_depthpar.fold import fold_gain_, shard_of
 from vllm_depthpar.plan import Plan
+from vllm_depthpar.reductions import InFlight, Reductions
 
 Weights = Iterable[tuple[str, torch.Tensor]]
 
@@ -48,19 +53,115 @@ def make_decoder_layer(*, vllm_config: VllmConfig, prefix: str) -> nn.Module:
     Args:
         prefix: "model.layers.B", B the position of the block in the plan.
     """
-    position = extract_layer_index(prefix)
-    block = plan_of(vllm_config).blocks[position]
+    plan, position = plan_of(vllm_config), extract_layer_index(prefix)
+    block = plan.blocks[position]
     # Named after its first layer, so that what addresses layers of the checkpoint by index
     # (ignore lists of quantized checkpoints, layer_types) finds them.
     prefix = f"{prefix.rpartition('.')[0]}.{block[0]}"
+    layer: BlockDecoderLayer
     if len(block) == 1:
-        return LlamaDecoderLayer(vllm_config, prefix)
-    if get_tensor_model_parallel_world_size() % len(block) == 0:
-        return DealtDecoderLayer(vllm_config, prefix, members=len(block))
-    return WideDecoderLayer(vllm_config, prefix, members=len(block))
+        layer = BlockDecoderLayer(vllm_config, prefix)
+    elif get_tensor_model_parallel_world_size() % len(block) == 0:
+        layer = DealtDecoderLayer(vllm_config, prefix, members=len(block))
+    else:
+        layer = WideDecoderLayer(vllm_config, prefix, members=len(block))
+    layer.join(ladder=plan.is_ladder(position), before_ladder=plan.is_ladder(position + 1))
+    return layer
 
 
-class DealtDecoderLayer(LlamaDecoderLayer):
+class Pending(NamedTuple):
+    """What a block hands to a ladder block in place of one term: two that may be on their way.
+
+    Attributes:
+        attention: to be added before the next attention; None if the stream has it already.
+        mlp: to be added before the next MLP; None before the first block.
+    """
+
+    attention: InFlight | None
+    mlp: InFlight | None
+
+
+class BlockDecoderLayer(LlamaDecoderLayer):
+    """One block of a plan, standard or ladder, with its all-reduces in our hands.
+
+    vLLM's decoder layers pass on (hidden_states, residual): a term, and the stream that the next
+    layer's norm adds it to. So do these; to a ladder block the term is a `Pending`. Either kind of
+    block adds inside its two norms and nowhere else, as a plain layer does.
+    """
+
+    def join(self, ladder: bool, before_ladder: bool) -> None:
+        """Say whether this is a ladder block, and whether the next block is."""
+        self.ladder = ladder
+        self.before_ladder = before_ladder
+        self.reductions = Reductions()
+        self.self_attn.o_proj.reduce_results = False
+        self.mlp.down_proj.reduce_results = False
+
+    def forward(
+        self,
+        positions: torch.Tensor,
+        hidden_states: torch.Tensor | Pending,
+        residual: torch.Tensor | None,
+    ) -> tuple[torch.Tensor | Pending, torch.Tensor]:
+        """Run the block.
+
+        Args:
+            positions: (tokens,).
+            hidden_states: (tokens, hidden), for the first block the embedding; for any other what
+                the block before it returned, as `residual` is.
+
+        Returns:
+            The term that is still to be added to the stream, and the stream, (tokens, hidden).
+        """
+        if self.ladder:
+            if residual is None:  # the first block: attention and MLP both read the embedding
+                return self._ladder(positions, Pending(None, None), hidden_states)
+            return self._ladder(positions, hidden_states, residual)
+        hidden_states, residual = _norm(self.input_layernorm, hidden_states, residual)
+        attention = self.reductions.all_reduce(self.self_attn(positions, hidden_states))
+        hidden_states, residual = _norm(self.post_attention_layernorm, attention, residual)
+        mlp = self.mlp(hidden_states)
+        if self.before_ladder:
+            return Pending(None, self.reductions.start(mlp)), residual
+        return self.reductions.all_reduce(mlp), residual
+
+    def _ladder(
+        self, positions: torch.Tensor, pending: Pending, residual: torch.Tensor
+    ) -> tuple[torch.Tensor | Pending, torch.Tensor]:
+        # The MLP's all-reduce of the block before is on its way during this attention, and this
+        # attention's during this MLP. `behind` is how a compiler knows.
+        term = None
+        if pending.attention is not None and pending.mlp is not None:
+            term = self.reductions.wait(pending.attention, behind=pending.mlp.arrived)
+        hidden_states, residual = _norm(self.input_layernorm, term, residual)
+        attention = self.self_attn(positions, hidden_states)
+        flight = self.reductions.start(attention) if self.before_ladder else None
+
+        term = None
+        if pending.mlp is not None:
+            behind = attention if flight is None else flight.arrived
+            term = self.reductions.wait(pending.mlp, behind)
+        hidden_states, residual = _norm(self.post_attention_layernorm, term, residual)
+        mlp = self.mlp(hidden_states)
+        if flight is not None:
+            return Pending(flight, self.reductions.start(mlp)), residual
+        # What follows reads the complete stream, so that neither term can hide any longer: one
+        # all-reduce of their sum, and on as after a standard block.
+        return self.reductions.all_reduce(attention + mlp), residual
+
+
+def _norm(
+    norm: RMSNorm, term: torch.Tensor | None, stream: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The norm of stream + term, and stream + term; either may be missing."""
+    if term is None:
+        return norm(stream), stream
+    if stream is None:
+        return norm(term), term
+    return norm(term, stream)
+
+
+class DealtDecoderLayer(BlockDecoderLayer):
     """A block of m layers where m divides TP: each rank holds a shard of one member only.
 
     The ranks are dealt out to the members in contiguous groups of TP / m, which is the paper's
@@ -73,9 +174,6 @@ class DealtDecoderLayer(LlamaDecoderLayer):
         self.member = member_of_this_rank(members)
         with narrowed_tensor_parallel(members):
             super().__init__(vllm_config, prefix)
-        for linear in (self.self_attn.o_proj, self.mlp.down_proj):
-            # Decides only whether forward ends in vLLM's all-reduce over the full group.
-            linear.tp_size = get_tensor_model_parallel_world_size()
 
     def load_weights(self, weights: Weights) -> set[str]:
         """Load this rank's member from ("member.parameter", full tensor) pairs."""
@@ -88,7 +186,7 @@ class DealtDecoderLayer(LlamaDecoderLayer):
             )
 
 
-class WideDecoderLayer(LlamaDecoderLayer):
+class WideDecoderLayer(BlockDecoderLayer):
     """A block of m layers as one decoder layer m times as wide, the members' norms folded in.
 
     Weights arrive tensor by tensor and in any order; each goes straight to its place in this

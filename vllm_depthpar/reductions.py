@@ -1,0 +1,198 @@
+"""All-reduces over the tensor-parallel group that are started and waited for apart.
+
+`Reductions.start` sends this rank's term on its way and returns; what is computed until
+`Reductions.wait` hides the time it takes. Both are custom ops, tied to each other by their operands
+alone, so that torch.compile cannot move one past the other.
+
+Where they run:
+
+- CUDA: vLLM's own all-reduce for the group, on a side stream; events order it against the compute
+  stream, in CUDA graphs too.
+- CPU, several hosts: the group's Gloo backend. Small terms go straight to every other rank (one
+  message time instead of the ring's 2 (n - 1)), large ones through Gloo's asynchronous all-reduce.
+- CPU, one host: vLLM's all-reduce over shared memory runs on the threads that compute, so nothing
+  is gained by waiting later: `start` has the result, and no op is added.
+- One rank: nothing at all.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.library import Library
+from vllm.distributed import get_tp_group
+from vllm.utils.torch_utils import direct_register_custom_op
+
+from vllm_depthpar.compat import (
+    GroupCoordinator,
+    capturing_a_piece,
+    group_named,
+    reduces_over_shared_memory,
+)
+
+# Up to so many bytes sent by one rank, every term goes to every rank; above, round the ring, which
+# sends the least. Between two ranks both send the same, and the first takes half the time.
+ONE_SHOT_BYTES = 1 << 16
+# Of our messages; Gloo keeps those with other tags, and its collectives, apart.
+_TAG = 0xDE97
+
+
+class InFlight(NamedTuple):
+    """An all-reduce that was started; `Reductions.wait` takes it.
+
+    Attributes:
+        partial: this rank's term. Held here because it is read until the wait.
+        arrived: the sum, once waited for; before that, undefined.
+    """
+
+    partial: Tensor
+    arrived: Tensor
+
+
+class Reductions:
+    """The all-reduces of one model over the tensor-parallel group.
+
+    At most two are in flight at a time, and none may be while `all_reduce` runs: vLLM's all-reduce
+    kernels for small tensors share one set of flags between ranks.
+    """
+
+    def __init__(self) -> None:
+        group = get_tp_group()
+        self._group_name = group.unique_name
+        several = group.world_size > 1 and not reduces_over_shared_memory(group)
+        # Worth starting and waiting apart.
+        self.overlap = several
+        # Between CPU hosts our exchange is the faster one, even with nothing to overlap.
+        self._exchange = several and group.device.type == "cpu"
+        if self._exchange:
+            let_compute_run_first()
+
+    def all_reduce(self, partial: Tensor) -> Tensor:
+        """The sum of all ranks' terms, any shape; `partial` may be overwritten."""
+        if self._exchange:
+            return self.wait(self.start(partial))
+        return get_tp_group().all_reduce(partial)
+
+    def start(self, partial: Tensor) -> InFlight:
+        """Begin the sum of all ranks' terms; every rank must start and wait in the same order."""
+        if not self.overlap:
+            return InFlight(partial, get_tp_group().all_reduce(partial))
+        return InFlight(partial, torch.ops.depthpar.start_all_reduce(partial, self._group_name))
+
+    def wait(self, flight: InFlight, behind: Tensor | None = None) -> Tensor:
+        """The sum.
+
+        Args:
+            flight: what `start` returned.
+            behind: a tensor that must exist before the wait begins: the output of what is to hide
+                it, or the `arrived` of an all-reduce that was started after that.
+
+        Raises:
+            RuntimeError: the connection to another rank broke, or the wait timed out.
+        """
+        if self.overlap:
+            torch.ops.depthpar.wait_all_reduce(flight.partial, flight.arrived, behind)
+        return flight.arrived
+
+
+Finish = Callable[[], None]
+# Between start and wait, by the address of `arrived`.
+_in_flight: dict[int, Finish] = {}
+
+
+def _start_all_reduce(partial: Tensor, group_name: str) -> Tensor:
+    start = _start_on_cuda if partial.is_cuda else _start_on_gloo
+    arrived, finish = start(partial, group_named(group_name))
+    _in_flight[arrived.data_ptr()] = finish
+    return arrived
+
+
+def _wait_all_reduce(partial: Tensor, arrived: Tensor, behind: Tensor | None) -> None:
+    finish = _in_flight.pop(arrived.data_ptr(), None)
+    if finish is None:
+        raise RuntimeError("all-reduce waited for in a tensor that it was not started with")
+    finish()
+
+
+def _start_on_gloo(partial: Tensor, group: GroupCoordinator) -> tuple[Tensor, Finish]:
+    gloo, ranks, me = group.device_group, group.world_size, group.rank_in_group
+    if ranks > 2 and (ranks - 1) * partial.nbytes > ONE_SHOT_BYTES:
+        arrived = partial.clone()  # Gloo sums in place, and an op may not return its argument
+        return arrived, gloo.allreduce([arrived]).wait
+    peers = [rank for rank in range(ranks) if rank != me]
+    terms = {rank: torch.empty_like(partial) for rank in peers}
+    # Receives first: a sender whose peer is ready sends at once.
+    works = [gloo.recv([terms[rank]], rank, _TAG) for rank in peers]
+    works += [gloo.send([partial], rank, _TAG) for rank in peers]
+    arrived = terms[peers[0]]
+    terms[me] = partial
+
+    def finish() -> None:
+        for work in works:
+            work.wait()
+        # In the order of ranks on every rank: all get the same bits.
+        for rank in range(ranks):
+            if rank != peers[0]:
+                arrived.add_(terms[rank])
+
+    return arrived, finish
+
+
+def _start_on_cuda(partial: Tensor, group: GroupCoordinator) -> tuple[Tensor, Finish]:
+    if capturing_a_piece():
+        # A graph of a piece must end with all its streams joined, and the wait may be in another.
+        return group._all_reduce_out_place(partial), lambda: None
+    compute, side = torch.cuda.current_stream(), _side_stream(partial.device)
+    # Also what makes reuse of the side stream's memory safe: whatever read an earlier `arrived`
+    # was enqueued before this point.
+    side.wait_stream(compute)
+    with torch.cuda.stream(side):
+        arrived = group._all_reduce_out_place(partial)
+        done = side.record_event()
+    return arrived, lambda: torch.cuda.current_stream().wait_event(done)
+
+
+_side_streams: dict[torch.device, torch.cuda.Stream] = {}
+
+
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    if device not in _side_streams:
+        # High priority: a reduction needs few multiprocessors, and others wait for it.
+        _side_streams[device] = torch.cuda.Stream(device, priority=-1)
+    return _side_streams[device]
+
+
+_library = Library("depthpar", "FRAGMENT")
+direct_register_custom_op(
+    "start_all_reduce",
+    _start_all_reduce,
+    fake_impl=lambda partial, group_name: torch.empty_like(partial),
+    target_lib=_library,
+)
+direct_register_custom_op(
+    "wait_all_reduce",
+    _wait_all_reduce,
+    mutates_args=["arrived"],
+    fake_impl=lambda partial, arrived, behind: None,
+    target_lib=_library,
+)
+
+
+def let_compute_run_first() -> None:
+    """Keep Gloo's threads from pushing the compute thread off its core.
+
+    vLLM binds its main thread to one core, and the threads that Gloo starts inherit that. When a
+    message arrives, Gloo's thread preempts the main thread, often while that holds the lock of the
+    connection, and then polls for the lock until its time slice is over: milliseconds for a message
+    of microseconds. Under SCHED_BATCH a thread that wakes up does not preempt. Needs no privilege.
+    """
+    if not hasattr(os, "SCHED_BATCH"):
+        return
+    for task in Path("/proc/self/task").iterdir():
+        if "gloo" in (task / "comm").read_text():
+            os.sched_setscheduler(int(task.name), os.SCHED_BATCH, os.sched_param(0))
