@@ -39,8 +39,12 @@ def write_llama(
     mlp_bias: bool = False,
     rope_scaling: dict[str, object] | None = None,
     dtype: torch.dtype = torch.float32,
+    architecture: str = "LlamaForCausalLM",
+    ladder_layers: int | list[int] | None = None,
 ) -> Path:
     """Write config.json and model.safetensors of a seeded random Llama; returns the folder.
+
+    With `ladder_layers` the config is as the Ladder Residual authors write it.
 
     Norm gains are far from one and biases from zero, so that leaving one out, or giving it to the
     wrong layer, shows. No token ends a generation. vLLM's CPU attention takes head_dim 32 and
@@ -80,7 +84,7 @@ def write_llama(
         tensors["lm_head.weight"] = normal(vocab, hidden, std=3 / hidden**0.5)
 
     config = {
-        "architectures": ["LlamaForCausalLM"],
+        "architectures": [architecture],
         "model_type": "llama",
         "num_hidden_layers": layers,
         "hidden_size": hidden,
@@ -101,6 +105,15 @@ def write_llama(
         "bos_token_id": None,
         "eos_token_id": None,
     }
+    if ladder_layers is not None:
+        config |= {
+            "model_type": "llamaLadder",
+            "ladder_layers": ladder_layers,
+            "auto_map": {
+                "AutoConfig": "configuration_llama_ladder.LlamaLadderConfig",
+                "AutoModelForCausalLM": "modeling_llama_ladder.LlamaLadderForCausalLM",
+            },
+        }
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=2))

@@ -41,6 +41,24 @@ def test_show_draws_the_blocks(model: Path, capsys: pytest.CaptureFixture[str]) 
     assert "tensor-parallel sizes that fit        1, 2, 4" in out
 
 
+def test_show_draws_ladders(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spec = '{"pair": [4, 6], "ladder": [1, 2, 4, 5, 6]}'
+    assert main(["plan", "show", str(model), "--plan", spec]) == 0
+    out = capsys.readouterr().out
+    column = """
+  │ 0
+  ├ 1 .. 2   2 layers, ladder
+  │ 3
+  ╪ 4 ║ 5   ladder
+  ├ 6   ladder
+  │ 7
+"""
+    assert column in out
+    # Seven blocks; at the end of each of the two stretches one all-reduce for attention and MLP.
+    # Hidden: the MLP's before each of the four ladder blocks, the attention's of 1 and of (4, 5).
+    assert "all-reduces per forward pass, TP > 1  17 -> 13, 6 of them hidden" in out
+
+
 def test_show_json_counts_bytes(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "show", str(model), "--plan", PLAN, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
@@ -99,6 +117,33 @@ def test_auto_plans(
     assert main(["plan", "show", str(tmp_path), "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)["plan"]
     assert shown == plans.resolve({"pair": expected}, layers).to_spec()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "ladder", "blocks"),
+    [
+        ([], [4, 5, 6, 7], 8),
+        (["--plan", '{"pair": [4, 8]}'], [4, 5, 6, 7], 6),
+        (["--plan", '{"pair": [4, 8], "ladder": [6, 7]}'], [6, 7], 6),
+        (["--plan", '{"pair": [4, 8], "ladder": []}'], [], 6),
+        (["--plan", "identity"], [], 8),
+    ],
+)
+def test_a_ladder_checkpoint_stays_one_unless_told_otherwise(
+    model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    ladder: list[int],
+    blocks: int,
+) -> None:
+    config = json.loads((model / "config.json").read_text())
+    config |= {"model_type": "llamaLadder", "ladder_layers": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["plan", "show", str(tmp_path), "--json", *arguments]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["ladder"] == ladder
+    assert shown["depth"]["after"] == blocks
 
 
 def test_wrong_input_is_one_line(model: Path, tmp_path: Path) -> None:

@@ -29,6 +29,11 @@ PLANS: dict[str, Any] = {
         + [[layer] for layer in range(13, 27)]
         + [[29, 28]]
     },
+    "ladder": {"ladder": "all"},
+    "ladder, last 8": {"ladder": 8},
+    "ladder, scattered": {"ladder": [0, 1, 7, 20, 21, 25, 29]},
+    "ladder over pairs": {"pair": [18, 28], "ladder": 12},
+    "ladder and skip": {"skip": {"speedup": 1.1}, "ladder": 8},
 }
 LOGPROB = 1e-3
 GREEDY = 64
@@ -124,6 +129,49 @@ RANDOM: dict[str, tuple[dict[str, Any], list[Any]]] = {
     # 3 heads: TP 2 cuts no layer of it, but does cut a pair.
     "odd heads, in pairs": ({"hidden": 96, "heads": 3, "kv_heads": 3}, [{"pair": [0, 6]}]),
 }
+
+
+# Ways into and out of ladder blocks, as in test_hf.py.
+LADDERS: list[Any] = [
+    {"ladder": "all"},
+    {"ladder": [0, 2, 3, 5]},
+    {"pair": [0, 6], "ladder": "all"},
+    {"pair": [1, 5], "ladder": [3, 4, 5]},
+    {"skip": {"speedup": 1.5}, "ladder": [0, 2]},
+]
+
+
+@pytest.mark.parametrize(("ranks", "hosts"), [(1, False), (2, False), (2, True)])
+def test_ladders_of_a_random_model(ranks: int, hosts: bool, tmp_path: Path) -> None:
+    """One rank, two on one host (shared memory), two hosts (messages, started and waited apart)."""
+    folder = write_llama(tmp_path, attention_bias=True, mlp_bias=True)
+    cases = [Case(folder, plan, prompts(4, 40).tolist(), max_tokens=16) for plan in LADDERS]
+    for case, result in zip(cases, run(cases, ranks, hosts=hosts), strict=True):
+        check(result, case, hf.load(folder, case.plan))
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "LlamaLadderForCausalLM"])
+def test_checkpoint_of_the_ladder_authors(architecture: str, tmp_path: Path) -> None:
+    """Served as it is: no `--model-impl`, no remote code."""
+    folder = write_llama(tmp_path / "ladder", ladder_layers=3, architecture=architecture)
+    case = Case(folder, "plain", prompts(4, 40).tolist(), max_tokens=16)
+    (result,) = run([case])
+    check(result, case, hf.load(write_llama(tmp_path / "llama"), {"ladder": 3}))
+    check(result, case, hf.load(folder, {"ladder": [3, 4, 5]}))
+
+
+def test_three_hosts(tmp_path: Path) -> None:
+    folder = write_llama(tmp_path, hidden=96, heads=3, kv_heads=3, layers=4)
+    case = Case(folder, {"pair": [1, 3], "ladder": 3}, prompts(2, 40).tolist(), max_tokens=4)
+    (result,) = run([case], ranks=3, hosts=True)
+    check(result, case, hf.load(folder, case.plan))
+
+
+def test_compiled_ladder_on_two_hosts(tmp_path: Path) -> None:
+    folder = write_llama(tmp_path, layers=4)
+    case = Case(folder, {"pair": [1, 3], "ladder": 3}, prompts(4, 40).tolist(), max_tokens=16)
+    (result,) = run([case], ranks=2, hosts=True, compiled=True)
+    check(result, case, hf.load(folder, case.plan))
 
 
 @pytest.fixture(scope="module")

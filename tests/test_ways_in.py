@@ -36,6 +36,20 @@ WAYS: dict[str, tuple[str, list[str], str | None, str, Any]] = {
         "--hf-overrides: auto, conservative rule",
         {"pair": [10, 14]},
     ),
+    "ladder checkpoint": (
+        "ladder",
+        [],
+        None,
+        "default: the checkpoint's ladder_layers",
+        {"ladder": [2, 5]},
+    ),
+    "ladder checkpoint, other blocks": (
+        "ladder",
+        overrides({"pair": [8, 12]}),
+        None,
+        "--hf-overrides",
+        {"pair": [8, 12], "ladder": [2, 5]},
+    ),
     "identity by name": (
         "flagged",
         [*FLAG, *overrides("identity")],
@@ -57,6 +71,12 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
         if name == "named":
             config["architectures"] = ["DepthParLlamaForCausalLM"]
         config_file.write_text(json.dumps(config))
+    write_llama(
+        folder / "ladder",
+        layers=LAYERS,
+        ladder_layers=[2, 5],
+        architecture="LlamaLadderForCausalLM",
+    )
     (folder / "plan.json").write_text(json.dumps(ENVIRON))
     environ = {"TEXT": json.dumps(ENVIRON), "FILE": str(folder / "plan.json")}
     calls = [

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import errno
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
@@ -27,7 +28,8 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 from pydantic import ValidationError
 from transformers import PreTrainedConfig
-from vllm.config import CUDAGraphMode, ModelConfig, VllmConfig
+from vllm import envs
+from vllm.config import CUDAGraphMode, ModelConfig, VllmConfig, get_current_vllm_config
 from vllm.distributed import get_tp_group, parallel_state
 from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
 from vllm.distributed.parallel_state import GroupCoordinator
@@ -242,6 +244,26 @@ def reduces_over_shared_memory(group: GroupCoordinator) -> bool:
     """
     communicator = group.device_communicator
     return isinstance(getattr(communicator, "dist_module", None), _CPUSHMDistributed)
+
+
+def this_host() -> str:
+    """The address of this host as other hosts of the model reach it.
+
+    VLLM_HOST_IP, or that of the interface from which the host of rank 0 is reached.
+    """
+    if envs.VLLM_HOST_IP:
+        return str(envs.VLLM_HOST_IP)
+    first = get_current_vllm_config().parallel_config
+    place = first.master_addr if first.nnodes > 1 else os.environ.get("MASTER_ADDR", "127.0.0.1")
+    family, _, _, _, address = socket.getaddrinfo(place, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(address)  # sends nothing
+        return str(probe.getsockname()[0])
+
+
+def execution_timeout() -> float:
+    """Seconds that vLLM gives its workers for one step of the model."""
+    return float(envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS)
 
 
 def capturing_a_piece() -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_depthpar.plan import Plan, resolve
-from vllm_depthpar.shape import ModelShape, all_reduces
+from vllm_depthpar.shape import ModelShape, all_reduces, hidden_all_reduces
 
 
 def facts(plan: Plan, shape: ModelShape, tp: int = 1) -> dict[str, Any]:
@@ -24,7 +24,9 @@ def facts(plan: Plan, shape: ModelShape, tp: int = 1) -> dict[str, Any]:
         "tps_that_fit": shape.fitting_tps(plan),
         "skipped": list(plan.skipped),
         "depth": {"before": plan.layers, "after": plan.depth},
+        "ladder": plan.to_spec().get("ladder", []),
         "all_reduces": {"before": all_reduces(plain), "after": all_reduces(plan)},
+        "hidden_all_reduces": hidden_all_reduces(plan),
         "weight_bytes_per_rank": {
             "before": shape.weight_bytes(plain, tp),
             "after": shape.weight_bytes(plan, tp),
@@ -44,7 +46,8 @@ def draw(plan: Plan, shape: ModelShape, tp: int = 1, source: str = "") -> str:
     lines.append("")
     rows = {
         "effective depth": _change(known["depth"], str),
-        "all-reduces per forward pass, TP > 1": _change(known["all_reduces"], str),
+        "all-reduces per forward pass, TP > 1": _change(known["all_reduces"], str)
+        + (f", {known['hidden_all_reduces']} of them hidden" if plan.ladder else ""),
         f"weights per rank, TP = {tp}": _change(known["weight_bytes_per_rank"], _bytes),
         f"KV cache per token and rank, TP = {tp}": _change(
             known["kv_bytes_per_token_per_rank"], _bytes
@@ -66,24 +69,30 @@ def _column(plan: Plan) -> list[str]:
     """One line per block; runs of layers that stay alone, and of skipped layers, on one line."""
     lines: list[str] = []
     run: list[int] = []
+    run_is_ladder = False
     last = -1
 
     def close() -> None:
         if run:
-            lines.append("  │ " + _span(run) + (f"   {len(run)} layers" if len(run) > 1 else ""))
+            notes = [f"{len(run)} layers"] * (len(run) > 1) + ["ladder"] * run_is_ladder
+            mark = "├" if run_is_ladder else "│"
+            lines.append(f"  {mark} {_span(run)}" + (f"   {', '.join(notes)}" if notes else ""))
             run.clear()
 
-    for block in plan.blocks:
+    for position, block in enumerate(plan.blocks):
+        ladder = plan.is_ladder(position)
         gap = [layer for layer in range(last + 1, min(block)) if layer in set(plan.skipped)]
         if gap:
             close()
             lines.append(f"  ┊ {_span(gap)}   skipped")
         if len(block) > 1:
             close()
-            lines.append("  ╪ " + " ║ ".join(str(layer) for layer in block))
+            side_by_side = " ║ ".join(str(layer) for layer in block)
+            lines.append(f"  ╪ {side_by_side}" + ("   ladder" if ladder else ""))
         else:
-            if run and block[0] != run[-1] + 1:
+            if run and (block[0] != run[-1] + 1 or ladder != run_is_ladder):
                 close()
+            run_is_ladder = ladder
             run.append(block[0])
         last = max(last, *block)
     close()

@@ -8,8 +8,9 @@ Where they run:
 
 - CUDA: vLLM's own all-reduce for the group, on a side stream; events order it against the compute
   stream, in CUDA graphs too.
-- CPU, several hosts: the group's Gloo backend. Small terms go straight to every other rank (one
-  message time instead of the ring's 2 (n - 1)), large ones through Gloo's asynchronous all-reduce.
+- CPU, several hosts: small terms go straight to every other rank (`vllm_depthpar.exchange`), one
+  message time instead of a ring's 2 (n - 1); large ones through the group's Gloo, whose threads
+  keep them moving.
 - CPU, one host: vLLM's all-reduce over shared memory runs on the threads that compute, so nothing
   is gained by waiting later: `start` has the result, and no op is added.
 - One rank: nothing at all.
@@ -19,11 +20,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial as bind
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.library import Library
 from vllm.distributed import get_tp_group
 from vllm.utils.torch_utils import direct_register_custom_op
@@ -31,13 +34,16 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from vllm_depthpar.compat import (
     GroupCoordinator,
     capturing_a_piece,
+    execution_timeout,
     group_named,
+    logger,
     reduces_over_shared_memory,
+    this_host,
 )
+from vllm_depthpar.exchange import Exchange, connect
 
-# Up to so many bytes sent by one rank, every term goes to every rank; above, round the ring, which
-# sends the least. Between two ranks both send the same, and the first takes half the time.
-ONE_SHOT_BYTES = 1 << 16
+# A rank that has at most so many bytes to send in all hands them to the kernel in one go.
+SMALL_BYTES = 1 << 18
 # Of our messages; Gloo keeps those with other tags, and its collectives, apart.
 _TAG = 0xDE97
 
@@ -71,6 +77,7 @@ class Reductions:
         self._exchange = several and group.device.type == "cpu"
         if self._exchange:
             let_compute_run_first()
+            _connect(group)
 
     def all_reduce(self, partial: Tensor) -> Tensor:
         """The sum of all ranks' terms, any shape; `partial` may be overwritten."""
@@ -106,7 +113,7 @@ _in_flight: dict[int, Finish] = {}
 
 
 def _start_all_reduce(partial: Tensor, group_name: str) -> Tensor:
-    start = _start_on_cuda if partial.is_cuda else _start_on_gloo
+    start = _start_on_cuda if partial.is_cuda else _start_on_cpu
     arrived, finish = start(partial, group_named(group_name))
     _in_flight[arrived.data_ptr()] = finish
     return arrived
@@ -119,28 +126,69 @@ def _wait_all_reduce(partial: Tensor, arrived: Tensor, behind: Tensor | None) ->
     finish()
 
 
-def _start_on_gloo(partial: Tensor, group: GroupCoordinator) -> tuple[Tensor, Finish]:
-    gloo, ranks, me = group.device_group, group.world_size, group.rank_in_group
-    if ranks > 2 and (ranks - 1) * partial.nbytes > ONE_SHOT_BYTES:
+def _start_on_cpu(partial: Tensor, group: GroupCoordinator) -> tuple[Tensor, Finish]:
+    ranks, me = group.world_size, group.rank_in_group
+    exchange = _exchanges.get(group)
+    small = exchange is not None and (ranks - 1) * partial.nbytes <= SMALL_BYTES
+    if ranks > 2 and not small:
         arrived = partial.clone()  # Gloo sums in place, and an op may not return its argument
-        return arrived, gloo.allreduce([arrived]).wait
+        return arrived, group.device_group.allreduce([arrived]).wait
     peers = [rank for rank in range(ranks) if rank != me]
     terms = {rank: torch.empty_like(partial) for rank in peers}
-    # Receives first: a sender whose peer is ready sends at once.
-    works = [gloo.recv([terms[rank]], rank, _TAG) for rank in peers]
-    works += [gloo.send([partial], rank, _TAG) for rank in peers]
+    if exchange is not None and small:
+        ticket = exchange.start(_bytes(partial), {r: _bytes(term) for r, term in terms.items()})
+        wait: Finish = bind(exchange.wait, ticket)
+    else:
+        wait = _swap_over_gloo(partial, terms, group)
     arrived = terms[peers[0]]
     terms[me] = partial
 
     def finish() -> None:
-        for work in works:
-            work.wait()
+        wait()
         # In the order of ranks on every rank: all get the same bits.
         for rank in range(ranks):
             if rank != peers[0]:
                 arrived.add_(terms[rank])
 
     return arrived, finish
+
+
+def _swap_over_gloo(partial: Tensor, terms: dict[int, Tensor], group: GroupCoordinator) -> Finish:
+    gloo = group.device_group
+    # Receives first: a sender whose peer is ready sends at once.
+    works = [gloo.recv([term], rank, _TAG) for rank, term in terms.items()]
+    works += [gloo.send([partial], rank, _TAG) for rank in terms]
+
+    def wait() -> None:
+        for work in works:
+            work.wait()
+
+    return wait
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+
+
+# None for a group whose ranks can't connect.
+_exchanges: WeakKeyDictionary[GroupCoordinator, Exchange | None] = WeakKeyDictionary()
+
+
+def _connect(group: GroupCoordinator) -> None:
+    if group in _exchanges:
+        return
+
+    def gather(value: object) -> list[Any]:
+        values: list[Any] = [None] * group.world_size
+        distributed.all_gather_object(values, value, group=group.cpu_group)
+        return values
+
+    exchange = connect(
+        group.rank_in_group, group.world_size, this_host(), gather, execution_timeout()
+    )
+    if exchange is None:
+        logger.warning("no direct connections between the ranks; all-reduces go through Gloo")
+    _exchanges[group] = exchange
 
 
 def _start_on_cuda(partial: Tensor, group: GroupCoordinator) -> tuple[Tensor, Finish]:

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig
 from vllm.config import VllmConfig
-from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.distributed import get_tensor_model_parallel_world_size, is_global_first_rank
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
@@ -32,7 +32,7 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
 from vllm.model_executor.models.utils import AutoWeightsLoader, extract_layer_index
 
-from vllm_depthpar.compat import member_of_this_rank, narrowed_tensor_parallel, plan_of
+from vllm_depthpar.compat import logger, member_of_this_rank, narrowed_tensor_parallel, plan_of
 from vllm_depthpar.fold import fold_gain_, shard_of
 from vllm_depthpar.plan import Plan
 from vllm_depthpar.reductions import InFlight, Reductions
@@ -323,6 +323,14 @@ class DepthParLlamaModel(LlamaModel):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: object) -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=make_decoder_layer)
         self.plan = plan_of(vllm_config)
+        if self.plan.ladder and not self.layers[0].reductions.overlap and is_global_first_rank():
+            logger.warning(
+                "plan %s: its ladder blocks gain no speed here: %s",
+                self.plan.digest,
+                "one rank has no all-reduce to hide"
+                if get_tensor_model_parallel_world_size() == 1
+                else "an all-reduce over shared memory runs on the threads that compute",
+            )
 
     def load_weights(self, weights: Weights) -> set[str]:
         """Load a checkpoint with the original layers' names."""

@@ -1,0 +1,450 @@
+"""Plans beside plain vLLM where all-reduces cost what they cost in the field: between two hosts.
+
+The hosts are network namespaces (`two_hosts.py`) with one tensor-parallel rank each, on a core of
+its own. Every contender is a real `vllm serve --nnodes 2`, loaded over HTTP from the first host;
+all are alive at once, and all but the one that is measured are stopped (SIGSTOP). They take turns
+within every round, and a round's ratios are taken within it.
+
+"no communication" is plain vLLM without its collectives: what is left when all communication is
+free. Of the time between the two a plan's share is (T_plain - T_plan) / (T_plain - T_none), T being
+the time of a token.
+
+Needs Linux, root and iproute2; says so and exits with 2 where it has not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import common
+from two_hosts import Link, NotPossible, TwoHosts, exit_on_sigterm
+
+from vllm_depthpar import bundled, plan, shape
+
+HERE = Path(__file__).parent
+NONE = "no communication"
+START_SECONDS = 900
+STOP_SECONDS = 20
+LAST_LINES = 30
+# What is sent at a time: (batch, tokens of a prompt, tokens to generate, what is counted).
+LOADS = {
+    "decode, batch 1": (1, 16, 64, "decode"),
+    "decode, batch 8": (8, 16, 24, "decode"),
+    "prefill, 4 x 128": (4, 128, 1, "prefill"),
+}
+# The model: sizes as in the design's prototype; the vocabulary is Llama 2's.
+MODEL = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "num_hidden_layers": 24,
+    "hidden_size": 1024,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "intermediate_size": 2816,
+    "vocab_size": 32000,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "torch_dtype": "bfloat16",
+}
+PLANS = [
+    "identity",
+    '{"pair": [0, 24]}',
+    '{"ladder": "all"}',
+    '{"pair": [0, 24], "ladder": "all"}',
+]
+
+
+@dataclass
+class Contender:
+    """One deployment: a rank on each host."""
+
+    label: str
+    plan: plan.Plan
+    spec: object  # None: vLLM's own model
+    port: int
+    processes: list[subprocess.Popen[bytes]]
+
+    def send(self, number: signal.Signals) -> None:
+        """Signal every process of both ranks."""
+        for process in self.processes:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+
+    def stop(self) -> None:
+        """End both ranks."""
+        self.send(signal.SIGCONT)
+        self.send(signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            for process in self.processes:
+                process.wait(STOP_SECONDS)
+        self.send(signal.SIGKILL)
+        for process in self.processes:
+            process.wait()
+
+
+class Client:
+    """`completions_client.py` inside a host."""
+
+    def __init__(self, hosts: TwoHosts, host: int) -> None:
+        self._process = subprocess.Popen(
+            hosts.command(host, [sys.executable, "-I", str(HERE / "completions_client.py")]),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def tell(self, do: str, **arguments: object) -> None:
+        """Give it a job."""
+        assert self._process.stdin
+        self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
+        self._process.stdin.flush()
+
+    def ask(self, do: str, **arguments: object) -> Any:
+        """Give it a job and wait for the result; RuntimeError if it failed."""
+        self.tell(do, **arguments)
+        assert self._process.stdout
+        line = self._process.stdout.readline()
+        answer = json.loads(line) if line else {"error": "the client ended"}
+        if "error" in answer:
+            raise RuntimeError(answer["error"])
+        return answer["result"]
+
+    def stop(self) -> None:
+        """End it."""
+        self._process.kill()
+        self._process.wait()
+
+
+def main() -> None:
+    """Measure on every link, print tables, write JSON and PNG."""
+    args = _parser().parse_args()
+    exit_on_sigterm()
+    try:
+        for link in args.links:
+            report = measure(args, link)
+            print(table(report))
+            if args.out:
+                name = f"{args.out.stem}-{slug(link)}"
+                common.write_json(args.out.with_name(f"{name}.json"), report)
+                plot(report, args.out.with_name(f"{name}.png"))
+    except NotPossible as why:
+        print(f"error: {why}", file=sys.stderr)
+        sys.exit(2)
+
+
+def slug(link: Link) -> str:
+    """A link's name in a file name: "plain", "1gbit-0.2ms"."""
+    if link == Link():
+        return "plain"
+    return (
+        str(link)
+        .replace(" Gbit/s", "gbit")
+        .replace(" Mbit/s", "mbit")
+        .replace(", ", "-")
+        .replace(" ", "")
+    )
+
+
+def measure(args: argparse.Namespace, link: Link) -> dict[str, Any]:
+    """All contenders on one link: the report."""
+    start = time.monotonic()
+    config = {**MODEL, "torch_dtype": args.dtype}
+    with ExitStack() as stack, common.progress() as progress:
+        hosts = stack.enter_context(TwoHosts(link))
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cluster-")))
+        model = write_model(folder / "model", config)
+        clients = [Client(hosts, host) for host in (0, 1)]
+        for client in clients:
+            stack.callback(client.stop)
+        address = hosts.addresses[1]
+        clients[1].tell("echo", host=address, port=7)
+        round_trip = clients[0].ask("round_trip", host=address, port=7)
+
+        described = contenders(args.plans, config["num_hidden_layers"])
+        total = len(described) * (1 + (1 + args.rounds) * len(LOADS))
+        task = progress.add_task("", total=total)
+        running: list[Contender] = []
+        for number, (label, resolved, spec) in enumerate(described):
+            progress.update(task, description=f"{link}: starting {label}")
+            one = launch(args, hosts, folder, model, label, resolved, spec, number)
+            stack.callback(one.stop)
+            wait_until_up(one, clients[0], hosts, folder)
+            one.send(signal.SIGSTOP)
+            running.append(one)
+            progress.advance(task)
+
+        speeds: dict[str, dict[str, list[float]]] = {
+            one.label: {load: [] for load in LOADS} for one in running
+        }
+        for number in range(-1, args.rounds):
+            first = max(number, 0) % len(running)
+            for load, (batch, prompt_tokens, tokens, counted) in LOADS.items():
+                for one in running[first:] + running[:first]:
+                    progress.update(task, description=f"{link}: {one.label}, {load}")
+                    with resumed(one):
+                        result = clients[0].ask(
+                            "measure",
+                            host=hosts.addresses[0],
+                            port=one.port,
+                            model=str(model),
+                            batch=batch,
+                            prompt_tokens=prompt_tokens,
+                            tokens=tokens,
+                            vocab=config["vocab_size"],
+                            seed=number,
+                        )
+                    if number >= 0:
+                        speeds[one.label][load].append(result[counted])
+                    progress.advance(task)
+    return {
+        **common.facts(),
+        "threads": 1,
+        "link": {
+            "name": str(link),
+            "mbit": link.mbit,
+            "latency_ms": link.latency_ms,
+            "round_trip_ms": round(round_trip * 1e3, 3),
+        },
+        "mode": "compiled" if args.compiled else "eager",
+        "model": config,
+        "loads": {name: list(load) for name, load in LOADS.items()},
+        "seconds": round(time.monotonic() - start),
+        "contenders": [
+            {
+                "label": one.label,
+                "plan": one.plan.name,
+                "blocks": one.plan.depth,
+                "all_reduces": 0 if one.label == NONE else shape.all_reduces(one.plan),
+                "hidden": 0 if one.label == NONE else shape.hidden_all_reduces(one.plan),
+                "loads": {load: figures(load, one.label, speeds) for load in LOADS},
+            }
+            for one in running
+        ],
+    }
+
+
+def figures(load: str, label: str, speeds: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
+    """Speeds, ratios to plain, and the share of communication time removed, round by round."""
+    mine, plain, none = (speeds[name][load] for name in (label, common.PLAIN, NONE))
+    removed = [(1 / b - 1 / a) / (1 / b - 1 / c) for a, b, c in zip(mine, plain, none, strict=True)]
+    return {
+        "tokens_per_second": common.summary(mine),
+        "ratio_to_plain": common.summary([a / b for a, b in zip(mine, plain, strict=True)]),
+        "communication_removed": common.summary(removed),
+        "rounds": mine,
+    }
+
+
+def contenders(labels: list[str], layers: int) -> list[tuple[str, plan.Plan, object]]:
+    """(label, plan, spec) of plain vLLM, of it without communication, and of the plans."""
+    plain = plan.resolve("identity", layers)
+    found: list[tuple[str, plan.Plan, object]] = [(common.PLAIN, plain, None), (NONE, plain, None)]
+    for label in dict.fromkeys(labels):
+        spec = plan.load(label)
+        found.append((label, plan.resolve(spec, layers), spec))
+    return found
+
+
+def write_model(folder: Path, config: dict[str, Any]) -> Path:
+    """A model without weights (vLLM makes them up), and with SmolLM2's tokenizer."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    for file in bundled.prepare().glob("*token*.json"):
+        shutil.copy(file, folder)
+    return folder
+
+
+def launch(
+    args: argparse.Namespace,
+    hosts: TwoHosts,
+    folder: Path,
+    model: Path,
+    label: str,
+    resolved: plan.Plan,
+    spec: object,
+    number: int,
+) -> Contender:
+    """Start one rank in each host."""
+    port, master_port = 8000 + number, 29500 + number
+    options = ["--load-format", "dummy", "--dtype", args.dtype, "--tensor-parallel-size", "2"]
+    options += ["--nnodes", "2", "--master-addr", hosts.addresses[0]]
+    options += ["--master-port", str(master_port), "--distributed-executor-backend", "mp"]
+    options += ["--max-model-len", "1024", "--max-num-seqs", "8", "--no-enable-prefix-caching"]
+    options += ["--max-num-batched-tokens", "2048", "--host", hosts.addresses[0]]
+    options += ["--kv-cache-memory-bytes", str(160 << 20)]  # all contenders live at once
+    options += ["--port", str(port)] + ([] if args.compiled else ["--enforce-eager"])
+    plugins = "depthpar" if spec is not None else ""
+    if spec is not None:
+        options += ["--model-impl", "depthpar", "--hf-overrides", json.dumps({"depthpar": spec})]
+    path = os.environ.get("PYTHONPATH", "")
+    if label == NONE:
+        plugins = "without_communication"
+        path = f"{_plugin_folder(folder)}:{HERE}:{path}"
+    processes = []
+    for host in (0, 1):
+        env = {
+            **os.environ,
+            "PYTHONPATH": path,
+            "VLLM_PLUGINS": plugins,
+            "VLLM_HOST_IP": hosts.addresses[host],
+            "GLOO_SOCKET_IFNAME": hosts.interface(host),
+            "VLLM_CPU_OMP_THREADS_BIND": str(sorted(os.sched_getaffinity(0))[host]),
+            "OMP_NUM_THREADS": "1",
+            "TORCHINDUCTOR_COMPILE_THREADS": "1",  # or each rank keeps a pool of processes
+            "VLLM_USE_AOT_COMPILE": "0",
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_OFFLINE": "1",
+        }
+        role = ["--node-rank", str(host), *(["--headless"] if host else [])]
+        command = [str(Path(sys.executable).with_name("vllm")), "serve", str(model)]
+        with _log(folder, port, host).open("wb") as log:
+            processes.append(
+                subprocess.Popen(
+                    hosts.command(host, [*command, *options, *role]),
+                    env=env,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                )
+            )
+    return Contender(label, resolved, spec, port, processes)
+
+
+def _plugin_folder(folder: Path) -> Path:
+    """A folder that makes `without_communication` a plugin to vLLM when it is on PYTHONPATH."""
+    info = folder / "plugin" / "without_communication-0.dist-info"
+    info.mkdir(parents=True, exist_ok=True)
+    (info / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: without_communication\nVersion: 0\n"
+    )
+    (info / "entry_points.txt").write_text(
+        "[vllm.general_plugins]\nwithout_communication = without_communication:register\n"
+    )
+    return info.parent
+
+
+def _log(folder: Path, port: int, host: int) -> Path:
+    return folder / f"{port}-{host}.log"
+
+
+def wait_until_up(one: Contender, client: Client, hosts: TwoHosts, folder: Path) -> None:
+    """Return when the server answers; RuntimeError with its last lines if it ends before."""
+    deadline = time.monotonic() + START_SECONDS
+    while not client.ask("healthy", host=hosts.addresses[0], port=one.port):
+        ended = any(process.poll() is not None for process in one.processes)
+        if ended or time.monotonic() > deadline:
+            logs = (_log(folder, one.port, host).read_text(errors="replace") for host in (0, 1))
+            lines = [line for log in logs for line in log.splitlines()[-LAST_LINES:]]
+            raise RuntimeError("\n".join([f"{one.label} does not start:", *lines]))
+        time.sleep(0.5)
+
+
+@contextmanager
+def resumed(one: Contender) -> Iterator[None]:
+    """Let a stopped contender run."""
+    one.send(signal.SIGCONT)
+    try:
+        yield
+    finally:
+        one.send(signal.SIGSTOP)
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as Markdown."""
+    link = report["link"]
+    header = ["", "all-reduces (hidden)"]
+    header += [f"{load}: {what}" for load in LOADS for what in ("tok/s", "to plain", "removed")]
+    rows = []
+    for one in report["contenders"]:
+        row = [f"`{one['label']}`", f"{one['all_reduces']} ({one['hidden']})"]
+        for load in LOADS:
+            numbers = one["loads"][load]
+            row.append(_spread(numbers["tokens_per_second"], ".1f"))
+            row.append("" if one["label"] == common.PLAIN else _spread(numbers["ratio_to_plain"]))
+            of_plan = one["label"] not in (common.PLAIN, NONE)
+            row.append(f"{numbers['communication_removed']['median']:.0%}" if of_plan else "")
+        rows.append(row)
+    title = f"{link['name']} (round trip {link['round_trip_ms']} ms), {report['mode']}"
+    return f"\n{title}\n\n{common.markdown(header, rows)}"
+
+
+def _spread(numbers: dict[str, float], form: str = ".2f") -> str:
+    return "{median:{form}} ({min:{form}} to {max:{form}})".format(form=form, **numbers)
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Bars of speed relative to plain, with the spread over the rounds, if matplotlib is there."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("no plot: matplotlib is not installed (pip install 'vllm-depthpar[bench]')")
+        return
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    axes = figure.subplots()
+    others = [one for one in report["contenders"] if one["label"] != common.PLAIN]
+    width = 0.8 / len(others)
+    for number, one in enumerate(others):
+        ratios = [one["loads"][load]["ratio_to_plain"] for load in LOADS]
+        medians = [ratio["median"] for ratio in ratios]
+        errors = [
+            [ratio["median"] - ratio["min"] for ratio in ratios],
+            [ratio["max"] - ratio["median"] for ratio in ratios],
+        ]
+        places = [at + (number - (len(others) - 1) / 2) * width for at in range(len(LOADS))]
+        hatch = "//" if one["label"] == NONE else None
+        axes.bar(places, medians, width, yerr=errors, capsize=2, label=one["label"], hatch=hatch)
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set_xticks(range(len(LOADS)), list(LOADS))
+    axes.set_ylabel("speed, plain vLLM = 1")
+    axes.set_title(f"TP = 2 over {report['link']['name']}, {report['mode']}")
+    axes.legend(fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    figure.savefig(partial, format="png", dpi=120)
+    partial.replace(path)
+
+
+def _link(text: str) -> Link:
+    try:
+        return Link.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = common.arguments("Plans beside plain vLLM, TP = 2 between two hosts.")
+    parser.set_defaults(plans=PLANS, rounds=3)
+    parser.add_argument(
+        "--links",
+        nargs="+",
+        type=_link,
+        default=[Link()],
+        metavar="LINK",
+        help="plain, 1gbit, 0.2ms, 1gbit,0.2ms, ... (plain)",
+    )
+    parser.add_argument("--compiled", action="store_true", help="with torch.compile (eager)")
+    return parser
+
+
+if __name__ == "__main__":
+    common.run_main(main)

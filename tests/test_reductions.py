@@ -1,0 +1,295 @@
+"""All-reduces that are started and waited for apart, between real ranks over Gloo."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+RANK_TIMEOUT = 120
+
+
+def run_ranks(scenario: str, ranks: int) -> list[subprocess.CompletedProcess[str]]:
+    """Run a scenario of this file in one process per rank, each a host to vLLM."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    env |= {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(ranks), "GLOO_SOCKET_IFNAME": "lo"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, scenario],
+            env={**env, "RANK": str(rank), "VLLM_DIST_IDENT": f"host{rank}"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+    done = []
+    try:
+        for process in processes:
+            output, _ = process.communicate(timeout=RANK_TIMEOUT)
+            done.append(subprocess.CompletedProcess([], process.returncode, output))
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return done
+
+
+@pytest.mark.parametrize(
+    ("scenario", "ranks"),
+    [("sums", 2), ("sums", 3), ("overlap", 2), ("compiled_overlap", 2), ("memory", 2)],
+)
+def test_between_hosts(scenario: str, ranks: int) -> None:
+    for done in run_ranks(scenario, ranks):
+        assert done.returncode == 0, done.stdout[-3000:]
+        assert "passed" in done.stdout
+
+
+def test_a_rank_that_dies_is_an_error_on_the_others() -> None:
+    survivor, dead = run_ranks("death", 2)
+    assert dead.returncode == 7
+    assert survivor.returncode == 0, survivor.stdout[-3000:]
+    assert "passed" in survivor.stdout
+
+
+def test_one_rank_adds_nothing_to_the_graph() -> None:
+    (done,) = run_ranks("alone", 1)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "passed" in done.stdout
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+def test_side_stream_in_a_cuda_graph() -> None:
+    (done,) = run_ranks("cuda_graph", 1)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "passed" in done.stdout
+
+
+# What follows runs in the ranks' processes.
+
+
+def _sums() -> None:
+    """Every size class and dtype: the sum, the same bits on all ranks, several in flight."""
+    from torch import distributed
+
+    from vllm_depthpar.reductions import SMALL_BYTES, Reductions
+
+    reductions, rank, ranks = Reductions(), distributed.get_rank(), distributed.get_world_size()
+    assert reductions.overlap
+    for dtype in (torch.float32, torch.bfloat16):
+        for tokens in (1, 7, SMALL_BYTES // 64):
+            generator = torch.Generator().manual_seed(tokens)
+            shape = (ranks, 2, tokens, 64)
+            terms = torch.randn(shape, generator=generator).to(dtype)
+            flights = [reductions.start(term.clone()) for term in terms[rank]]
+            first = reductions.wait(flights[0], behind=flights[1].arrived)
+            second = reductions.wait(flights[1])
+            result = torch.stack([first, second])
+            close = {"rtol": 0.05, "atol": 0.1} if dtype == torch.bfloat16 else {}
+            torch.testing.assert_close(result, terms.sum(0), **close)
+            everyone = [torch.empty_like(result) for _ in range(ranks)]
+            distributed.all_gather(everyone, result)
+            assert all(torch.equal(other, result) for other in everyone)
+    torch.testing.assert_close(
+        reductions.all_reduce(torch.full((3,), float(rank))),
+        torch.full((3,), float(sum(range(ranks)))),
+    )
+    try:
+        reductions.wait(reductions.start(torch.ones(2))._replace(arrived=torch.ones(2)))
+    except RuntimeError as error:
+        assert "not started" in str(error)
+    else:
+        raise AssertionError("a wait in the wrong tensor went unnoticed")
+    schedulers = {
+        (task / "comm").read_text().strip(): os.sched_getscheduler(int(task.name))
+        for task in Path("/proc/self/task").iterdir()
+        if "gloo" in (task / "comm").read_text()
+    }
+    assert schedulers, "no thread of Gloo's found"
+    assert set(schedulers.values()) == {os.SCHED_BATCH}
+
+
+def _signal_ops() -> None:
+    """Ops with which a rank says that it is computing, and waits until another says so."""
+    from torch import distributed
+    from torch.library import Library, impl
+
+    store = distributed.distributed_c10d._get_default_store()
+    library = Library("depthpar_test", "FRAGMENT")
+    library.define("say(Tensor x) -> Tensor")
+
+    @impl(library, "say", "CPU")
+    def say(x: torch.Tensor) -> torch.Tensor:
+        store.set(f"computing {store.add('said', 1)}", "")
+        return x + 0
+
+    library._register_fake("say", torch.empty_like)
+    _signal_ops.library = library  # type: ignore[attr-defined]  # lives as long as its ops are used
+
+
+def _overlap(compiled: bool = False) -> None:
+    """Rank 1 starts only when rank 0 has got beyond its own start: one that blocks never does.
+
+    Meanwhile rank 0 makes tensors of the same size as the term in flight, so that a compiler or an
+    allocator that thought its memory free would overwrite it.
+    """
+    from datetime import timedelta
+
+    from torch import distributed
+
+    from vllm_depthpar.reductions import Reductions
+
+    _signal_ops()
+    reductions, rank = Reductions(), distributed.get_rank()
+    store = distributed.distributed_c10d._get_default_store()
+    weight = torch.eye(64)
+
+    def block(x: torch.Tensor) -> torch.Tensor:
+        flight = reductions.start(x @ weight)
+        y = torch.ops.depthpar_test.say((x * 3).relu() @ weight)
+        for _ in range(4):
+            y = (y + 1).relu() @ weight
+        return reductions.wait(flight, behind=y) * 10 + y
+
+    run = torch.compile(block, fullgraph=True, dynamic=False) if compiled else block
+    for tokens in (1, 2000):
+        for attempt in range(3):
+            count = attempt + 1 + (3 if tokens > 1 else 0)
+            if rank == 0:
+                x = torch.full((tokens, 64), float(count))
+                expected = (count + 100) * 10 + 3 * count + 4
+                assert torch.equal(run(x), torch.full((tokens, 64), float(expected)))
+            else:
+                store.wait([f"computing {count}"], timedelta(seconds=60))
+                time.sleep(0.05)
+                reductions.wait(reductions.start(torch.full((tokens, 64), 100.0)))
+
+
+def _compiled_overlap() -> None:
+    from unittest.mock import patch
+
+    with patch.dict(os.environ, TORCHINDUCTOR_COMPILE_THREADS="1"):
+        _overlap(compiled=True)
+
+
+def _memory() -> None:
+    """Nothing is copied: a start allocates what arrives, and a wait nothing."""
+    from torch import distributed
+    from torch.profiler import ProfilerActivity, profile
+
+    from vllm_depthpar.reductions import Reductions
+
+    reductions = Reductions()
+    term = torch.ones(1 << 20)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        total = reductions.wait(reductions.start(term))
+    assert torch.equal(total, torch.full_like(term, distributed.get_world_size()))
+    names = {event.key for event in profiler.key_averages()}
+    assert not names & {"aten::clone", "aten::copy_"}, names
+    allocated = sum(max(event.self_cpu_memory_usage, 0) for event in profiler.key_averages())
+    assert allocated == term.nbytes
+
+
+def _death() -> None:
+    from torch import distributed
+
+    from vllm_depthpar.reductions import Reductions
+
+    reductions = Reductions()
+    reductions.all_reduce(torch.ones(4))
+    if distributed.get_rank() == 1:
+        os._exit(7)
+    start = time.monotonic()
+    try:
+        reductions.wait(reductions.start(torch.ones(4)))
+    except RuntimeError as error:
+        assert "onnection" in str(error), error
+    else:
+        raise AssertionError("the wait for a dead rank succeeded")
+    assert time.monotonic() - start < 10
+
+
+def _alone() -> None:
+    from vllm_depthpar.reductions import Reductions
+
+    reductions = Reductions()
+    assert not reductions.overlap
+    graphs = []
+
+    def backend(module: torch.fx.GraphModule, inputs: object) -> torch.fx.GraphModule:
+        graphs.append(module.graph)
+        return module
+
+    @torch.compile(backend=backend, fullgraph=True)
+    def block(x: torch.Tensor) -> torch.Tensor:
+        flight = reductions.start(x * 2)
+        return reductions.wait(flight, behind=x) + reductions.all_reduce(x)
+
+    assert torch.equal(block(torch.ones(3)), torch.full((3,), 3.0))
+    (graph,) = graphs
+    calls = [str(node.target) for node in graph.nodes if node.op.startswith("call")]
+    assert len(calls) == 2, calls  # the product and the sum
+
+
+def _cuda_graph() -> None:
+    """Capture with a one-rank group, whose communicator is called all the same."""
+    from vllm.distributed import get_tp_group
+
+    from vllm_depthpar import reductions as module
+
+    group = get_tp_group()
+    x = torch.zeros(4, 64, device="cuda")
+    weight = torch.eye(64, device="cuda")
+
+    def block() -> torch.Tensor:
+        term = x @ weight
+        arrived = torch.ops.depthpar.start_all_reduce(term, group.unique_name)
+        y = (x * 3) @ weight
+        torch.ops.depthpar.wait_all_reduce(term, arrived, y)
+        return arrived * 10 + y
+
+    block()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = block()
+    for value in (1.0, 2.0):
+        x.fill_(value)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(result.cpu(), torch.full((4, 64), 13 * value))
+    assert module._side_streams
+
+
+def _main(scenario: str) -> None:
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed import (
+        cleanup_dist_env_and_memory,
+        init_distributed_environment,
+        initialize_model_parallel,
+    )
+
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    backend = "nccl" if scenario == "cuda_graph" else "gloo"
+    with set_current_vllm_config(VllmConfig()):
+        init_distributed_environment(ranks, rank, "env://", rank, backend)
+        initialize_model_parallel(ranks)
+        globals()[f"_{scenario}"]()
+    print("passed", flush=True)
+    if scenario != "death":
+        cleanup_dist_env_and_memory()
+    else:
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1])
