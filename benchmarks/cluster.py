@@ -9,6 +9,8 @@ within every round, and a round's ratios are taken within it.
 free. Of the time between the two a plan's share is (T_plain - T_plan) / (T_plain - T_none), T being
 the time of a token.
 
+With the link "shm" both ranks are on one host, and vLLM reduces over its memory.
+
 Needs Linux, root and iproute2; says so and exits with 2 where it has not.
 """
 
@@ -36,6 +38,7 @@ from vllm_depthpar import bundled, plan, shape
 
 HERE = Path(__file__).parent
 NONE = "no communication"
+SHARED_MEMORY = "shared memory"
 START_SECONDS = 900
 STOP_SECONDS = 20
 LAST_LINES = 30
@@ -74,7 +77,7 @@ PLANS = [
 
 @dataclass
 class Contender:
-    """One deployment: a rank on each host."""
+    """One deployment of two ranks: a process for each host that has any."""
 
     label: str
     plan: plan.Plan
@@ -83,7 +86,7 @@ class Contender:
     processes: list[subprocess.Popen[bytes]]
 
     def send(self, number: signal.Signals) -> None:
-        """Signal every process of both ranks."""
+        """Signal both ranks, and the server."""
         for process in self.processes:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, number)
@@ -151,25 +154,20 @@ def main() -> None:
         sys.exit(2)
 
 
-def slug(link: Link) -> str:
-    """A link's name in a file name: "plain", "1gbit-0.2ms"."""
-    if link == Link():
-        return "plain"
-    return (
-        str(link)
-        .replace(" Gbit/s", "gbit")
-        .replace(" Mbit/s", "mbit")
-        .replace(", ", "-")
-        .replace(" ", "")
-    )
+def slug(link: Link | None) -> str:
+    """A link's name in a file name: "shm", "plain", "1gbit-0.2ms"."""
+    if link is None or link == Link():
+        return "plain" if link else "shm"
+    short = str(link).replace(" Gbit/s", "gbit").replace(" Mbit/s", "mbit").replace(", ", "-")
+    return short.replace(" ", "")
 
 
-def measure(args: argparse.Namespace, link: Link) -> dict[str, Any]:
-    """All contenders on one link: the report."""
-    start = time.monotonic()
+def measure(args: argparse.Namespace, link: Link | None) -> dict[str, Any]:
+    """All contenders on one link (None: on one host): the report."""
+    start, link_name = time.monotonic(), SHARED_MEMORY if link is None else str(link)
     config = {**MODEL, "torch_dtype": args.dtype}
     with ExitStack() as stack, common.progress() as progress:
-        hosts = stack.enter_context(TwoHosts(link))
+        hosts = stack.enter_context(TwoHosts(link or Link()))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cluster-")))
         model = write_model(folder / "model", config)
         clients = [Client(hosts, host) for host in (0, 1)]
@@ -184,8 +182,8 @@ def measure(args: argparse.Namespace, link: Link) -> dict[str, Any]:
         task = progress.add_task("", total=total)
         running: list[Contender] = []
         for number, (label, resolved, spec) in enumerate(described):
-            progress.update(task, description=f"{link}: starting {label}")
-            one = launch(args, hosts, folder, model, label, resolved, spec, number)
+            progress.update(task, description=f"{link_name}: starting {label}")
+            one = launch(args, hosts, link is None, folder, model, label, resolved, spec, number)
             stack.callback(one.stop)
             wait_until_up(one, clients[0], hosts, folder)
             one.send(signal.SIGSTOP)
@@ -199,7 +197,7 @@ def measure(args: argparse.Namespace, link: Link) -> dict[str, Any]:
             first = max(number, 0) % len(running)
             for load, (batch, prompt_tokens, tokens, counted) in LOADS.items():
                 for one in running[first:] + running[:first]:
-                    progress.update(task, description=f"{link}: {one.label}, {load}")
+                    progress.update(task, description=f"{link_name}: {one.label}, {load}")
                     with resumed(one):
                         result = clients[0].ask(
                             "measure",
@@ -219,10 +217,10 @@ def measure(args: argparse.Namespace, link: Link) -> dict[str, Any]:
         **common.facts(),
         "threads": 1,
         "link": {
-            "name": str(link),
-            "mbit": link.mbit,
-            "latency_ms": link.latency_ms,
-            "round_trip_ms": round(round_trip * 1e3, 3),
+            "name": link_name,
+            "mbit": link and link.mbit,
+            "latency_ms": link and link.latency_ms,
+            "round_trip_ms": link and round(round_trip * 1e3, 3),
         },
         "mode": "compiled" if args.compiled else "eager",
         "model": config,
@@ -276,6 +274,7 @@ def write_model(folder: Path, config: dict[str, Any]) -> Path:
 def launch(
     args: argparse.Namespace,
     hosts: TwoHosts,
+    together: bool,
     folder: Path,
     model: Path,
     label: str,
@@ -283,11 +282,13 @@ def launch(
     spec: object,
     number: int,
 ) -> Contender:
-    """Start one rank in each host."""
+    """Start one rank in each host, or both in the first."""
     port, master_port = 8000 + number, 29500 + number
     options = ["--load-format", "dummy", "--dtype", args.dtype, "--tensor-parallel-size", "2"]
-    options += ["--nnodes", "2", "--master-addr", hosts.addresses[0]]
-    options += ["--master-port", str(master_port), "--distributed-executor-backend", "mp"]
+    options += ["--distributed-executor-backend", "mp"]
+    if not together:
+        options += ["--nnodes", "2", "--master-addr", hosts.addresses[0]]
+        options += ["--master-port", str(master_port)]
     options += ["--max-model-len", "1024", "--max-num-seqs", "8", "--no-enable-prefix-caching"]
     options += ["--max-num-batched-tokens", "2048", "--host", hosts.addresses[0]]
     options += ["--kv-cache-memory-bytes", str(160 << 20)]  # all contenders live at once
@@ -300,21 +301,22 @@ def launch(
         plugins = "without_communication"
         path = f"{_plugin_folder(folder)}:{HERE}:{path}"
     processes = []
-    for host in (0, 1):
+    cores = [str(core) for core in sorted(os.sched_getaffinity(0))[:2]]
+    for host in (0,) if together else (0, 1):
         env = {
             **os.environ,
             "PYTHONPATH": path,
             "VLLM_PLUGINS": plugins,
             "VLLM_HOST_IP": hosts.addresses[host],
             "GLOO_SOCKET_IFNAME": hosts.interface(host),
-            "VLLM_CPU_OMP_THREADS_BIND": str(sorted(os.sched_getaffinity(0))[host]),
+            "VLLM_CPU_OMP_THREADS_BIND": "|".join(cores) if together else cores[host],
             "OMP_NUM_THREADS": "1",
             "TORCHINDUCTOR_COMPILE_THREADS": "1",  # or each rank keeps a pool of processes
             "VLLM_USE_AOT_COMPILE": "0",
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": "1",
         }
-        role = ["--node-rank", str(host), *(["--headless"] if host else [])]
+        role = [] if together else ["--node-rank", str(host), *(["--headless"] if host else [])]
         command = [str(Path(sys.executable).with_name("vllm")), "serve", str(model)]
         with _log(folder, port, host).open("wb") as log:
             processes.append(
@@ -353,8 +355,9 @@ def wait_until_up(one: Contender, client: Client, hosts: TwoHosts, folder: Path)
     while not client.ask("healthy", host=hosts.addresses[0], port=one.port):
         ended = any(process.poll() is not None for process in one.processes)
         if ended or time.monotonic() > deadline:
-            logs = (_log(folder, one.port, host).read_text(errors="replace") for host in (0, 1))
-            lines = [line for log in logs for line in log.splitlines()[-LAST_LINES:]]
+            logs = [_log(folder, one.port, host) for host in range(len(one.processes))]
+            text = [log.read_text(errors="replace").splitlines() for log in logs]
+            lines = [line for log in text for line in log[-LAST_LINES:]]
             raise RuntimeError("\n".join([f"{one.label} does not start:", *lines]))
         time.sleep(0.5)
 
@@ -384,7 +387,8 @@ def table(report: dict[str, Any]) -> str:
             of_plan = one["label"] not in (common.PLAIN, NONE)
             row.append(f"{numbers['communication_removed']['median']:.0%}" if of_plan else "")
         rows.append(row)
-    title = f"{link['name']} (round trip {link['round_trip_ms']} ms), {report['mode']}"
+    trip = f" (round trip {link['round_trip_ms']} ms)" if link["round_trip_ms"] else ""
+    title = f"{link['name']}{trip}, {report['mode']}"
     return f"\n{title}\n\n{common.markdown(header, rows)}"
 
 
@@ -424,7 +428,9 @@ def plot(report: dict[str, Any], path: Path) -> None:
     partial.replace(path)
 
 
-def _link(text: str) -> Link:
+def _link(text: str) -> Link | None:
+    if text == "shm":
+        return None
     try:
         return Link.parse(text)
     except ValueError as error:
@@ -440,7 +446,7 @@ def _parser() -> argparse.ArgumentParser:
         type=_link,
         default=[Link()],
         metavar="LINK",
-        help="plain, 1gbit, 0.2ms, 1gbit,0.2ms, ... (plain)",
+        help="shm, plain, 1gbit, 0.2ms, 1gbit,0.2ms, ... (plain)",
     )
     parser.add_argument("--compiled", action="store_true", help="with torch.compile (eager)")
     return parser

@@ -116,6 +116,14 @@ def test_three_ranks_equal_reference(name: str, three_ranks: Answers, smollm2: P
     check(result, case, hf.load(smollm2, spec_of(case.plan)))
 
 
+# Ways into and out of ladder blocks, as in test_hf.py.
+LADDERS: list[Any] = [
+    {"ladder": "all"},
+    {"ladder": [0, 2, 3, 5]},
+    {"pair": [0, 6], "ladder": "all"},
+    {"pair": [1, 5], "ladder": [3, 4, 5]},
+    {"skip": {"speedup": 1.5}, "ladder": [0, 2]},
+]
 # Shapes of the family, each with plans that exercise it. Six layers.
 RANDOM: dict[str, tuple[dict[str, Any], list[Any]]] = {
     "GQA, untied": ({}, [{"pair": [1, 5]}, {"pair": [0, 6], "group": 3}, {"pair": [0, 6]}]),
@@ -126,38 +134,33 @@ RANDOM: dict[str, tuple[dict[str, Any], list[Any]]] = {
         [{"pair": [1, 5]}, {"pair": [0, 3], "group": 3}],
     ),
     "llama3 rope": ({"rope_scaling": LLAMA3_ROPE}, [{"pair": [1, 5]}]),
+    "ladders": ({"attention_bias": True, "mlp_bias": True}, LADDERS),
     # 3 heads: TP 2 cuts no layer of it, but does cut a pair.
     "odd heads, in pairs": ({"hidden": 96, "heads": 3, "kv_heads": 3}, [{"pair": [0, 6]}]),
 }
 
 
-# Ways into and out of ladder blocks, as in test_hf.py.
-LADDERS: list[Any] = [
-    {"ladder": "all"},
-    {"ladder": [0, 2, 3, 5]},
-    {"pair": [0, 6], "ladder": "all"},
-    {"pair": [1, 5], "ladder": [3, 4, 5]},
-    {"skip": {"speedup": 1.5}, "ladder": [0, 2]},
-]
-
-
-@pytest.mark.parametrize(("ranks", "hosts"), [(1, False), (2, False), (2, True)])
-def test_ladders_of_a_random_model(ranks: int, hosts: bool, tmp_path: Path) -> None:
-    """One rank, two on one host (shared memory), two hosts (messages, started and waited apart)."""
+def test_ladders_between_two_hosts(tmp_path: Path) -> None:
+    """With messages that are started and waited for apart, and a plan without any ladder."""
     folder = write_llama(tmp_path, attention_bias=True, mlp_bias=True)
-    cases = [Case(folder, plan, prompts(4, 40).tolist(), max_tokens=16) for plan in LADDERS]
-    for case, result in zip(cases, run(cases, ranks, hosts=hosts), strict=True):
+    plans = [*LADDERS, {"pair": [1, 5]}]
+    cases = [Case(folder, plan, prompts(4, 40).tolist(), max_tokens=16) for plan in plans]
+    for case, result in zip(cases, run(cases, ranks=2, hosts=True), strict=True):
         check(result, case, hf.load(folder, case.plan))
 
 
-@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "LlamaLadderForCausalLM"])
-def test_checkpoint_of_the_ladder_authors(architecture: str, tmp_path: Path) -> None:
-    """Served as it is: no `--model-impl`, no remote code."""
-    folder = write_llama(tmp_path / "ladder", ladder_layers=3, architecture=architecture)
-    case = Case(folder, "plain", prompts(4, 40).tolist(), max_tokens=16)
-    (result,) = run([case])
-    check(result, case, hf.load(write_llama(tmp_path / "llama"), {"ladder": 3}))
-    check(result, case, hf.load(folder, {"ladder": [3, 4, 5]}))
+def test_checkpoints_of_the_ladder_authors(tmp_path: Path) -> None:
+    """Served as they are: no `--model-impl`, no remote code."""
+    ladders: dict[str, int | list[int]] = {"LlamaForCausalLM": 3, "LlamaLadderForCausalLM": [1, 4]}
+    cases = []
+    for architecture, ladder in ladders.items():
+        folder = tmp_path / architecture
+        write_llama(folder, ladder_layers=ladder, architecture=architecture)
+        cases.append(Case(folder, "plain", prompts(4, 40).tolist(), max_tokens=16))
+    llama = write_llama(tmp_path / "llama")
+    for case, result, ladder in zip(cases, run(cases), ladders.values(), strict=True):
+        check(result, case, hf.load(llama, {"ladder": ladder}))
+        check(result, case, hf.load(case.model, {"ladder": ladder}))
 
 
 def test_three_hosts(tmp_path: Path) -> None:

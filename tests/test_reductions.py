@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +16,11 @@ import torch
 RANK_TIMEOUT = 120
 
 
-def run_ranks(scenario: str, ranks: int) -> list[subprocess.CompletedProcess[str]]:
-    """Run a scenario of this file in one process per rank, each a host to vLLM."""
+Done = subprocess.CompletedProcess[str]
+
+
+def run_ranks(scenarios: list[str], ranks: int) -> list[Done]:
+    """Run scenarios of this file in one process per rank, each a host to vLLM."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
@@ -24,7 +28,7 @@ def run_ranks(scenario: str, ranks: int) -> list[subprocess.CompletedProcess[str
     env |= {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(ranks), "GLOO_SOCKET_IFNAME": "lo"}
     processes = [
         subprocess.Popen(
-            [sys.executable, __file__, scenario],
+            [sys.executable, __file__, *scenarios],
             env={**env, "RANK": str(rank), "VLLM_DIST_IDENT": f"host{rank}"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -44,34 +48,39 @@ def run_ranks(scenario: str, ranks: int) -> list[subprocess.CompletedProcess[str
     return done
 
 
-@pytest.mark.parametrize(
-    ("scenario", "ranks"),
-    [("sums", 2), ("sums", 3), ("overlap", 2), ("compiled_overlap", 2), ("memory", 2)],
-)
-def test_between_hosts(scenario: str, ranks: int) -> None:
-    for done in run_ranks(scenario, ranks):
-        assert done.returncode == 0, done.stdout[-3000:]
-        assert "passed" in done.stdout
+@pytest.fixture(scope="module")
+def two_ranks() -> list[Done]:
+    """All scenarios for two ranks in the same two processes; in the last of them rank 1 ends."""
+    return run_ranks(["sums", "overlap", "memory", "compiled_overlap", "death"], 2)
 
 
-def test_a_rank_that_dies_is_an_error_on_the_others() -> None:
-    survivor, dead = run_ranks("death", 2)
+@pytest.mark.parametrize("scenario", ["sums", "overlap", "memory", "compiled_overlap"])
+def test_two_hosts(scenario: str, two_ranks: list[Done]) -> None:
+    for done in two_ranks:
+        assert f"passed: {scenario}\n" in done.stdout, done.stdout[-3000:]
+
+
+def test_a_rank_that_dies_is_an_error_on_the_others(two_ranks: list[Done]) -> None:
+    survivor, dead = two_ranks
+    assert "passed: death\n" in survivor.stdout, survivor.stdout[-3000:]
+    assert survivor.returncode == 0
     assert dead.returncode == 7
-    assert survivor.returncode == 0, survivor.stdout[-3000:]
-    assert "passed" in survivor.stdout
+
+
+def test_sums_on_three_hosts() -> None:
+    for done in run_ranks(["sums"], 3):
+        assert "passed: sums\n" in done.stdout, done.stdout[-3000:]
 
 
 def test_one_rank_adds_nothing_to_the_graph() -> None:
-    (done,) = run_ranks("alone", 1)
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert "passed" in done.stdout
+    (done,) = run_ranks(["alone"], 1)
+    assert "passed: alone\n" in done.stdout, done.stdout[-3000:]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
 def test_side_stream_in_a_cuda_graph() -> None:
-    (done,) = run_ranks("cuda_graph", 1)
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert "passed" in done.stdout
+    (done,) = run_ranks(["cuda_graph"], 1)
+    assert "passed: cuda_graph\n" in done.stdout, done.stdout[-3000:]
 
 
 # What follows runs in the ranks' processes.
@@ -118,22 +127,25 @@ def _sums() -> None:
     assert set(schedulers.values()) == {os.SCHED_BATCH}
 
 
-def _signal_ops() -> None:
-    """Ops with which a rank says that it is computing, and waits until another says so."""
+_libraries: list[Any] = []  # an op lives as long as its library
+
+
+def _signal_op(prefix: str) -> None:
+    """The op with which a rank tells all others that it is computing, how many times."""
     from torch import distributed
     from torch.library import Library, impl
 
     store = distributed.distributed_c10d._get_default_store()
-    library = Library("depthpar_test", "FRAGMENT")
+    library = Library(f"depthpar_{prefix}", "FRAGMENT")
     library.define("say(Tensor x) -> Tensor")
 
     @impl(library, "say", "CPU")
     def say(x: torch.Tensor) -> torch.Tensor:
-        store.set(f"computing {store.add('said', 1)}", "")
+        store.set(f"{prefix} {store.add(prefix, 1)}", "")
         return x + 0
 
     library._register_fake("say", torch.empty_like)
-    _signal_ops.library = library  # type: ignore[attr-defined]  # lives as long as its ops are used
+    _libraries.append(library)
 
 
 def _overlap(compiled: bool = False) -> None:
@@ -148,14 +160,15 @@ def _overlap(compiled: bool = False) -> None:
 
     from vllm_depthpar.reductions import Reductions
 
-    _signal_ops()
+    prefix = "compiled" if compiled else "eager"
+    _signal_op(prefix)
     reductions, rank = Reductions(), distributed.get_rank()
     store = distributed.distributed_c10d._get_default_store()
-    weight = torch.eye(64)
+    weight, say = torch.eye(64), getattr(torch.ops, f"depthpar_{prefix}").say
 
     def block(x: torch.Tensor) -> torch.Tensor:
         flight = reductions.start(x @ weight)
-        y = torch.ops.depthpar_test.say((x * 3).relu() @ weight)
+        y = say((x * 3).relu() @ weight)
         for _ in range(4):
             y = (y + 1).relu() @ weight
         return reductions.wait(flight, behind=y) * 10 + y
@@ -169,7 +182,7 @@ def _overlap(compiled: bool = False) -> None:
                 expected = (count + 100) * 10 + 3 * count + 4
                 assert torch.equal(run(x), torch.full((tokens, 64), float(expected)))
             else:
-                store.wait([f"computing {count}"], timedelta(seconds=60))
+                store.wait([f"{prefix} {count}"], timedelta(seconds=60))
                 time.sleep(0.05)
                 reductions.wait(reductions.start(torch.full((tokens, 64), 100.0)))
 
@@ -241,12 +254,20 @@ def _alone() -> None:
 
 
 def _cuda_graph() -> None:
-    """Capture with a one-rank group, whose communicator is called all the same."""
+    """Capture with NCCL. vLLM makes no communicator for one rank: this one is NCCL's own."""
+    from torch import distributed
     from vllm.distributed import get_tp_group
 
     from vllm_depthpar import reductions as module
 
+    class Communicator:
+        def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+            total = tensor.clone()
+            distributed.all_reduce(total, group=group.device_group)
+            return total
+
     group = get_tp_group()
+    group.device_communicator = Communicator()
     x = torch.zeros(4, 64, device="cuda")
     weight = torch.eye(64, device="cuda")
 
@@ -270,7 +291,7 @@ def _cuda_graph() -> None:
     assert module._side_streams
 
 
-def _main(scenario: str) -> None:
+def _main(scenarios: list[str]) -> None:
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.distributed import (
         cleanup_dist_env_and_memory,
@@ -279,17 +300,17 @@ def _main(scenario: str) -> None:
     )
 
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    backend = "nccl" if scenario == "cuda_graph" else "gloo"
+    backend = "nccl" if "cuda_graph" in scenarios else "gloo"
     with set_current_vllm_config(VllmConfig()):
         init_distributed_environment(ranks, rank, "env://", rank, backend)
         initialize_model_parallel(ranks)
-        globals()[f"_{scenario}"]()
-    print("passed", flush=True)
-    if scenario != "death":
-        cleanup_dist_env_and_memory()
-    else:
-        os._exit(0)
+        for scenario in scenarios:
+            globals()[f"_{scenario}"]()
+            print(f"passed: {scenario}", flush=True)
+    if "death" in scenarios:
+        os._exit(0)  # nothing can be cleaned up together any more
+    cleanup_dist_env_and_memory()
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1])
+    _main(sys.argv[1:])

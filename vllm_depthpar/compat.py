@@ -237,6 +237,14 @@ def group_named(name: str) -> GroupCoordinator:
     return group
 
 
+def communicator_all_reduce(group: GroupCoordinator, tensor: torch.Tensor) -> torch.Tensor:
+    """What vLLM's all-reduce op runs on a GPU: custom all-reduce, NCCL, ..., by size; a new tensor.
+
+    Relies on: `_all_reduce_out_place` uses the current stream.
+    """
+    return group._all_reduce_out_place(tensor)
+
+
 def reduces_over_shared_memory(group: GroupCoordinator) -> bool:
     """Whether a CPU group's ranks share a host and all-reduce through its memory.
 
