@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import time
@@ -59,7 +60,11 @@ def hosts(tmp_path: Path, smollm2: Path) -> Iterator[tuple[Server, Server]]:
 
 @pytest.mark.parametrize(
     ("sent", "said"),
-    [(signal.SIGKILL, "connection to tensor-parallel rank 1 broke"), (signal.SIGSTOP, "timed out")],
+    [
+        # In one of our all-reduces, or in one of the few collectives that vLLM leaves to Gloo.
+        (signal.SIGKILL, r"connection to tensor-parallel rank 1 broke|Connection \w+ by peer"),
+        (signal.SIGSTOP, "timed out"),
+    ],
     ids=["dies", "hangs"],
 )
 def test_the_server_says_so_and_ends(
@@ -89,7 +94,7 @@ def test_the_server_says_so_and_ends(
     first.process.wait(END_SECONDS)
     assert time.monotonic() - start < STEP_SECONDS + END_SECONDS
     assert not first.healthy()
-    assert said in first.log_text()
+    assert re.search(said, first.log_text())
 
 
 def _worker(node: Server) -> psutil.Process:

@@ -164,7 +164,7 @@ def test_checkpoints_of_the_ladder_authors(tmp_path: Path) -> None:
 
 
 def test_three_hosts(tmp_path: Path) -> None:
-    folder = write_llama(tmp_path, hidden=96, heads=3, kv_heads=3, layers=4)
+    folder = write_llama(tmp_path, hidden=96, heads=3, kv_heads=3, layers=4, vocab=576)
     case = Case(folder, {"pair": [1, 3], "ladder": 3}, prompts(2, 40).tolist(), max_tokens=4)
     (result,) = run([case], ranks=3, hosts=True)
     check(result, case, hf.load(folder, case.plan))

@@ -40,9 +40,11 @@ for size in json.loads(sys.argv[2]):
 print(json.dumps(seconds))
 """
 OWNER = """
-import subprocess
+import signal, subprocess
 from two_hosts import Link, TwoHosts, exit_on_sigterm
 exit_on_sigterm()
+# A shell that runs the tests in the background has them ignore it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 with TwoHosts(Link.parse("1ms")) as hosts:
     subprocess.run(hosts.command(1, ["sh", "-c", "echo $$; exec sleep 600"]))
 """
