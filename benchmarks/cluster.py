@@ -27,7 +27,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +177,7 @@ def measure(args: argparse.Namespace, link: Link | None) -> dict[str, Any]:
         clients[1].tell("echo", host=address, port=7)
         round_trip = clients[0].ask("round_trip", host=address, port=7)
 
-        described = contenders(args.plans, config["num_hidden_layers"])
+        described = contenders(model, args.plans, config["num_hidden_layers"])
         total = len(described) * (1 + (1 + args.rounds) * len(LOADS))
         task = progress.add_task("", total=total)
         running: list[Contender] = []
@@ -252,14 +252,14 @@ def figures(load: str, label: str, speeds: dict[str, dict[str, list[float]]]) ->
     }
 
 
-def contenders(labels: list[str], layers: int) -> list[tuple[str, plan.Plan, object]]:
+def contenders(model: Path, labels: list[str], layers: int) -> list[tuple[str, plan.Plan, object]]:
     """(label, plan, spec) of plain vLLM, of it without communication, and of the plans."""
-    plain = plan.resolve("identity", layers)
-    found: list[tuple[str, plan.Plan, object]] = [(common.PLAIN, plain, None), (NONE, plain, None)]
-    for label in dict.fromkeys(labels):
-        spec = plan.load(label)
-        found.append((label, plan.resolve(spec, layers), spec))
-    return found
+    plain, *others = common.contenders(str(model), labels)
+    without = replace(plain, label=NONE)
+    return [
+        (one.label, plan.resolve(one.spec or "identity", layers), one.spec)
+        for one in (plain, without, *others)
+    ]
 
 
 def write_model(folder: Path, config: dict[str, Any]) -> Path:
@@ -382,18 +382,16 @@ def table(report: dict[str, Any]) -> str:
         row = [f"`{one['label']}`", f"{one['all_reduces']} ({one['hidden']})"]
         for load in LOADS:
             numbers = one["loads"][load]
-            row.append(_spread(numbers["tokens_per_second"], ".1f"))
-            row.append("" if one["label"] == common.PLAIN else _spread(numbers["ratio_to_plain"]))
+            row.append(common.written(numbers["tokens_per_second"], ".1f"))
+            row.append(
+                "" if one["label"] == common.PLAIN else common.written(numbers["ratio_to_plain"])
+            )
             of_plan = one["label"] not in (common.PLAIN, NONE)
             row.append(f"{numbers['communication_removed']['median']:.0%}" if of_plan else "")
         rows.append(row)
     trip = f" (round trip {link['round_trip_ms']} ms)" if link["round_trip_ms"] else ""
     title = f"{link['name']}{trip}, {report['mode']}"
     return f"\n{title}\n\n{common.markdown(header, rows)}"
-
-
-def _spread(numbers: dict[str, float], form: str = ".2f") -> str:
-    return "{median:{form}} ({min:{form}} to {max:{form}})".format(form=form, **numbers)
 
 
 def plot(report: dict[str, Any], path: Path) -> None:

@@ -168,7 +168,12 @@ def summary(values: list[float]) -> dict[str, float]:
 
 def spread(values: list[float], form: str = ".2f") -> str:
     """Median and spread for people: '1.21 (1.19 to 1.24)'."""
-    return "{median:{form}} ({min:{form}} to {max:{form}})".format(form=form, **summary(values))
+    return written(summary(values), form)
+
+
+def written(numbers: dict[str, float], form: str = ".2f") -> str:
+    """A summary for people."""
+    return "{median:{form}} ({min:{form}} to {max:{form}})".format(form=form, **numbers)
 
 
 def facts() -> dict[str, Any]:

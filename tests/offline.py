@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from vllm_depthpar.server_process import free_port
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,6 @@ def run(
     with tempfile.TemporaryDirectory() as folder:
         job, answer = Path(folder, "cases.pt"), Path(folder, "results.pt")
         torch.save(cases, job)
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port = listener.getsockname()[1]
         common = {
             **os.environ,
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -72,7 +70,7 @@ def run(
             "VLLM_USE_AOT_COMPILE": "0",
             "OFFLINE_HOSTS": str(int(hosts)),
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
+            "MASTER_PORT": str(free_port()),
             "WORLD_SIZE": str(ranks),
         }
         logs = [Path(folder, f"{rank}.log") for rank in range(ranks)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from vllm_depthpar.server_process import free_port
+
 RANK_TIMEOUT = 120
 
 
@@ -21,10 +22,7 @@ Done = subprocess.CompletedProcess[str]
 
 def run_ranks(scenarios: list[str], ranks: int) -> list[Done]:
     """Run scenarios of this file in one process per rank, each a host to vLLM."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     env |= {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(ranks), "GLOO_SOCKET_IFNAME": "lo"}
     processes = [
         subprocess.Popen(

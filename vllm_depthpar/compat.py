@@ -261,9 +261,9 @@ def this_host() -> str:
     """
     if envs.VLLM_HOST_IP:
         return str(envs.VLLM_HOST_IP)
-    first = get_current_vllm_config().parallel_config
-    place = first.master_addr if first.nnodes > 1 else os.environ.get("MASTER_ADDR", "127.0.0.1")
-    family, _, _, _, address = socket.getaddrinfo(place, 9, type=socket.SOCK_DGRAM)[0]
+    config = get_current_vllm_config().parallel_config
+    first = config.master_addr if config.nnodes > 1 else os.environ.get("MASTER_ADDR", "127.0.0.1")
+    family, _, _, _, address = socket.getaddrinfo(first, 9, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect(address)  # sends nothing
         return str(probe.getsockname()[0])

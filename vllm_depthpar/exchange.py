@@ -49,11 +49,7 @@ class Peer:
         try:
             while self.outgoing:
                 count = self.connection.send(self.outgoing[0])
-                if count < len(self.outgoing[0]):
-                    self.outgoing[0] = self.outgoing[0][count:]
-                else:
-                    self.outgoing.popleft()
-                    self.sent += 1
+                self.sent += _completed(self.outgoing, count)
         except BlockingIOError:
             pass
         except OSError as error:
@@ -66,11 +62,7 @@ class Peer:
                 count = self.connection.recv_into(self.incoming[0])
                 if count == 0:
                     raise self._broken("it was closed")
-                if count < len(self.incoming[0]):
-                    self.incoming[0] = self.incoming[0][count:]
-                else:
-                    self.incoming.popleft()
-                    self.received += 1
+                self.received += _completed(self.incoming, count)
         except BlockingIOError:
             pass
         except OSError as error:
@@ -78,6 +70,15 @@ class Peer:
 
     def _broken(self, why: str | None) -> RuntimeError:
         return RuntimeError(f"connection to tensor-parallel rank {self.rank} broke: {why}")
+
+
+def _completed(messages: deque[memoryview], count: int) -> int:
+    """Take `count` bytes off the first message; 1 if that was the rest of it, else 0."""
+    if count < len(messages[0]):
+        messages[0] = messages[0][count:]
+        return 0
+    messages.popleft()
+    return 1
 
 
 class Exchange:

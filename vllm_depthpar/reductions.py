@@ -76,7 +76,6 @@ class Reductions:
         # Between CPU hosts ours is faster than vLLM's, even with nothing to overlap.
         self._ours = self.overlap and group.device.type == "cpu"
         if self._ours:
-            let_compute_run_first()
             _connect(group)
 
     def all_reduce(self, partial: Tensor) -> Tensor:
@@ -190,6 +189,7 @@ def _connect(group: GroupCoordinator) -> None:
     if exchange is None:
         logger.warning("no direct connections between the ranks; all-reduces go through Gloo")
     _exchanges[group] = exchange
+    let_compute_run_first()
 
 
 def _start_on_cuda(partial: Tensor, group: GroupCoordinator) -> tuple[Tensor, Finish]:
