@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
-import platform
-import shlex
 import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
-from vllm_depthpar import __version__, plan, sources
-from vllm_depthpar.cli import read_config
+from vllm_depthpar import files, plan, sources
+from vllm_depthpar.checkpoint import read_config
+from vllm_depthpar.commands.types import at_least as at_least
+from vllm_depthpar.files import write_json as write_json
 from vllm_depthpar.plan import PlanError
 from vllm_depthpar.server_process import DEFAULT_ENV
 
@@ -177,52 +174,18 @@ def written(numbers: dict[str, float], form: str = ".2f") -> str:
 
 
 def facts() -> dict[str, Any]:
-    """When, with what and on what: JSON-ready. Paths in the command are reduced to their names."""
-    arguments = [Path(part).name if part.startswith("/") else part for part in sys.argv[1:]]
+    """When, with what and on what: JSON-ready."""
     return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *arguments]),
-        "versions": {
-            "vllm_depthpar": __version__,
-            "python": platform.python_version(),
-            **{name: metadata.version(name) for name in ("vllm", "torch", "transformers")},
-        },
-        "cpu": _cpu_model(),
+        **files.origin(f"python benchmarks/{Path(sys.argv[0]).name}"),
         "cores": CORES,
         "threads": int(os.environ.get("OMP_NUM_THREADS", CORES)),
     }
-
-
-def _cpu_model() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 def markdown(header: list[str], rows: Iterable[list[str]]) -> str:
     """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def write_json(path: Path, content: object) -> None:
-    """Write a file that is never seen half written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(path)
-
-
-def at_least(lowest: int) -> Callable[[str], int]:
-    """A type for argparse: an integer that is `lowest` or more."""
-
-    def integer(text: str) -> int:
-        if int(text) < lowest:
-            raise argparse.ArgumentTypeError(f"{text} is too small; allowed: {lowest} or more")
-        return int(text)
-
-    return integer
 
 
 def arguments(description: str) -> argparse.ArgumentParser:

@@ -28,7 +28,7 @@ from typing import Any
 import common
 
 from vllm_depthpar import bundled
-from vllm_depthpar.cli import read_config
+from vllm_depthpar.checkpoint import read_config
 from vllm_depthpar.shape import ModelShape
 
 SAMPLE_SECONDS = 0.005

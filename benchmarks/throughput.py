@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import common
 
 from vllm_depthpar import bundled
-from vllm_depthpar.cli import read_config
+from vllm_depthpar.checkpoint import read_config
 
 if TYPE_CHECKING:
     from vllm import LLM

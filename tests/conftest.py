@@ -6,6 +6,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["VLLM_NO_USAGE_STATS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+# Two teams of OpenMP threads on the same cores wait for each other's time slices: far slower than
+# one thread each. `make test` runs one pytest worker for each of two cores.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+
 from pathlib import Path
 
 import pytest

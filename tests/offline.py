@@ -21,6 +21,10 @@ import torch
 from vllm_depthpar.server_process import free_port
 
 
+# More ranks than cores: let the kernel place them.
+UNBOUND = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+
+
 @dataclass(frozen=True)
 class Case:
     """One engine: a checkpoint, a plan ("plain" for vLLM's own model), and prompts for it."""
@@ -46,7 +50,7 @@ class Result:
 def run(
     cases: list[Case],
     ranks: int = 1,
-    timeout: float = 600,
+    timeout: float = 1200,
     compiled: bool = False,
     hosts: bool = False,
 ) -> list[Result]:
@@ -58,13 +62,16 @@ def run(
         job, answer = Path(folder, "cases.pt"), Path(folder, "results.pt")
         torch.save(cases, job)
         common = {
+            "VLLM_CPU_OMP_THREADS_BIND": "0-1",
+            "OMP_NUM_THREADS": "2",
             **os.environ,
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_LOGGING_LEVEL": "WARNING",
             "VLLM_CPU_KVCACHE_SPACE": "1",
             # More ranks than cores: let the kernel place them.
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind" if ranks > 1 else "0-1",
-            "OMP_NUM_THREADS": "1" if ranks > 1 else "2",
+            **(
+                {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"} if ranks > 1 else {}
+            ),
             "TORCHDYNAMO_DISABLE": str(int(not compiled)),  # or vLLM's sampler is compiled
             # vLLM 0.32 writes these artifacts on a CPU but cannot load them again.
             "VLLM_USE_AOT_COMPILE": "0",

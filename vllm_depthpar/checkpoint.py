@@ -1,0 +1,44 @@
+"""A checkpoint's config.json, wherever the checkpoint is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from vllm_depthpar.ladder_checkpoint import MODEL_TYPE
+from vllm_depthpar.plan import PlanError
+
+
+def read_config(model: str) -> dict[str, Any]:
+    """The parsed config.json of a checkpoint.
+
+    Args:
+        model: its folder, or its name on the Hugging Face hub (cached or downloaded).
+
+    Raises:
+        PlanError: there is none, or it is not a Llama's.
+    """
+    path = Path(model).expanduser() / "config.json"
+    if not path.exists():
+        path = _download_config(model)
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise PlanError(f"{path} can't be read ({error}); allowed: a config.json") from None
+    if not isinstance(config, dict) or config.get("model_type") not in ("llama", MODEL_TYPE):
+        kind = config.get("model_type") if isinstance(config, dict) else None
+        raise PlanError(f"model_type {kind!r} of {model} is not supported; allowed: 'llama'")
+    return config
+
+
+def _download_config(model: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(model, "config.json"))
+    except Exception as error:
+        raise PlanError(
+            f"no checkpoint at {model!r} ({type(error).__name__}); "
+            f"allowed: a folder with config.json, or a model of the hub"
+        ) from None

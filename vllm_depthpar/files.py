@@ -1,0 +1,56 @@
+"""Files that are never seen half written, and what every file of results says about its origin."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from vllm_depthpar import __version__
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name in its folder, which is made, then rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: object) -> None:
+    """`write_bytes` of JSON."""
+    write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def origin(program: str) -> dict[str, Any]:
+    """When, with what and on what: JSON-ready. Paths in the command are reduced to their names."""
+    arguments = [Path(part).name if part.startswith("/") else part for part in sys.argv[1:]]
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join([*program.split(), *arguments]),
+        "versions": {
+            "vllm_depthpar": __version__,
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in ("vllm", "torch", "transformers")},
+        },
+        "cpu": cpu_model(),
+    }
+
+
+def cpu_model() -> str:
+    """The processor's name as Linux reports it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
