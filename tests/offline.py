@@ -20,7 +20,6 @@ import torch
 
 from vllm_depthpar.server_process import free_port
 
-
 # More ranks than cores: let the kernel place them.
 UNBOUND = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 
