@@ -1,0 +1,363 @@
+"""The cost model against this repository's own measurements: speed-ups of plans it never saw.
+
+Two hosts, one table a link (`results/cluster-*.json`). The machine's constants are fitted on rows
+without any plan: plain vLLM, plain vLLM without communication, and `identity`, which is plain vLLM
+with this package's all-reduces; the latency is half the round trip that was measured. What a layer
+takes whatever its size is not in those rows: it is the mean of what the pairs of the *other* links
+give. All plans of the link are predicted.
+
+From one link to another: all constants from the plain link, its pairs among them; of the other
+links only the latency and the nominal bandwidth. Everything on them is predicted, plain vLLM too.
+
+One host, one rank (`results/throughput-*.json`): fitted on plain vLLM and one plan at batch 1; all
+else is predicted, with each plan as the one in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import common
+from fitting import fit
+
+from vllm_depthpar import files
+from vllm_depthpar import plan as plans
+from vllm_depthpar.cost import step_time
+from vllm_depthpar.machines import Device, Link
+from vllm_depthpar.plan import resolve
+from vllm_depthpar.presets import auto_spec
+from vllm_depthpar.shape import ModelShape
+
+RESULTS = Path(__file__).parent / "results"
+PLAIN_LINK = "cluster-eager-plain"
+COMPILED = "cluster-compiled-plain"
+CLUSTERS = (PLAIN_LINK, "cluster-eager-0.2ms", "cluster-eager-1gbit", "cluster-eager-shm", COMPILED)
+NONE = "no communication"
+IDENTITY = "identity"
+PAIRS = '{"pair": [0, 24]}'
+WITHOUT_PLAN = (common.PLAIN, NONE, IDENTITY)
+SMOLLM2 = {
+    "num_hidden_layers": 30,
+    "hidden_size": 576,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "intermediate_size": 1536,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+}
+START = {
+    "memory_bandwidth": 1e10,
+    "flops_few": 1e10,
+    "flops_many": 2e10,
+    "layer_seconds": 1e-3,
+    "reduce_seconds": 3e-4,
+    "plain_reduce_seconds": 1e-3,
+    "latency_seconds": 1e-4,
+    "bandwidth": 2e8,
+    "reduce_bandwidth": 2e8,
+}
+Constants = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement: seconds of a forward pass, and the speed-up over plain that goes with it."""
+
+    label: str
+    load: str
+    batch: int
+    context: int
+    tokens: int
+    seconds: float
+    speedup: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A speed-up over plain vLLM, measured and predicted."""
+
+    where: str
+    label: str
+    load: str
+    measured: float
+    predicted: float
+
+    @property
+    def error(self) -> float:
+        """Relative: 0.1 is 10 % too fast."""
+        return self.predicted / self.measured - 1
+
+
+class Cluster:
+    """The measurements on one link, and the model of the machine they were made on."""
+
+    def __init__(self, name: str) -> None:
+        report = json.loads((RESULTS / f"{name}.json").read_text())
+        self.name = name
+        self.shape = ModelShape.from_config(report["model"])
+        self.trip_seconds = (report["link"]["round_trip_ms"] or 0.0) / 1e3
+        self.nominal = (report["link"]["mbit"] or math.inf) * 1e6 / 8
+        self.shared_memory = report["link"]["round_trip_ms"] is None
+        self.many = max(batch * prompt for batch, prompt, _, _ in report["loads"].values())
+        self.eager = report["mode"] == "eager"
+        self.rows = [
+            _cluster_row(one, load, report["contenders"][0], *numbers)
+            for one in report["contenders"]
+            for load, numbers in report["loads"].items()
+        ]
+        self.few = max(row.batch for row in self.rows if row.tokens == 1)
+
+        self.plain = [row for row in self.rows if row.label == common.PLAIN]
+        self.without_plan = [row for row in self.rows if row.label in WITHOUT_PLAN]
+        # Pairs at batch 1, where the fixed cost of layers weighs most.
+        self.pairs = [
+            row for row in self.rows if row.label == PAIRS and row.tokens == row.batch == 1
+        ]
+
+    def known(self) -> Constants:
+        """What was measured apart from the rows."""
+        if self.shared_memory:
+            return {
+                "reduce_seconds": 0.0,
+                "plain_reduce_seconds": 0.0,
+                "reduce_bandwidth": math.inf,
+            }
+        return {"latency_seconds": self.trip_seconds / 2, "bandwidth": self.nominal}
+
+    def fitted(self, rows: Iterable[Row], fixed: Constants) -> Constants:
+        """All constants, those that are not fixed fitted on rows."""
+        rows = list(rows)
+        found = fit(
+            lambda one: [
+                math.log(self.seconds(row, {**fixed, **one}) / row.seconds) for row in rows
+            ],
+            {name: START[name] for name in START.keys() - fixed.keys()},
+        )
+        return {**fixed, **found}
+
+    def machine(self, constants: Constants) -> tuple[Device, Link]:
+        """The machine with these constants."""
+        one = constants
+        device = Device(
+            self.name,
+            one["memory_bandwidth"],
+            ((self.few, one["flops_few"]), (self.many, one["flops_many"])),
+            layer_seconds=one["layer_seconds"],
+            reduce_seconds=one["reduce_seconds"],
+            plain_reduce_seconds=one["plain_reduce_seconds"],
+            reduce_bandwidth=one["reduce_bandwidth"],
+        )
+        return device, Link(
+            self.name, one["latency_seconds"], one["bandwidth"], shared_memory=self.shared_memory
+        )
+
+    def seconds(self, row: Row, constants: Constants) -> float:
+        """What the model says that a row takes."""
+        device, link = self.machine(constants)
+        plain = row.label in (common.PLAIN, NONE)
+        plan = resolve(
+            "identity" if row.label in WITHOUT_PLAN else json.loads(row.label), self.shape.layers
+        )
+        return step_time(
+            self.shape,
+            plan,
+            device,
+            None if row.label == NONE else link,
+            2,
+            row.batch,
+            row.context,
+            row.tokens,
+            plain=plain,
+        ).seconds
+
+    def predictions(self, constants: Constants, known: list[Row]) -> list[Prediction]:
+        """Speed-ups of all rows that are not known, nor plain vLLM's."""
+        plain = {row.load: self.seconds(row, constants) for row in self.plain}
+        return [
+            Prediction(
+                self.name,
+                row.label,
+                row.load,
+                row.speedup,
+                plain[row.load] / self.seconds(row, constants),
+            )
+            for row in self.rows
+            if row not in known and row not in self.plain
+        ]
+
+
+def _cluster_row(
+    one: dict[str, Any],
+    load: str,
+    plain: dict[str, Any],
+    batch: int,
+    prompt: int,
+    tokens: int,
+    counted: str,
+) -> Row:
+    # A ratio is taken within a round, so that the machine's drift is not in it: the seconds that
+    # go with it are plain vLLM's over the ratio.
+    speedup = one["loads"][load]["ratio_to_plain"]["median"]
+    speed = plain["loads"][load]["tokens_per_second"]["median"] * speedup
+    if counted == "prefill":
+        return Row(one["label"], load, batch, 0, prompt, batch * prompt / speed, speedup)
+    return Row(one["label"], load, batch, prompt + tokens // 2, 1, batch / speed, speedup)
+
+
+def within_a_link(clusters: dict[str, Cluster]) -> list[Prediction]:
+    """Each link fitted on rows without a plan; layers' fixed cost from the other links' pairs."""
+    found: list[Prediction] = []
+    eager = {name: one for name, one in clusters.items() if one.eager}
+    layer = {
+        name: one.fitted(one.without_plan + one.pairs, one.known())["layer_seconds"]
+        for name, one in eager.items()
+    }
+    for name, one in eager.items():
+        others = statistics.median(layer[other] for other in eager if other != name)
+        constants = one.fitted(one.without_plan, {**one.known(), "layer_seconds": others})
+        found += one.predictions(constants, one.without_plan)
+    return found
+
+
+def compiled(clusters: dict[str, Cluster]) -> list[Prediction]:
+    """The compiled run: no other was compiled, so that layers' cost is from its own pairs.
+
+    `identity` was not among its contenders: this package's all-reduces are as on the same link
+    in eager mode.
+    """
+    same, one = clusters[PLAIN_LINK], clusters[COMPILED]
+    ours = same.fitted(same.without_plan + same.pairs, same.known())
+    fixed = {name: ours[name] for name in ("reduce_seconds", "reduce_bandwidth")}
+    rows = one.without_plan + one.pairs
+    return one.predictions(one.fitted(rows, {**one.known(), **fixed}), rows)
+
+
+def between_links(clusters: dict[str, Cluster]) -> list[Prediction]:
+    """All constants from the plain link; of the others their latency and nominal bandwidth."""
+    own = clusters[PLAIN_LINK]
+    constants = own.fitted(own.without_plan + own.pairs, own.known())
+    return [
+        prediction
+        for name, one in clusters.items()
+        if one.eager and not one.shared_memory and name != PLAIN_LINK
+        for prediction in one.predictions({**constants, **one.known()}, one.plain)
+    ]
+
+
+def one_host() -> list[Prediction]:
+    """SmolLM2 on one rank: fitted on plain vLLM and on one plan at batch 1, each plan in turn."""
+    shape = ModelShape.from_config(SMOLLM2)
+    name = "throughput-smollm2-eager"
+    report = json.loads((RESULTS / f"{name}.json").read_text())
+    length = report["job"]["prompt_tokens"] + report["job"]["tokens"] // 2
+    plain, *given = report["contenders"]
+
+    specs: dict[str, object] = {common.PLAIN: "identity", "auto": auto_spec(shape)[0]}
+    specs |= {one["label"]: plans.load(one["label"]) for one in given if one["label"] != "auto"}
+
+    def speedup_of(one: dict[str, Any], batch: str) -> float:
+        return float(one["batches"][batch]["ratio_to_plain"]["median"])
+
+    def seconds_of(one: dict[str, Any], batch: str) -> float:
+        speed = plain["batches"][batch]["tokens_per_second"]["median"]
+        return int(batch) / speed / speedup_of(one, batch)
+
+    def predicted(one: dict[str, Any], batch: str, constants: Constants) -> float:
+        device = Device(
+            name,
+            constants["memory_bandwidth"],
+            ((8, constants["flops_few"]),),
+            layer_seconds=constants["layer_seconds"],
+        )
+        resolved = resolve(specs[one["label"]], shape.layers)
+        return step_time(shape, resolved, device, None, 1, int(batch), length).seconds
+
+    def residuals(known: dict[str, Any], constants: Constants) -> list[float]:
+        rows = [(plain, "1"), (plain, "8"), (known, "1")]
+        return [math.log(predicted(*row, constants) / seconds_of(*row)) for row in rows]
+
+    found = []
+    for known in given:
+        names = ("memory_bandwidth", "flops_few", "layer_seconds")
+        constants = fit(partial(residuals, known), {name: START[name] for name in names})
+        found += [
+            Prediction(
+                f"{name}, fitted on {known['label']}",
+                one["label"],
+                f"decode, batch {batch}",
+                speedup_of(one, batch),
+                predicted(plain, batch, constants) / predicted(one, batch, constants),
+            )
+            for one in given
+            for batch in plain["batches"]
+            if (one, batch) != (known, "1")
+        ]
+    return found
+
+
+CHECKS = {
+    "Each link by rows without a plan, layers by the other links": within_a_link,
+    "Compiled, by rows without a plan and its own pairs at batch 1": compiled,
+    "From the plain link to the others, by latency and bandwidth alone": between_links,
+    "One host, one rank, by plain vLLM and one plan": lambda _: one_host(),
+}
+
+
+def main() -> None:
+    """Fit, predict, print tables, write the JSON."""
+    parser = argparse.ArgumentParser(description="The cost model against our own measurements.")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the numbers as JSON")
+    args = parser.parse_args()
+    clusters = {name: Cluster(name) for name in CLUSTERS}
+    checks = {title: check(clusters) for title, check in CHECKS.items()}
+    for title, predictions in checks.items():
+        print(f"\n{title}: {summary(predictions)}\n\n{table(predictions)}")
+    if args.out:
+        content = {
+            **files.origin("python benchmarks/predict_measured.py"),
+            "checks": {
+                title: [{**asdict(one), "error": one.error} for one in predictions]
+                for title, predictions in checks.items()
+            },
+        }
+        common.write_json(args.out, content)
+
+
+def summary(predictions: list[Prediction]) -> str:
+    """Mean and largest error, and how many are within 10 %."""
+    errors = [abs(one.error) for one in predictions]
+    within = sum(error <= 0.1 for error in errors)
+    return (
+        f"{within} of {len(errors)} within 10 %, "
+        f"mean {statistics.mean(errors):.1%}, largest {max(errors):.1%}"
+    )
+
+
+def table(predictions: list[Prediction]) -> str:
+    """Markdown: one row a plan, one column a load; measured, predicted (error)."""
+    loads = list(dict.fromkeys(one.load for one in predictions))
+    cells = {
+        (
+            one.where,
+            one.label,
+            one.load,
+        ): f"{one.measured:.2f}, {one.predicted:.2f} ({one.error:+.0%})"
+        for one in predictions
+    }
+    rows = [
+        [where, f"`{label}`", *(cells.get((where, label, load), "fitted") for load in loads)]
+        for where, label in dict.fromkeys((one.where, one.label) for one in predictions)
+    ]
+    return common.markdown(["", "plan", *loads], rows)
+
+
+if __name__ == "__main__":
+    common.run_main(main)

@@ -1,0 +1,316 @@
+"""The cost model against published speeds of ladders and parallel layers on GPUs.
+
+The numbers and their sources are in `published.json`. Constants are fitted on rows of Llama 3 70B
+without a plan, the authors' "standard" (NVLink and without peer to peer) and "upper bound" (no
+communication), with one exception: the share of an all-reduce that a GPU can compute in shows in
+ladders alone, and is fitted on those over NVLink. Judged are the ladders without peer to peer, and
+all of other models; and the authors' "parallel" variant (attention and MLP of a layer side by side,
+one all-reduce for both), which has the constants of no row.
+
+Three ways to say what a hidden all-reduce costs are compared: nothing; a launch; a share of its
+time, because its kernel takes multiprocessors from those that compute. `vllm_depthpar.machines` has
+the constants of the last.
+
+Not predicted: models across two hosts, whose link nobody describes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import common
+from fitting import fit
+
+from vllm_depthpar import files
+from vllm_depthpar.cost import plain_time, speedup, step_time
+from vllm_depthpar.machines import DEVICES, LINKS, Device, Link
+from vllm_depthpar.plan import resolve
+from vllm_depthpar.shape import ModelShape
+
+PUBLISHED = json.loads((Path(__file__).parent / "published.json").read_text())
+LADDER = PUBLISHED["ladder_residual"]
+STANDARD, LADDERS, UPPER, PARALLEL = "standard", "ladder", "upper bound", "parallel"
+NVLINK, P2P_OFF = "nvlink", "p2p off"
+PEAK = Device("H100 data sheet", 3.35e12, ((1, 989e12),))
+START = {
+    "bandwidth_achieved": 0.9,
+    "flops_achieved": 0.5,
+    "layer_seconds": 4e-5,
+    "nvlink_latency": 1e-5,
+    "nvlink_peer": 1.5e-6,
+    "nvlink_bandwidth": 3e11,
+    "p2p_off_latency": 2e-5,
+    "p2p_off_peer": 7e-6,
+    "p2p_off_bandwidth": 2e11,
+}
+# One launch of a kernel from a CUDA graph, roughly.
+LAUNCH_SECONDS = 5e-6
+WAYS = {
+    "a hidden all-reduce is free": {"reduce_seconds": 0.0, "overlap": 1.0},
+    "it costs a launch, 5 us": {"reduce_seconds": LAUNCH_SECONDS, "overlap": 1.0},
+    "it takes a share of the processor": {"reduce_seconds": 0.0},
+}
+Constants = dict[str, float]
+# The GPU and the link between, by the link's name in `published.json`.
+Machine = Callable[[str], tuple[Device, Link]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One published speed: tokens per second of a model in one of the variants."""
+
+    model: str
+    config: dict[str, int]
+    link: str
+    tp: int
+    batch: int
+    kind: str
+    speed: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A speed-up over the standard model, published and predicted."""
+
+    model: str
+    link: str
+    tp: int
+    batch: int
+    kind: str
+    published: float
+    predicted: float
+
+    @property
+    def error(self) -> float:
+        """Relative: 0.1 is 10 % too fast."""
+        return self.predicted / self.published - 1
+
+
+def rows() -> Iterator[Row]:
+    """All published speeds of ladders, and of what stands beside them."""
+    for link, batches in LADDER["tokens_per_second"].items():
+        for batch, kinds in batches.items():
+            for kind, speeds in kinds.items():
+                for tp, speed in zip(LADDER["tp"], speeds, strict=True):
+                    if speed is not None:
+                        yield Row("70B", LADDER["config"], link, tp, int(batch), kind, speed)
+    sizes = PUBLISHED["ladder_residual_sizes"]
+    for one in sizes["rows"]:
+        for kind in (STANDARD, LADDERS):
+            where = (sizes["link"], sizes["tp"], sizes["batch"])
+            yield Row(one["model"], one["config"], *where, kind, one[kind])
+
+
+def presets(link: str) -> tuple[Device, Link]:
+    """The machine as the package has it: these constants, rounded."""
+    return DEVICES["h100"], LINKS[{NVLINK: "nvlink4", P2P_OFF: "p2p-off"}[link]]
+
+
+def machine(constants: Constants, link: str) -> tuple[Device, Link]:
+    """The machine with these constants."""
+    device = replace(
+        PEAK,
+        memory_bandwidth=constants["bandwidth_achieved"] * PEAK.memory_bandwidth,
+        flops=tuple((rows, constants["flops_achieved"] * rate) for rows, rate in PEAK.flops),
+        layer_seconds=constants["layer_seconds"],
+        reduce_seconds=constants["reduce_seconds"],
+        overlap=constants["overlap"],
+    )
+    name = link.replace(" ", "_")
+    latency = constants[f"{name}_latency"]
+    bandwidth, peer = constants[f"{name}_bandwidth"], constants[f"{name}_peer"]
+    return device, Link(link, latency, bandwidth, peer)
+
+
+def predicted_speed(row: Row, on: Machine) -> float:
+    """Tokens per second as the authors count: of prefill and decoding together."""
+    shape = ModelShape.from_config(row.config)
+    return row.batch * LADDER["generated"] / _seconds(row, shape, *on(row.link))
+
+
+def _seconds(row: Row, shape: ModelShape, device: Device, link: Link) -> float:
+    prompt, generated = LADDER["prompt"], LADDER["generated"]
+    if row.kind == PARALLEL:
+        # One all-reduce a layer instead of two: half of what communication takes. (And fewer
+        # kernels, which is left out.)
+        sides = [replace(row, kind=kind) for kind in (STANDARD, UPPER)]
+        return statistics.mean(_seconds(side, shape, device, link) for side in sides)
+    plan = resolve({"ladder": "all"} if row.kind == LADDERS else "identity", shape.layers)
+    between = None if row.kind == UPPER else link
+    prefill = step_time(shape, plan, device, between, row.tp, row.batch, 0, prompt).seconds
+    # Their attention copies every KV head for all its query heads, over a cache of full length.
+    copies = shape.heads // shape.kv_heads
+    cache = shape.kv_bytes_per_token(plan, row.tp) * row.batch * (prompt + generated)
+    decode = step_time(shape, plan, device, between, row.tp, row.batch).seconds
+    decode += (1 if copies == 1 else 1 + copies) * cache / device.memory_bandwidth
+    return prefill + (generated - 1) * decode
+
+
+def fitted(way: Constants) -> Constants:
+    """Constants fitted on the rows of 70B that they may see."""
+    known = [row for row in rows() if row.model == "70B" and row.kind in (STANDARD, UPPER)]
+    start = dict(START)
+    if "overlap" not in way:
+        known += [
+            row
+            for row in rows()
+            if row.model == "70B" and row.kind == LADDERS and row.link == NVLINK
+        ]
+        start["overlap"] = 0.8
+
+    def residuals(one: Constants) -> list[float]:
+        on = partial(machine, {**way, **one})
+        return [math.log(predicted_speed(row, on) / row.speed) for row in known]
+
+    found = fit(residuals, start)
+    return {**way, **found}
+
+
+def predictions(on: Machine) -> list[Prediction]:
+    """Speed-ups over the standard model, all of them."""
+    standard = {
+        (row.model, row.link, row.tp, row.batch): row for row in rows() if row.kind == STANDARD
+    }
+    found = []
+    for row in rows():
+        if row.kind != STANDARD:
+            beside = standard[row.model, row.link, row.tp, row.batch]
+            found.append(
+                Prediction(
+                    row.model,
+                    row.link,
+                    row.tp,
+                    row.batch,
+                    row.kind,
+                    row.speed / beside.speed,
+                    predicted_speed(row, on) / predicted_speed(beside, on),
+                )
+            )
+    return found
+
+
+def judged(found: Iterable[Prediction], way: Constants) -> list[Prediction]:
+    """Those among ladders and parallel layers that no constant was fitted on."""
+    seen = "overlap" not in way
+    return [
+        one
+        for one in found
+        if one.kind == PARALLEL
+        or (one.kind == LADDERS and not (seen and one.model == "70B" and one.link == NVLINK))
+    ]
+
+
+def layer_parallelism() -> dict[str, float]:
+    """Llama 2 7B with five pairs on two A100s: predicted speed-ups beside the published one."""
+    one = PUBLISHED["layer_parallelism"]
+    shape = ModelShape.from_config(one["config"])
+    plan = resolve(one["plan"], shape.layers)
+    device, link = DEVICES["a100-80g"], LINKS["nvlink3"]
+    # The authors' code is eager: Python launches every kernel, and the GPU waits for it. In the
+    # limit nothing but the number of layers counts.
+    eager = replace(device, layer_seconds=1.0)
+    where = (link, one["tp"], 1, one["tokens"] // 2)
+    return {
+        "published": one["speedup"],
+        "CUDA graphs": speedup(shape, plan, device, *where),
+        "bound by launches": speedup(shape, plan, eager, *where),
+        "milliseconds a token, CUDA graphs": 1e3 * plain_time(shape, device, *where).seconds,
+    }
+
+
+def main() -> None:
+    """Fit, predict, print tables, write the JSON."""
+    parser = argparse.ArgumentParser(description="The cost model against published speeds.")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the numbers as JSON")
+    args = parser.parse_args()
+    report: dict[str, Any] = {**files.origin("python benchmarks/predict_published.py"), "ways": {}}
+    lines = []
+    for name, way in WAYS.items():
+        constants = fitted(way)
+        on = partial(machine, constants)
+        found = predictions(on)
+        unseen = judged(found, way)
+        report["ways"][name] = {
+            "constants": constants,
+            "predictions": [
+                {**asdict(one), "error": one.error, "judged": one in unseen} for one in found
+            ],
+        }
+        parts = {
+            "70B ladders, NVLink": [
+                one for one in found if _is(one, LADDERS, NVLINK) and one.model == "70B"
+            ],
+            "70B ladders, P2P off": [one for one in found if _is(one, LADDERS, P2P_OFF)],
+            "other sizes' ladders": [one for one in found if one.model != "70B"],
+            "parallel": [one for one in found if one.kind == PARALLEL],
+            "upper bound (fitted)": [one for one in found if one.kind == UPPER],
+        }
+        lines.append([name, *(errors(part) for part in parts.values())])
+    # Of the last way, which is the package's.
+    report["speeds"] = [{**asdict(row), "predicted": predicted_speed(row, on)} for row in rows()]
+    lp = report["layer_parallelism"] = layer_parallelism()
+    print("Errors of speed-ups over the standard model, mean (largest):\n")
+    print(common.markdown(["", *parts], lines))
+    print(
+        f"\nSpeed-ups of ladders, published, predicted (error); {name}:\n\n{table(found, LADDERS)}"
+    )
+    speeds = [abs(one["predicted"] / one["speed"] - 1) for one in report["speeds"]]
+    mean, largest = statistics.mean(speeds), max(speeds)
+    print(f"\nErrors of tokens per second: mean {mean:.1%}, largest {largest:.1%}")
+    print(
+        "\n"
+        + common.markdown(
+            ["Llama 2 7B, five pairs", "speed-up"],
+            [[key, f"{value:.2f}"] for key, value in lp.items()],
+        )
+    )
+    print(
+        "\n"
+        + common.markdown(
+            ["constant", "value"], [[key, f"{value:.3g}"] for key, value in constants.items()]
+        )
+    )
+    if args.out:
+        common.write_json(args.out, report)
+
+
+def _is(one: Prediction, kind: str, link: str) -> bool:
+    return (one.kind, one.link) == (kind, link)
+
+
+def errors(found: list[Prediction]) -> str:
+    """Mean and largest error for people."""
+    sizes = [abs(one.error) for one in found]
+    return f"{statistics.mean(sizes):.1%} ({max(sizes):.1%})"
+
+
+def table(found: list[Prediction], kind: str) -> str:
+    """Markdown: one row a model and batch, one column a link and TP."""
+    of_kind = [one for one in found if one.kind == kind]
+    columns = list(dict.fromkeys((one.link, one.tp) for one in of_kind))
+    cells = {
+        (
+            one.model,
+            one.batch,
+            one.link,
+            one.tp,
+        ): f"{one.published:.2f}, {one.predicted:.2f} ({one.error:+.0%})"
+        for one in of_kind
+    }
+    lines = [
+        [f"{model}, batch {batch}", *(cells.get((model, batch, *column), "") for column in columns)]
+        for model, batch in dict.fromkeys((one.model, one.batch) for one in of_kind)
+    ]
+    return common.markdown(["", *(f"{link}, TP = {tp}" for link, tp in columns)], lines)
+
+
+if __name__ == "__main__":
+    common.run_main(main)
