@@ -8,10 +8,10 @@ import sys
 
 from vllm_depthpar import __version__
 from vllm_depthpar.bundled import BundledModelError
-from vllm_depthpar.commands import bundled, plan
+from vllm_depthpar.commands import bundled, plan, predict
 from vllm_depthpar.plan import PlanError
 
-COMMANDS = (plan, bundled)
+COMMANDS = (plan, predict, bundled)
 
 
 def main(argv: list[str] | None = None) -> int:
