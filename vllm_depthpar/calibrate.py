@@ -8,11 +8,11 @@ processes of one host say nothing of two hosts.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Callable
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 ROWS = (8, 64, 512)
 DEPTHS = (4, 16)
 TOKENS = 48
-# More than a cache holds.
-WEIGHT_BYTES = 256 << 20
+# Of one shape: more than a cache holds.
+WEIGHT_BYTES = 64 << 20
 # Of one product: a slow core gets through it in seconds, with many rows too.
 MOST_PARAMETERS = 1 << 24
 REPEATS = 5
@@ -86,34 +86,44 @@ def measure_products(
     shape: ModelShape, tp: int, kind: str, dtype: torch.dtype
 ) -> tuple[float, tuple[tuple[int, float], ...]]:
     """Bytes per second of products with one row, and (rows, FLOP/s) of those with `ROWS`."""
+    layer = _layer(shape, tp)
+    parameters = sum(out * of for out, of in layer)
+
+    def seconds(rows: int) -> float:
+        return sum(_product_seconds(size, rows, kind, dtype) for size in layer)
+
+    return (
+        parameters * shape.dtype_bytes / seconds(1),
+        tuple((rows, 2 * parameters * rows / seconds(rows)) for rows in ROWS),
+    )
+
+
+def _product_seconds(size: tuple[int, int], rows: int, kind: str, dtype: torch.dtype) -> float:
+    """The shortest of some runs: whatever else the machine does only makes one longer."""
     import torch
 
-    layer = _layer(shape, tp)
-    copies = max(1, WEIGHT_BYTES // (_parameters(layer) * shape.dtype_bytes))
+    inputs = torch.ones(rows, size[1], dtype=dtype, device=kind)
+    # With one row, weights come from memory: over and over again more than a cache holds of them.
+    # With more it is arithmetic that counts.
+    copies = max(1, math.ceil(WEIGHT_BYTES / (size[0] * size[1] * dtype.itemsize)))
+    weights = [
+        torch.full(size, 0.01, dtype=dtype, device=kind) for _ in range(copies if rows == 1 else 1)
+    ]
+    # A CPU's products one by one: short runs are likelier to be left alone. A GPU's together: it
+    # is the GPU that is to be timed, not the launch.
+    runs = [weights] if kind == "cuda" else [[weight] for weight in weights]
 
-    def seconds(rows: int, copies: int) -> float:
-        inputs = {of: torch.ones(rows, of, dtype=dtype, device=kind) for _, of in layer}
-        weights = [
-            torch.full(size, 0.01, dtype=dtype, device=kind)
-            for _ in range(copies)
-            for size in layer
-        ]
+    def run_seconds(run: list[torch.Tensor]) -> float:
+        start = time.perf_counter()
+        for weight in run:
+            torch.nn.functional.linear(inputs, weight)
+        if kind == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - start) / len(run)
 
-        def once() -> None:
-            for weight in weights:
-                torch.nn.functional.linear(inputs[weight.shape[1]], weight)
-            if kind == "cuda":
-                torch.cuda.synchronize()
-
-        with torch.inference_mode():
-            return _least_seconds(once)
-
-    read = copies * _parameters(layer) * shape.dtype_bytes
-    # With more rows it is arithmetic that counts: one layer will do.
-    return (
-        read / seconds(1, copies),
-        tuple((rows, 2 * _parameters(layer) * rows / seconds(rows, 1)) for rows in ROWS),
-    )
+    with torch.inference_mode():
+        run_seconds(weights)
+        return min(run_seconds(run) for _ in range(REPEATS) for run in runs)
 
 
 def _layer(shape: ModelShape, tp: int) -> list[tuple[int, int]]:
@@ -127,21 +137,6 @@ def _layer(shape: ModelShape, tp: int) -> list[tuple[int, int]]:
         (shape.hidden, intermediate),
     ]
     return [(max(1, min(out, MOST_PARAMETERS // of)), of) for out, of in sizes]
-
-
-def _parameters(layer: list[tuple[int, int]]) -> int:
-    return sum(out * of for out, of in layer)
-
-
-def _least_seconds(once: Callable[[], None]) -> float:
-    """The shortest of some runs: whatever else the machine does only makes one longer."""
-    once()
-    found = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        once()
-        found.append(time.perf_counter() - start)
-    return min(found)
 
 
 def measure_fixed(dtype: str, eager: bool) -> tuple[float, float]:
@@ -176,7 +171,7 @@ def measure_fixed(dtype: str, eager: bool) -> tuple[float, float]:
 def _decode(connection: Connection, folder: Path, dtype: str, eager: bool) -> None:
     """Decode with a narrow model of each depth, in turns; send the least seconds of a step of each.
 
-    Like `_least_seconds`, and in turns so that what changes on the machine meets both.
+    Like `_product_seconds`, and in turns so that what changes on the machine meets both.
     """
     with (folder / _LOG).open("wb") as output:
         os.dup2(output.fileno(), 1)
