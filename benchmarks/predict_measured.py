@@ -3,8 +3,8 @@
 Two hosts, one table a link (`results/cluster-*.json`). The machine's constants are fitted on rows
 without any plan: plain vLLM, plain vLLM without communication, and `identity`, which is plain vLLM
 with this package's all-reduces; the latency is half the round trip that was measured. What a layer
-takes whatever its size is not in those rows: it is the mean of what the pairs of the *other* links
-give. All plans of the link are predicted.
+takes whatever its size is not in those rows: it is the median of what the pairs of the *other*
+links give. All plans of the link are predicted.
 
 From one link to another: all constants from the plain link, its pairs among them; of the other
 links only the latency and the nominal bandwidth. Everything on them is predicted, plain vLLM too.
