@@ -9,16 +9,17 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
-from vllm_depthpar import files, plan, sources
-from vllm_depthpar.checkpoint import read_config
+from vllm_depthpar import contenders as of_model
+from vllm_depthpar import files, sources
 from vllm_depthpar.commands.types import at_least as at_least
+from vllm_depthpar.contenders import PLAIN as PLAIN
+from vllm_depthpar.contenders import Contender as Contender
 from vllm_depthpar.files import write_json as write_json
 from vllm_depthpar.plan import PlanError
 from vllm_depthpar.server_process import DEFAULT_ENV
@@ -26,7 +27,6 @@ from vllm_depthpar.server_process import DEFAULT_ENV
 if TYPE_CHECKING:
     from vllm import LLM
 
-PLAIN = "plain"
 CORES = len(os.sched_getaffinity(0))
 # For every engine alike. The environment wins.
 _ENV = {
@@ -38,29 +38,13 @@ _LAST_LINES = 20
 _STOP_SECONDS = 10
 
 
-@dataclass(frozen=True)
-class Contender:
-    """One row of a comparison: `label` as given on the command line, the plan it means, in words,
-    and the spec vLLM gets (None: vLLM's own model)."""
-
-    label: str
-    plan: str
-    spec: object
-
-
 def contenders(model: str, labels: Iterable[str]) -> list[Contender]:
     """Plain vLLM, which is always one and the first, and the plans for the checkpoint `model`.
 
     Raises:
-        PlanError: no such checkpoint, or a label is neither "plain" nor a plan for it.
+        PlanError: see `vllm_depthpar.contenders`.
     """
-    config = read_config(model)
-    found = [Contender(PLAIN, "vLLM's own model", None)]
-    for label in dict.fromkeys(labels):
-        if label != PLAIN:
-            chosen, _ = sources.choose(config, plan.load(label), override_name="--plans")
-            found.append(Contender(label, chosen.name, chosen.to_spec()))
-    return found
+    return of_model.contenders(model, [PLAIN, *labels], "--plans")
 
 
 class Worker:

