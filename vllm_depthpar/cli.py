@@ -8,10 +8,12 @@ import sys
 
 from vllm_depthpar import __version__
 from vllm_depthpar.bundled import BundledModelError
-from vllm_depthpar.commands import bundled, plan, predict
+from vllm_depthpar.commands import bundled, eval, plan, predict, search
 from vllm_depthpar.plan import PlanError
+from vllm_depthpar.tasks import TaskError
+from vllm_depthpar.texts import TextError
 
-COMMANDS = (plan, predict, bundled)
+COMMANDS = (plan, predict, search, eval, bundled)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         print(args.run(args))
-    except (PlanError, BundledModelError) as error:
+    except (PlanError, TextError, TaskError, BundledModelError) as error:
         print(f"depthpar: error: {error}", file=sys.stderr)
         return 1
     except BrokenPipeError:
