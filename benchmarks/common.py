@@ -20,7 +20,8 @@ from vllm_depthpar import files, sources
 from vllm_depthpar.commands.types import at_least as at_least
 from vllm_depthpar.contenders import PLAIN as PLAIN
 from vllm_depthpar.contenders import Contender as Contender
-from vllm_depthpar.files import write_json as write_json
+from vllm_depthpar.files import table as markdown  # noqa: F401
+from vllm_depthpar.files import write_json  # noqa: F401
 from vllm_depthpar.plan import PlanError
 from vllm_depthpar.server_process import DEFAULT_ENV
 
@@ -164,12 +165,6 @@ def facts() -> dict[str, Any]:
         "cores": CORES,
         "threads": int(os.environ.get("OMP_NUM_THREADS", CORES)),
     }
-
-
-def markdown(header: list[str], rows: Iterable[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def arguments(description: str) -> argparse.ArgumentParser:

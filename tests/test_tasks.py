@@ -228,7 +228,7 @@ def test_nothing_is_asked_twice(
     assert len(servers) == 2
     assert sorted(place.glob("vllm-serve-*")) == servers
 
-    report = json.loads(out.read_text())
+    report = json.loads(out.read_text())["tasks"]
     assert report["model"] == smollm2.name
     for row in report["plans"]:
         before = runs[row["label"]][0]["plans"][0]
@@ -244,7 +244,7 @@ def test_nothing_is_asked_twice(
 
     # Answers are kept one by one, not task by task.
     assert main([*arguments, names[0], "--limit", "3"]) == 0
-    report = json.loads(out.read_text())
+    report = json.loads(out.read_text())["tasks"]
     assert report["tasks"]["own_choices"]["documents"] == 3
     assert [row["requests_asked"] for row in report["plans"]] == [0, 0]
     assert sorted(place.glob("vllm-serve-*")) == servers

@@ -1,4 +1,4 @@
-"""Files that are never seen half written, and what every file of results says about its origin."""
+"""Files of results: never half written, saying where they come from; and tables for people."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import platform
 import shlex
 import sys
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -29,6 +30,12 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_json(path: Path, content: object) -> None:
     """`write_bytes` of JSON."""
     write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def cache_folder() -> Path:

@@ -109,14 +109,28 @@ def load(
         PlanError: the plan is wrong, or the checkpoint is not a Llama; before weights load.
         OSError: there is no checkpoint at `path`.
     """
+    config = _config(path)
+    plan = spec if isinstance(spec, Plan) else resolve(spec, config.num_hidden_layers)
+    _check_layers(plan, config.num_hidden_layers)
+    return restructure(load_unmodified(path, dtype, **kwargs), plan)
+
+
+def load_unmodified(
+    path: str | PathLike[str], dtype: torch.dtype = torch.float32, **kwargs: Any
+) -> LlamaForCausalLM:
+    """Load a Llama checkpoint as transformers does; arguments and errors as `load`."""
+    model: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(
+        path, config=_config(path), dtype=dtype, **kwargs
+    )
+    return model.eval()
+
+
+def _config(path: str | PathLike[str]) -> LlamaConfig:
     ladder_config.register()
     config = AutoConfig.from_pretrained(path)
     if not isinstance(config, LlamaConfig):
         raise PlanError(f"model_type {config.model_type!r} is not supported; allowed: 'llama'")
-    plan = spec if isinstance(spec, Plan) else resolve(spec, config.num_hidden_layers)
-    _check_layers(plan, config.num_hidden_layers)
-    model = LlamaForCausalLM.from_pretrained(path, config=config, dtype=dtype, **kwargs)
-    return restructure(model, plan)
+    return config
 
 
 def restructure(model: LlamaForCausalLM, plan: Plan) -> LlamaForCausalLM:

@@ -167,14 +167,13 @@ def run_tasks(
 def table(report: Mapping[str, Any]) -> str:
     """A report as a Markdown table: a row for each metric, a column for each plan."""
     plans = report["plans"]
-    lines = [["task", "documents", "metric", *(plan["label"] for plan in plans)]]
-    lines.append(["---"] * len(lines[0]))
+    lines = []
     for task, about in report["tasks"].items():
         for metric in plans[0]["results"][task]:
             arrow = {True: " ↑", False: " ↓"}.get(about["higher_is_better"].get(metric), "")
             cells = [_cell(plan["results"][task][metric]) for plan in plans]
             lines.append([task, str(about["documents"]), metric + arrow, *cells])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return files.table(["task", "documents", "metric", *(plan["label"] for plan in plans)], lines)
 
 
 def check_server_args(arguments: Sequence[str]) -> tuple[str, ...]:

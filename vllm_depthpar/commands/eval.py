@@ -6,12 +6,17 @@ import argparse
 import shlex
 import signal
 import sys
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from vllm_depthpar import files, tasks
-from vllm_depthpar.commands.types import MODEL_HELP, PLAN_HELP, at_least
-from vllm_depthpar.contenders import PLAIN, contenders
+from vllm_depthpar.checkpoint import read_config
+from vllm_depthpar.commands.types import DTYPES, MODEL_HELP, PLAN_HELP, at_least
+from vllm_depthpar.contenders import PLAIN, Contender, contenders
+from vllm_depthpar.files import table
+from vllm_depthpar.shape import ModelShape
 
 
 def add(commands: Any) -> None:
@@ -25,8 +30,28 @@ def add(commands: Any) -> None:
         help=f"{PLAN_HELP}, or 'plain' for vLLM's own model; repeatable (plain and auto)",
     )
     evaluate.add_argument("--out", type=Path, metavar="FILE", help="write the numbers as JSON")
+    evaluate.add_argument(
+        "--seed", type=int, default=1234, help="of all that is drawn: tasks' examples (1234)"
+    )
+    add_text_arguments(evaluate)
     add_task_arguments(evaluate)
     evaluate.set_defaults(run=_run)
+
+
+def add_text_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `measure_texts` needs to know, `study` too."""
+    group = parser.add_argument_group(
+        "text", "perplexity, and KL divergence from the unmodified model"
+    )
+    group.add_argument("--text", nargs="+", default=[], metavar="FILE", help="UTF-8 text")
+    group.add_argument("--window", type=at_least(2), default=512, help="tokens a window (512)")
+    group.add_argument(
+        "--stride", type=at_least(1), metavar="N", help="from window to window (no overlap)"
+    )
+    group.add_argument(
+        "--tokens", type=at_least(1), metavar="N", help="count at most N of each text (all)"
+    )
+    group.add_argument("--dtype", choices=DTYPES, default="auto", help="(auto)")
 
 
 def add_task_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +68,6 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--num-fewshot", type=at_least(0), metavar="K", help="examples in a prompt (the task's own)"
     )
-    group.add_argument("--seed", type=int, default=1234, help="chooses the examples (1234)")
     group.add_argument(
         "--server-args",
         default="",
@@ -53,22 +77,78 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> str:
-    if not args.tasks:
-        raise tasks.TaskError("nothing to measure; allowed: --tasks NAME ...")
+    if not args.tasks and not args.text:
+        raise tasks.TaskError("nothing to measure; allowed: --text FILE ..., --tasks NAME ...")
     # So that a server is stopped.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    report = run_tasks(args)
+    plans = contenders(args.model, args.plan or [PLAIN, "auto"])
+    loaded = tasks.load_tasks(args.tasks) if args.tasks else {}
+    task_settings = _task_settings(args)
+    report: dict[str, Any] = {}
+    shown = []
+    if args.text:
+        report["text"] = measure_texts(args, plans)
+        shown.append(text_table(report["text"]))
+    if args.tasks:
+        report["tasks"] = tasks.run_tasks(args.model, plans, loaded, task_settings)
+        shown.append(tasks.table(report["tasks"]))
     if args.out:
         files.write_json(args.out, report)
-    return tasks.table(report)
+    return "\n\n".join(shown)
 
 
-def run_tasks(args: argparse.Namespace) -> dict[str, Any]:
-    """The tasks' report. Everything that can be wrong is checked before a server starts."""
+def measure_texts(args: argparse.Namespace, plans: Sequence[Contender]) -> dict[str, Any]:
+    """The texts' report, JSON-ready: what was measured with what, and for each plan and text the
+    perplexity and the KL divergence from the unmodified model, nats per token."""
+    from vllm_depthpar import quality
+    from vllm_depthpar.plan import resolve
+
+    layers = ModelShape.from_config(read_config(args.model)).layers
+    domains = quality.read_texts(args.model, args.text, args.window, args.stride, args.tokens)
+    bench = quality.Bench(quality.open_model(args.model, args.dtype), domains)
+    resolved = [resolve(one.spec or "identity", layers) for one in plans]
+    found = bench.measure(resolved, "Text")
+    return {
+        **files.origin("depthpar"),
+        "model": Path(args.model).name,
+        "seed": args.seed,
+        **quality.settings(domains, bench.evaluator),
+        "plans": [
+            {**asdict(one), "depth": plan.depth, "results": quality.figures(of_plan)}
+            for one, plan, of_plan in zip(plans, resolved, found, strict=True)
+        ],
+    }
+
+
+def text_table(report: dict[str, Any]) -> str:
+    """A texts' report as a Markdown table, a row for each plan."""
+    names = [text["text"] for text in report["texts"]]
+    header = ["plan", "blocks"]
+    header += [f"{figure}: {name}" for name in names for figure in ("perplexity", "KL")]
+    rows = [
+        [
+            plan["label"],
+            str(plan["depth"]),
+            *(
+                cell
+                for name in names
+                for result in [plan["results"][name]]
+                for cell in (f"{result['perplexity']:.2f}", f"{result['kl']:.3f}")
+            ),
+        ]
+        for plan in report["plans"]
+    ]
+    counted = "; ".join(
+        f"{text['text']}: {text['tokens_counted']} tokens counted, in {text['windows']} windows of "
+        f"{text['window']}, {text['counted_per_window']} of each"
+        for text in report["texts"]
+    )
+    return f"{table(header, rows)}\n\n{counted}; {report['dtype']}"
+
+
+def _task_settings(args: argparse.Namespace) -> tasks.Settings:
     try:
         server_args = tasks.check_server_args(shlex.split(args.server_args))
     except ValueError as error:
         raise tasks.TaskError(f"--server-args: {error}") from None
-    plans = contenders(args.model, args.plan or [PLAIN, "auto"])
-    settings = tasks.Settings(args.limit, args.num_fewshot, args.seed, server_args)
-    return tasks.run_tasks(args.model, plans, tasks.load_tasks(args.tasks), settings)
+    return tasks.Settings(args.limit, args.num_fewshot, args.seed, server_args)

@@ -1,0 +1,187 @@
+"""`depthpar search`: find the plan that costs the least quality at a depth, a speed or a loss."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_depthpar import machines
+from vllm_depthpar.checkpoint import read_config
+from vllm_depthpar.commands.types import DTYPES, MODEL_HELP, at_least
+from vllm_depthpar.plan import PlanError
+from vllm_depthpar.shape import ModelShape
+
+if TYPE_CHECKING:
+    from vllm_depthpar.goal import Machine
+
+METHODS = ("pair", "group", "skip", "ladder")
+
+
+def add(commands: Any) -> None:
+    """Register the subcommand."""
+    search = commands.add_parser("search", help="find the best plan for a depth, speed or loss")
+    search.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    goals = search.add_mutually_exclusive_group(required=True)
+    goals.add_argument("--depth", type=at_least(1), metavar="D", help="run D blocks")
+    goals.add_argument(
+        "--speedup", type=float, metavar="S", help="S times plain vLLM's predicted decoding speed"
+    )
+    goals.add_argument(
+        "--max-ppl-increase",
+        type=float,
+        metavar="PCT",
+        help="the shortest plan whose perplexity is at most PCT percent above the model's",
+    )
+    search.add_argument(
+        "--text", nargs="+", default=[], metavar="FILE", help="UTF-8 text to calibrate on"
+    )
+    search.add_argument(
+        "--own-text",
+        type=at_least(0),
+        metavar="N",
+        help="beside it calibrate on N tokens that the model writes itself (as many as of --text)",
+    )
+    search.add_argument(
+        "--methods",
+        default="pair,group,skip",
+        metavar="M",
+        help=f"any of {', '.join(METHODS)} (pair,group,skip)",
+    )
+    search.add_argument("--group", type=at_least(3), default=4, help="the widest group (4)")
+    search.add_argument("--out", type=Path, required=True, metavar="FILE", help="the plan file")
+    search.add_argument("--tokens", type=at_least(1), default=4096, help="of all texts (4096)")
+    search.add_argument("--window", type=at_least(2), default=512, help="tokens (512)")
+    search.add_argument("--rounds", type=at_least(0), default=6, help="at most (6)")
+    search.add_argument("--proposals", type=at_least(1), default=6, help="a round (6)")
+    search.add_argument("--minutes", type=float, default=20, help="begin no round after (20)")
+    search.add_argument("--seed", type=int, default=0, help="(0)")
+    search.add_argument("--dtype", choices=DTYPES, default="auto", help="(auto)")
+    where = search.add_argument_group("where it will run, for predicted speed-ups")
+    where.add_argument("--tp", type=at_least(1), default=1, metavar="N", help="ranks (1)")
+    where.add_argument("--link", metavar="L", help="between them: see depthpar predict")
+    where.add_argument("--device", metavar="D", help="see depthpar predict (this machine)")
+    where.add_argument("--batch", type=at_least(1), default=1, metavar="B", help="sequences (1)")
+    where.add_argument("--context", type=at_least(0), default=1024, help="tokens before (1024)")
+    search.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> str:
+    from vllm_depthpar import goal, quality, search_report
+    from vllm_depthpar.search import Search
+    from vllm_depthpar.tiling import candidates, plan_of
+
+    started = time.monotonic()
+    shape = ModelShape.from_config(read_config(args.model))
+    methods = _methods(args.methods)
+    machine = _machine(args)
+    tiles = [
+        tile
+        for tile in candidates(shape.layers, methods, args.group)
+        if tile.skip or shape.fits(tile.width, args.tp)
+    ]
+    lengths = {tile: int(not tile.skip) for tile in tiles}
+    if machine and args.depth is None:
+        lengths = machine.lengths(shape, tiles)
+    target: int | None = None
+    if args.depth is not None:
+        target = goal.check_depth(args.depth, shape.layers, lengths, methods)
+    elif args.speedup is not None:
+        assert machine is not None
+        target = goal.check_speedup(args.speedup, shape, machine, lengths, methods)
+    elif not args.max_ppl_increase > 0:
+        raise PlanError(
+            f"--max-ppl-increase {args.max_ppl_increase:g} is too small; allowed: more than 0"
+        )
+
+    domains = _texts(args)
+    bench = quality.Bench(quality.open_model(args.model, args.dtype), domains)
+    unmodified = bench.measure([bench.evaluator.unmodified], "The unmodified model")[0]
+    thin = min(4, *(len(domain) for domain in domains))
+
+    def measure(plans: Any, rough: bool) -> list[float]:
+        what = "Each change alone" if rough else "Plans"
+        found = bench.measure(plans, what, thin if rough else 1)
+        return [quality.divergence(of_plan) for of_plan in found]
+
+    def sets_of_tiles() -> list[frozenset[Any]]:
+        """What each method alone may use."""
+        alone = [candidates(shape.layers, [method], args.group) for method in methods]
+        return [frozenset(tile for tile in one if tile in lengths) for one in alone]
+
+    def within_loss() -> int:
+        """The shortest length known to keep the perplexity, less one layer to try."""
+        limit = math.log1p(args.max_ppl_increase / 100)
+        front = search.front()
+        known = bench.measure([plan_of(one.tiling, shape.layers) for one in front], "Perplexity")
+        kept = [
+            one.length
+            for one, found in zip(front, known, strict=True)
+            if quality.loss(found) - quality.loss(unmodified) <= limit
+        ]
+        return max(search.shortest, min(kept) - search.layer)
+
+    search = Search(shape.layers, lengths, measure, sets_of_tiles(), args.seed)
+    search.measure_tiles()
+    search.add(search_report.baselines(search, shape.layers, methods, target))
+    rounds, longest = 0, 0.0
+    while rounds < args.rounds:
+        begun = time.monotonic()
+        if begun + longest - started > 60 * args.minutes:
+            break
+        if not search.round(target if target is not None else within_loss(), args.proposals):
+            break
+        rounds += 1
+        longest = max(longest, time.monotonic() - begun)
+    if target is None:
+        target = within_loss() + search.layer
+    report = search_report.SearchReport(
+        args=args,
+        shape=shape,
+        search=search,
+        bench=bench,
+        unmodified=unmodified,
+        machine=machine,
+        target=target,
+        rounds=rounds,
+        seconds=time.monotonic() - started,
+    )
+    return report.write()
+
+
+def _methods(text: str) -> list[str]:
+    methods = [method.strip() for method in text.split(",")]
+    for method in methods:
+        if method not in METHODS:
+            raise PlanError(f"method {method!r} is unknown; allowed: {', '.join(METHODS)}")
+    return [method for method in METHODS if method in methods]
+
+
+def _machine(args: argparse.Namespace) -> Machine | None:
+    """Where plans will run; None if nothing asks for it."""
+    from vllm_depthpar.goal import Machine
+
+    if args.tp > 1 and not args.link:
+        raise PlanError(f"--tp {args.tp} needs a --link; allowed: {', '.join(machines.LINKS)}")
+    if args.speedup is None and not (args.device or args.link):
+        return None
+    device = machines.device_named(args.device or machines.THIS)
+    link = machines.link_named(args.link) if args.link else None
+    return Machine(device, link, args.tp, args.batch, args.context)
+
+
+def _texts(args: argparse.Namespace) -> Any:
+    """The texts to calibrate on: the user's, the model's own, or both in equal parts."""
+    from vllm_depthpar import quality
+
+    own = args.own_text
+    if own is None:
+        own = args.tokens // 2 if args.text else args.tokens
+    if not own and not args.text:
+        raise PlanError("nothing to calibrate on; allowed: --text FILE, or --own-text above 0")
+    each = max(1, (args.tokens - own) // len(args.text)) if args.text else None
+    return quality.read_texts(
+        args.model, args.text, args.window, tokens=each, own_tokens=own, dtype=args.dtype
+    )

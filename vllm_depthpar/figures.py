@@ -1,0 +1,90 @@
+"""Pictures of measurements (matplotlib, the extra `bench`)."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.figure import Figure
+
+from vllm_depthpar.files import write_bytes
+from vllm_depthpar.plan import Plan
+
+_MARKS = {"span of pairs": ("s", "tab:orange"), "skipping": ("x", "tab:red")}
+
+
+def front(
+    path: Path,
+    known: Sequence[tuple[str, Plan, float]],
+    best: Sequence[tuple[Plan, float]],
+    speedup: Callable[[Plan], float | None] | None = None,
+) -> None:
+    """Divergence against depth, and against predicted speed-up if there is one: a PNG.
+
+    Args:
+        known: every measured plan: its kind, itself, its divergence in nats per token.
+        best: the Pareto front.
+        speedup: of a plan.
+    """
+    axes: list[tuple[str, Callable[[Plan], float]]] = [
+        ("effective depth (blocks)", lambda plan: plan.depth)
+    ]
+    if speedup is not None:
+        axes.append(("predicted speed-up over plain vLLM", lambda plan: speedup(plan) or 1.0))
+    figure = Figure(figsize=(6.4 * len(axes), 4.2), layout="constrained")
+    for place, (label, of_plan) in enumerate(axes, start=1):
+        axis = figure.add_subplot(1, len(axes), place)
+        for kind in sorted({kind for kind, _, _ in known}):
+            points = [(of_plan(plan), value) for name, plan, value in known if name == kind]
+            marker, colour = _MARKS.get(kind, (".", "tab:gray"))
+            x, y = zip(*points, strict=True)
+            axis.scatter(x, y, s=18, marker=marker, color=colour, label=kind)
+        line = sorted((of_plan(plan), value) for plan, value in best)
+        x, y = zip(*line, strict=True)
+        axis.plot(x, y, color="tab:blue", label="front")
+        if place == 1:
+            axis.invert_xaxis()
+        axis.set_xlabel(label)
+        axis.set_ylabel("KL from the unmodified model (nats/token)")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    _save(figure, path)
+
+
+def heat_maps(
+    path: Path, maps: Mapping[str, npt.NDArray[np.float64]], plain: float, title: str
+) -> None:
+    """One square for each transformation of a span of layers: a PNG.
+
+    Args:
+        maps: perplexity by first layer (row) and last layer (column), NaN where there is no span.
+        plain: the unmodified model's perplexity, where the colours begin.
+    """
+    columns = 3
+    rows = -(-len(maps) // columns)
+    figure = Figure(figsize=(4.6 * columns, 4.2 * rows), layout="constrained")
+    for place, (name, values) in enumerate(maps.items(), start=1):
+        axis = figure.add_subplot(rows, columns, place)
+        # Beyond a hundred times the perplexity the model is gone, and how far does not matter.
+        shown = axis.imshow(
+            np.log10(np.clip(values, plain, 100 * plain)),
+            vmin=np.log10(plain),
+            vmax=np.log10(100 * plain),
+            cmap="viridis_r",
+        )
+        axis.set_title(name)
+        axis.set_xlabel("last layer")
+        axis.set_ylabel("first layer")
+    bar = figure.colorbar(shown, ax=figure.axes, shrink=0.8)
+    bar.set_label("log10 of perplexity")
+    figure.suptitle(title)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=110)
+    write_bytes(path, content.getvalue())

@@ -1,0 +1,144 @@
+"""A checkpoint with texts to judge plans of it by: what `eval`, `study` and `search` begin with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import hf, own_text, texts
+from .checkpoint import fingerprint, read_config
+from .evaluate import Evaluator, Quality, Steps
+from .ladder_checkpoint import ladder_of
+from .plan import Plan, resolve
+from .progress import bar
+from .texts import Windows
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A model and texts.
+
+    Attributes:
+        evaluator: runs plans on the unmodified model.
+        domains: the texts.
+    """
+
+    evaluator: Evaluator
+    domains: list[Windows]
+
+    def measure(
+        self, plans: Sequence[Plan | Steps], what: str, thin: int = 1
+    ) -> list[dict[str, Quality]]:
+        """The quality of each plan on each text, by the text's name; with a progress bar.
+
+        Args:
+            what: is being done, for the bar.
+            thin: use every `thin`-th window only.
+        """
+        found: list[dict[str, Quality]] = [{} for _ in plans]
+        with bar(f"{what} ({len(plans)} plans)") as advance:
+            for domain in self.domains:
+                thinned = Windows(domain.name, domain.tokens[::thin], domain.counted)
+                qualities = self.evaluator.measure(
+                    plans, thinned, lambda share: advance(share / len(self.domains))
+                )
+                for of_plan, quality in zip(found, qualities, strict=True):
+                    of_plan[domain.name] = quality
+        return found
+
+
+def divergence(of_domain: dict[str, Quality]) -> float:
+    """Mean KL over the domains, each with equal weight, nats per token."""
+    return sum(quality.divergence for quality in of_domain.values()) / len(of_domain)
+
+
+def loss(of_domain: dict[str, Quality]) -> float:
+    """Mean negative log-likelihood over the domains, each with equal weight, nats per token."""
+    return sum(quality.loss for quality in of_domain.values()) / len(of_domain)
+
+
+def figures(of_domain: dict[str, Quality]) -> dict[str, dict[str, float]]:
+    """What to report of each domain, JSON-ready."""
+    return {
+        name: {
+            "perplexity": quality.perplexity,
+            "kl": quality.divergence,
+            "kl_standard_error": quality.divergence_error,
+        }
+        for name, quality in of_domain.items()
+    }
+
+
+def read_texts(
+    model: str,
+    paths: Sequence[str | Path],
+    window: int,
+    stride: int | None = None,
+    tokens: int | None = None,
+    own_tokens: int = 0,
+    dtype: str = "auto",
+) -> list[Windows]:
+    """Windows of text files, and of text that the model writes itself.
+
+    Args:
+        tokens: at most about this many of each file.
+        own_tokens: about how many tokens the model is to write, 0 for none.
+
+    Raises:
+        TextError: a file can't be read or is too short, or vLLM could not run the model.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    named = zip(texts.names(paths), paths, strict=True)
+    found = [
+        texts.cut(name, texts.read(path), tokenizer, window, stride, tokens) for name, path in named
+    ]
+    if own_tokens:
+        own = own_text.write(model, own_tokens, dtype=str(usable_dtype(dtype)).split(".")[-1])
+        found += [
+            texts.cut(name, text, tokenizer, window, stride, own_tokens // len(own))
+            for name, text in own.items()
+        ]
+    return found
+
+
+def open_model(model: str, dtype: str = "auto", batch: int = 2) -> Evaluator:
+    """The unmodified model, on the GPU if there is one.
+
+    Args:
+        dtype: a name of torch; "auto" is bfloat16 where the hardware multiplies it, else float32.
+
+    Raises:
+        PlanError: there is no such checkpoint, or it is not a Llama's.
+    """
+    config = read_config(model)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    loaded = hf.load_unmodified(model, usable_dtype(dtype)).to(device)
+    ladder = ladder_of(config)
+    unmodified = resolve({"ladder": ladder}, config["num_hidden_layers"]) if ladder else None
+    return Evaluator(loaded, unmodified, fingerprint(model), batch)
+
+
+def usable_dtype(name: str) -> torch.dtype:
+    """What "auto" means here; see `open_model`."""
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+    if torch.cuda.is_available():
+        return torch.bfloat16
+    # Without these instructions a CPU computes bfloat16 many times slower than float32.
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return torch.bfloat16 if "amx_bf16" in flags or "avx512_bf16" in flags else torch.float32
+
+
+def settings(domains: Sequence[Windows], evaluator: Evaluator) -> dict[str, Any]:
+    """What to state beside the figures, JSON-ready."""
+    return {
+        "dtype": str(evaluator.dtype).removeprefix("torch."),
+        "texts": [domain.settings() for domain in domains],
+    }

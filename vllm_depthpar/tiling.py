@@ -1,0 +1,125 @@
+"""Plans as tilings of the stack of layers, and the cheapest tiling of each length.
+
+A *tile* is one way to run (or not to run) a few consecutive layers. A plan is a row of tiles that
+covers layers 0 to N - 1. If what tiles cost and how long they take both add up, the best plan of
+every total length is one dynamic program over the layers, exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from vllm_depthpar.plan import Plan
+
+
+@dataclass(frozen=True, order=True)
+class Tile:
+    """Layers `start` to `start + width - 1`, side by side; alone if there is one, or skipped.
+
+    Attributes:
+        start: the first layer.
+        width: how many layers, 1 or more.
+        skip: none of them runs.
+        ladder: the block is a ladder block.
+    """
+
+    start: int
+    width: int = 1
+    skip: bool = False
+    ladder: bool = False
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers covered."""
+        return tuple(range(self.start, self.start + self.width))
+
+    @property
+    def changes(self) -> bool:
+        """Whether this is anything else than one layer that runs as it always did."""
+        return self.width > 1 or self.skip or self.ladder
+
+
+Tiling = tuple[Tile, ...]
+
+
+def plan_of(tiling: Tiling, layers: int) -> Plan:
+    """The plan that a row of tiles is; layers that no tile covers run as they are."""
+    covered = {layer for tile in tiling for layer in tile.layers}
+    row = sorted([*tiling, *(Tile(layer) for layer in range(layers) if layer not in covered)])
+    run = [tile for tile in row if not tile.skip]
+    return Plan(
+        layers,
+        tuple(tile.layers for tile in run),
+        frozenset(position for position, tile in enumerate(run) if tile.ladder),
+    )
+
+
+def candidates(layers: int, methods: Collection[str], group: int = 4) -> list[Tile]:
+    """Every tile that the methods allow.
+
+    Args:
+        layers: number of layers N.
+        methods: any of "pair" (two side by side), "group" (three to `group`), "skip", "ladder".
+            A ladder combines with the widths that are allowed beside it.
+        group: the widest group.
+    """
+    widths = [1]
+    if "pair" in methods:
+        widths.append(2)
+    if "group" in methods:
+        widths.extend(range(3, group + 1))
+    tiles = [
+        Tile(start, width, ladder=ladder)
+        for width in widths
+        for ladder in ((False, True) if "ladder" in methods else (False,))
+        for start in range(layers - width + 1)
+    ]
+    if "skip" in methods:
+        # First and last always run, as in Unified Layer Skipping (arXiv 2404.06954).
+        tiles += [Tile(start, skip=True) for start in range(1, layers - 1)]
+    return sorted(tiles)
+
+
+def best_of_each_length(
+    layers: int, cost: Mapping[Tile, float], length: Mapping[Tile, int]
+) -> dict[int, tuple[float, Tiling]]:
+    """The cheapest tiling of each total length.
+
+    Args:
+        layers: number of layers to cover.
+        cost: what each allowed tile costs; costs add up. May be negative.
+        length: how long each takes, in whole units; lengths add up.
+
+    Returns:
+        For each total length that some tiling has: its cost, and its tiles that change something.
+    """
+    longest = layers * max(length.values()) + 1
+    best = np.full((layers + 1, longest), np.inf)
+    best[0, 0] = 0
+    ending: list[list[tuple[int, Tile]]] = [[] for _ in range(layers + 1)]
+    order = sorted(cost)
+    for index, tile in enumerate(order):
+        ending[tile.start + tile.width].append((index, tile))
+    last = np.full((layers + 1, longest), -1)
+    for end in range(1, layers + 1):
+        for index, tile in ending[end]:
+            reached = np.full(longest, np.inf)
+            reached[length[tile] :] = best[tile.start, : longest - length[tile]] + cost[tile]
+            better = reached < best[end]
+            best[end, better] = reached[better]
+            last[end, better] = index
+    found = {}
+    for total in np.flatnonzero(np.isfinite(best[layers])).tolist():
+        row, end, rest = [], layers, total
+        while end:
+            tile = order[last[end, rest]]
+            row.append(tile)
+            end, rest = tile.start, rest - length[tile]
+        found[total] = (
+            float(best[layers, total]),
+            tuple(tile for tile in reversed(row) if tile.changes),
+        )
+    return found
