@@ -1,7 +1,7 @@
 """Small random Llama checkpoints for tests, written without transformers' initialization.
 
-They have no tokenizer: prompts are lists of token ids, and vLLM takes them with
-``skip_tokenizer_init=True``.
+They have no tokenizer of their own: prompts are lists of token ids, and vLLM takes them with
+``skip_tokenizer_init=True``. `write_tokenizer` adds one.
 """
 
 from __future__ import annotations
@@ -11,6 +11,12 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 # As in Llama 3.2's config.json, with an original context short enough that the scaling of the
 # slow frequencies shows at the few dozen tokens of a test.
@@ -117,6 +123,27 @@ def write_llama(
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=2))
+    return folder
+
+
+def write_tokenizer(folder: Path, *, bos: bool = False, chat: bool = False) -> Path:
+    """Write a tokenizer of 256 bytes and <s>, for models with a vocabulary of 512.
+
+    With `bos` it starts every text with <s>, as Llama 2's and 3's do.
+    """
+    alphabet = sorted(ByteLevel.alphabet())
+    vocabulary = {symbol: index for index, symbol in enumerate([*alphabet, "<s>"])}
+    tokenizer = Tokenizer(BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = ByteLevelDecoder()
+    if bos:
+        tokenizer.post_processor = TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])]
+        )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
+    if chat:
+        fast.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    fast.save_pretrained(folder)
     return folder
 
 

@@ -21,6 +21,9 @@ from vllm_depthpar.plan import Plan
 from vllm_depthpar.surrogate import Surrogate
 from vllm_depthpar.tiling import Tile, Tiling, best_of_each_length, plan_of
 
+# How many of the best known plans have their neighbours looked at.
+_GOOD = 3
+
 Measure = Callable[[Sequence[Plan], bool], list[float]]
 
 
@@ -118,22 +121,48 @@ class Search:
         for ceiling in range(target, self._layers * self.layer, self.layer):
             near = [abs(length - ceiling) / self.layer for length in lengths]
             surrogate = Surrogate(self.alone, measured, near)
-            for tiles in self._methods:
-                last = tiles is self._methods[-1]
-                wanted = len(chosen) + (proposals if ceiling == target and last else 1)
-                for draw in range(4 * proposals):
-                    costs = surrogate.sample(self._random) if draw else surrogate.mean()
-                    tiling = self._best({tile: costs[tile] for tile in tiles}, ceiling)
-                    if tiling and tiling not in self.known:
-                        chosen[tiling] = None
-                    if len(chosen) >= wanted or not last:
-                        break
+            costs = surrogate.mean()
+            for tiles in self._methods[:-1]:
+                self._choose(chosen, self._best({tile: costs[tile] for tile in tiles}, ceiling))
+            wanted = len(chosen) + (proposals if ceiling == target else 1)
+            self._choose(chosen, self._best(costs, ceiling))
+            # Half from anywhere, by drawing costs; half beside the best plan that is known.
+            half = (wanted + len(chosen)) // 2
+            for _ in range(2 * proposals):
+                if len(chosen) < half:
+                    self._choose(chosen, self._best(surrogate.sample(self._random), ceiling))
+            for tiling in self._neighbours(costs, ceiling):
+                if len(chosen) < wanted:
+                    self._choose(chosen, tiling)
         return list(chosen)
+
+    def _choose(self, chosen: dict[Tiling, None], tiling: Tiling) -> None:
+        if tiling and tiling not in self.known:
+            chosen[tiling] = None
+
+    def _neighbours(self, costs: Mapping[Tile, float], ceiling: int) -> list[Tiling]:
+        """The best known plans of this length with one tile exchanged, the most promising first."""
+        known = [tiling for tiling in self.known if self._fits(self.length(tiling), ceiling)]
+        found = set()
+        for good in sorted(known, key=self.known.__getitem__)[:_GOOD]:
+            for out in good:
+                rest = tuple(tile for tile in good if tile != out)
+                taken = {layer for tile in rest for layer in tile.layers}
+                for tile in costs:
+                    if tile.changes and tile != out and taken.isdisjoint(tile.layers):
+                        exchanged = tuple(sorted((*rest, tile)))
+                        if self._fits(self.length(exchanged), ceiling):
+                            found.add(exchanged)
+        return sorted(found, key=lambda one: (sum(costs[tile] for tile in one), one))
+
+    def _fits(self, length: int, ceiling: int) -> bool:
+        """Of at most this length, and not a layer shorter."""
+        return ceiling - self.layer < length <= ceiling
 
     def _best(self, costs: Mapping[Tile, float], ceiling: int) -> Tiling:
         """The cheapest tiling of at most this length, and not a layer shorter; () if none is."""
         of_length = best_of_each_length(self._layers, costs, self._length)
-        found = [of_length[at] for at in of_length if ceiling - self.layer < at <= ceiling]
+        found = [of_length[at] for at in of_length if self._fits(at, ceiling)]
         return min(found)[1] if found else ()
 
     def length(self, tiling: Tiling) -> int:

@@ -202,6 +202,9 @@ def _evaluate(
 
     from vllm_depthpar.served_lm import ServedLM
 
+    # An error is raised, too; they log it once for each of the requests under way.
+    for name in ("asyncio", "lm_eval.models.api_models"):
+        logging.getLogger(name).addFilter(_below_error)
     _prepare(tasks, settings)
     random.seed(settings.seed)
     numpy.random.seed(settings.seed)
@@ -296,6 +299,10 @@ def _cell(metric: Mapping[str, float | None]) -> str:
     if value is None:
         return "-"
     return f"{value:.4f}" if stderr is None else f"{value:.4f} ± {stderr:.4f}"
+
+
+def _below_error(record: logging.LogRecord) -> bool:
+    return record.levelno < logging.ERROR
 
 
 def _is_group(path: Path) -> bool:
