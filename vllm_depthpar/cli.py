@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 
 from vllm_depthpar import __version__
@@ -26,6 +27,8 @@ def main(argv: list[str] | None = None) -> int:
     for command in COMMANDS:
         command.add(commands)
     args = parser.parse_args(argv)
+    # So that servers and engines are stopped, whose processes would stay.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         print(args.run(args))
     except (PlanError, TextError, TaskError, BundledModelError) as error:

@@ -128,7 +128,7 @@ def _in_a_process(model: str, openings: Sequence[list[int]], seed: int, dtype: s
     ours, theirs = context.Pipe(duplex=False)
     with tempfile.NamedTemporaryFile(prefix="depthpar-own-text-", suffix=".log") as log:
         arguments = (theirs, log.name, model, list(openings), seed, dtype)
-        process = context.Process(target=_sample, args=arguments)
+        process = context.Process(target=_sample, args=arguments, daemon=True)
         process.start()
         theirs.close()
         try:

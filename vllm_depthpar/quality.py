@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,16 +32,16 @@ class Bench:
     domains: list[Windows]
 
     def measure(
-        self, plans: Sequence[Plan | Steps], what: str, thin: int = 1
+        self, plans: Sequence[Plan | Steps], what: str | None = None, thin: int = 1
     ) -> list[dict[str, Quality]]:
-        """The quality of each plan on each text, by the text's name; with a progress bar.
+        """The quality of each plan on each text, by the text's name.
 
         Args:
-            what: is being done, for the bar.
+            what: is being done, for a progress bar; None for what was measured before.
             thin: use every `thin`-th window only.
         """
         found: list[dict[str, Quality]] = [{} for _ in plans]
-        with bar(f"{what} ({len(plans)} plans)") as advance:
+        with bar(f"{what} ({len(plans)} plans)") if what else nullcontext(_ignore) as advance:
             for domain in self.domains:
                 thinned = Windows(domain.name, domain.tokens[::thin], domain.counted)
                 qualities = self.evaluator.measure(
@@ -49,6 +50,10 @@ class Bench:
                 for of_plan, quality in zip(found, qualities, strict=True):
                     of_plan[domain.name] = quality
         return found
+
+
+def _ignore(_: float) -> None:
+    """No bar to draw."""
 
 
 def divergence(of_domain: dict[str, Quality]) -> float:

@@ -75,11 +75,6 @@ class Search:
         self.alone: dict[Tile, float] = {}
         self.known: dict[Tiling, float] = {}
 
-    @property
-    def shortest(self) -> int:
-        """The smallest length that any tiling has."""
-        return min(best_of_each_length(self._layers, dict.fromkeys(self._length, 0), self._length))
-
     def measure_tiles(self) -> None:
         """Step 1. A ladder over a wide block is taken to cost what both cost."""
         tiles = [tile for tile in self._length if tile.changes]

@@ -146,7 +146,7 @@ class SearchReport:
 
     def _quality(self, plan: Plan) -> dict[str, Any]:
         """From the journal: every plan that is known was measured."""
-        return self.bench.measure([plan], plan.name)[0]
+        return self.bench.measure([plan])[0]
 
     def _header(self) -> list[str]:
         names = [domain.name for domain in self.bench.domains]
@@ -156,9 +156,7 @@ class SearchReport:
     def _rows(self, front: Sequence[Found]) -> list[list[str]]:
         found = []
         plans = [self._plan(one.tiling) for one in front]
-        for one, plan, of_domain in zip(
-            front, plans, self.bench.measure(plans, "Report"), strict=True
-        ):
+        for one, plan, of_domain in zip(front, plans, self.bench.measure(plans), strict=True):
             speed = self._speedup(plan)
             short = json.dumps(changed(plan))
             found.append(

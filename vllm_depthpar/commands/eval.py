@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import signal
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -79,8 +77,6 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> str:
     if not args.tasks and not args.text:
         raise tasks.TaskError("nothing to measure; allowed: --text FILE ..., --tasks NAME ...")
-    # So that a server is stopped.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     plans = contenders(args.model, args.plan or [PLAIN, "auto"])
     loaded = tasks.load_tasks(args.tasks) if args.tasks else {}
     task_settings = _task_settings(args)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,7 +54,7 @@ def add(commands: Any) -> None:
     search.add_argument("--group", type=at_least(3), default=4, help="the widest group (4)")
     search.add_argument("--out", type=Path, required=True, metavar="FILE", help="the plan file")
     search.add_argument("--tokens", type=at_least(1), default=4096, help="of all texts (4096)")
-    search.add_argument("--window", type=at_least(2), default=512, help="tokens (512)")
+    search.add_argument("--window", type=at_least(2), default=256, help="tokens (256)")
     search.add_argument("--rounds", type=at_least(0), default=6, help="at most (6)")
     search.add_argument("--proposals", type=at_least(1), default=6, help="a round (6)")
     search.add_argument("--minutes", type=float, default=20, help="begin no round after (20)")
@@ -112,17 +113,20 @@ def _run(args: argparse.Namespace) -> str:
         return [frozenset(tile for tile in one if tile in lengths) for one in alone]
 
     def within_loss() -> int:
-        """The shortest length known to keep the perplexity, less one layer to try."""
+        """The shortest length that is known to keep the perplexity."""
         limit = math.log1p(args.max_ppl_increase / 100)
         front = search.front()
-        known = bench.measure([plan_of(one.tiling, shape.layers) for one in front], "Perplexity")
-        kept = [
+        known = bench.measure([plan_of(one.tiling, shape.layers) for one in front])
+        return min(
             one.length
             for one, found in zip(front, known, strict=True)
             if quality.loss(found) - quality.loss(unmodified) <= limit
-        ]
-        return max(search.shortest, min(kept) - search.layer)
+        )
 
+    def next_length() -> int:
+        return target if target is not None else max(shortest, within_loss() - search.layer)
+
+    shortest = goal.reachable(shape.layers, lengths)[0]
     search = Search(shape.layers, lengths, measure, sets_of_tiles(), args.seed)
     search.measure_tiles()
     search.add(search_report.baselines(search, shape.layers, methods, target))
@@ -131,12 +135,10 @@ def _run(args: argparse.Namespace) -> str:
         begun = time.monotonic()
         if begun + longest - started > 60 * args.minutes:
             break
-        if not search.round(target if target is not None else within_loss(), args.proposals):
+        if not search.round(next_length(), args.proposals):
             break
         rounds += 1
         longest = max(longest, time.monotonic() - begun)
-    if target is None:
-        target = within_loss() + search.layer
     report = search_report.SearchReport(
         args=args,
         shape=shape,
@@ -144,7 +146,7 @@ def _run(args: argparse.Namespace) -> str:
         bench=bench,
         unmodified=unmodified,
         machine=machine,
-        target=target,
+        target=within_loss() if target is None else target,
         rounds=rounds,
         seconds=time.monotonic() - started,
     )
@@ -181,6 +183,8 @@ def _texts(args: argparse.Namespace) -> Any:
         own = args.tokens // 2 if args.text else args.tokens
     if not own and not args.text:
         raise PlanError("nothing to calibrate on; allowed: --text FILE, or --own-text above 0")
+    if not args.text:
+        print(f"No --text: calibrating on {own} tokens that the model writes.", file=sys.stderr)
     each = max(1, (args.tokens - own) // len(args.text)) if args.text else None
     return quality.read_texts(
         args.model, args.text, args.window, tokens=each, own_tokens=own, dtype=args.dtype
