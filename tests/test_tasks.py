@@ -253,7 +253,6 @@ def test_nothing_is_asked_twice(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "nothing to measure; allowed: --tasks NAME ..."),
         (["--tasks", "nowhere.yaml"], "task file 'nowhere.yaml' does not exist"),
         (["--tasks", "{place}/broken.yaml"], "(OSError: no data here)"),
         (["--tasks", "own_chioces", "{place}/choices.yaml"], "did you mean 'own_choices'? (allow"),
