@@ -1,27 +1,45 @@
-"""vLLM's engine on a list of cases, in processes that pay for its imports once.
+"""vLLM's engine on a list of cases, in processes that do not pay for its imports.
 
 `run` starts one process per tensor-parallel rank (vLLM's external launcher: every rank is an
-ordinary process that holds its own engine) and returns what rank 0 saw. Tests of numbers use it;
-tests of the product start `vllm serve`.
+ordinary process that holds its own engine) and returns what rank 0 saw. The processes are forked
+from one that has imported vLLM and done nothing else. Tests of numbers use it; tests of the product
+start `vllm serve`.
 """
 
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
-import subprocess
-import sys
 import tempfile
+import time
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 from vllm_depthpar.server_process import free_port
 
+# The same in every process, from its first import on.
+COMMON = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    # vLLM 0.32 writes these artifacts on a CPU but cannot load them again.
+    "VLLM_USE_AOT_COMPILE": "0",
+    "MASTER_ADDR": "127.0.0.1",
+}
+THREADS = {"VLLM_CPU_OMP_THREADS_BIND": "0-1", "OMP_NUM_THREADS": "2"}
 # More ranks than cores: let the kernel place them.
 UNBOUND = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+
+_forks = multiprocessing.get_context("forkserver")
+_forks.set_forkserver_preload(
+    ["offline", "vllm.entrypoints.llm", "vllm.model_executor.models.llama"]
+)
 
 
 @dataclass(frozen=True)
@@ -60,46 +78,38 @@ def run(
     with tempfile.TemporaryDirectory() as folder:
         job, answer = Path(folder, "cases.pt"), Path(folder, "results.pt")
         torch.save(cases, job)
-        common = {
-            "VLLM_CPU_OMP_THREADS_BIND": "0-1",
-            "OMP_NUM_THREADS": "2",
+        env = {
+            **THREADS,
             **os.environ,
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_LOGGING_LEVEL": "WARNING",
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            # More ranks than cores: let the kernel place them.
-            **(
-                {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"} if ranks > 1 else {}
-            ),
-            "TORCHDYNAMO_DISABLE": str(int(not compiled)),  # or vLLM's sampler is compiled
-            # vLLM 0.32 writes these artifacts on a CPU but cannot load them again.
-            "VLLM_USE_AOT_COMPILE": "0",
-            "OFFLINE_HOSTS": str(int(hosts)),
-            "MASTER_ADDR": "127.0.0.1",
+            **COMMON,
+            **(UNBOUND if ranks > 1 else {}),
             "MASTER_PORT": str(free_port()),
             "WORLD_SIZE": str(ranks),
         }
+        with patch.dict(os.environ, COMMON):
+            forkserver.ensure_running()
         logs = [Path(folder, f"{rank}.log") for rank in range(ranks)]
-        processes = []
-        for rank, log in enumerate(logs):
-            command = [sys.executable, __file__, str(job), str(answer)]
-            env = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            with log.open("wb") as out:
-                processes.append(subprocess.Popen(command, env=env, stdout=out, stderr=out))
+        processes = [
+            _forks.Process(target=_rank, args=(rank, env, log, job, answer, compiled, hosts))
+            for rank, log in enumerate(logs)
+        ]
+        deadline = time.monotonic() + timeout
+        for process in processes:
+            process.start()
         try:
             for process in processes:
-                process.wait(timeout)
+                process.join(deadline - time.monotonic())
         finally:
             for process in processes:
                 process.kill()
-                process.wait()
-        if any(process.returncode for process in processes):
+                process.join()
+        if any(process.exitcode for process in processes):
             raise RuntimeError("\n".join(log.read_text()[-4000:] for log in logs))
         results: list[Result] = torch.load(answer, weights_only=False)
         return results
 
 
-def _engine_run(case: Case, ranks: int) -> Result:
+def _engine_run(case: Case, ranks: int, compiled: bool) -> Result:
     from vllm import LLM, SamplingParams
     from vllm.inputs import TokensPrompt
 
@@ -112,7 +122,7 @@ def _engine_run(case: Case, ranks: int) -> Result:
         tensor_parallel_size=ranks,
         distributed_executor_backend="external_launcher" if ranks > 1 else "uni",
         **{
-            "enforce_eager": os.environ["TORCHDYNAMO_DISABLE"] == "1",
+            "enforce_eager": not compiled,
             "max_model_len": 256,
             "max_num_seqs": 32,
             "skip_tokenizer_init": True,
@@ -162,16 +172,31 @@ def _engine_run(case: Case, ranks: int) -> Result:
     )
 
 
-def _main(job: str, answer: str) -> None:
-    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if os.environ["OFFLINE_HOSTS"] == "1":
+def _rank(
+    rank: int,
+    env: dict[str, str],
+    log: Path,
+    job: Path,
+    answer: Path,
+    compiled: bool,
+    hosts: bool,
+) -> None:
+    with log.open("wb") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    os.environ.update(env, RANK=str(rank), LOCAL_RANK=str(rank))
+    # Both were read from the environment when they were imported.
+    torch.set_num_threads(int(env["OMP_NUM_THREADS"]))
+    torch._dynamo.config.disable = not compiled  # or vLLM's sampler is compiled
+    if hosts:
         from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
 
         # vLLM's ranks use shared memory if they agree on a name for it, as on one host they do.
         _CPUSHMDistributed.make_group_name = staticmethod(lambda communicator: f"host {rank}")
     results = []
+    ranks = int(env["WORLD_SIZE"])
     for case in torch.load(job, weights_only=False):
-        results.append(_engine_run(case, ranks))
+        results.append(_engine_run(case, ranks, compiled))
         if ranks == 1:
             from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -179,11 +204,3 @@ def _main(job: str, answer: str) -> None:
         gc.collect()
     if rank == 0:
         torch.save(results, answer)
-
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
-    # Unpickled as offline.Case, not __main__.Case.
-    import offline
-
-    offline._main(*sys.argv[1:])

@@ -1,8 +1,10 @@
 """Text that a model writes itself, for users who have none: sampled by plain vLLM, kept on disk.
 
 Openings in many styles keep it from being all of one kind: quality on one kind of text says little
-about another. Drawn a little colder than the model's own distribution, from which small models
-wander off into noise that no user will ever show them.
+about another. It is drawn from the model's own distribution, at temperature 1: over such text the
+expected increase in loss is the KL divergence, and no token is easier than the model thinks. Colder
+text is easier than what people write (SmolLM2 at 0.8: perplexity 5 to 8, people's text 22 and more),
+and what it says of layers is about easy text.
 """
 
 from __future__ import annotations
@@ -55,7 +57,7 @@ REQUESTS = (
     "Write a small Python function that has to do with {topic}, and explain it.",
 )
 _TOKENS_EACH = 192
-_SAMPLING = {"temperature": 0.8, "top_p": 0.95, "max_tokens": _TOKENS_EACH}
+_SAMPLING = {"temperature": 1.0, "max_tokens": _TOKENS_EACH}
 SETTINGS = {"sampling": _SAMPLING, "topics": TOPICS, "openings": OPENINGS, "requests": REQUESTS}
 
 

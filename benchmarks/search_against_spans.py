@@ -1,0 +1,100 @@
+"""Plans that `depthpar search` found against the best contiguous spans of pairs, on other text.
+
+The spans are chosen on the test text itself, by measuring every one of them: the best that a sweep
+by hand (arXiv 2502.02790) could find. The found plans have never seen it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import common
+
+from vllm_depthpar import bundled, files, quality
+from vllm_depthpar.checkpoint import read_config
+from vllm_depthpar.plan import Plan, resolve
+from vllm_depthpar.presets import auto_spec
+from vllm_depthpar.shape import ModelShape
+
+
+def main() -> None:
+    """Measure, print a table, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", nargs="?", metavar="MODEL", help=common.MODEL_HELP)
+    parser.add_argument("--report", type=Path, required=True, help="PLAN-report.json of a search")
+    parser.add_argument("--text", nargs="+", required=True, metavar="FILE", help="UTF-8 text")
+    parser.add_argument("--window", type=common.at_least(2), default=512, help="tokens (512)")
+    parser.add_argument("--tokens", type=common.at_least(1), default=2044, help="of each (2044)")
+    parser.add_argument("--depths", type=int, nargs="+", default=[28, 26, 24], help="(28 26 24)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the numbers as JSON")
+    args = parser.parse_args()
+    model = str(args.model or bundled.prepare())
+    shape = ModelShape.from_config(read_config(model))
+    domains = quality.read_texts(model, args.text, args.window, tokens=args.tokens)
+    bench = quality.Bench(quality.open_model(model), domains)
+    front = {one["depth"]: one["plan"] for one in json.loads(args.report.read_text())["front"]}
+    plans = {"unmodified": bench.evaluator.unmodified}
+    plans["auto"] = resolve(auto_spec(shape)[0], shape.layers)
+    found = {depth: resolve(front[depth], shape.layers) for depth in front if depth < shape.layers}
+    plans |= {f"found {depth}": plan for depth, plan in found.items()}
+    spans = {depth: spans_of(shape.layers, depth) for depth in args.depths}
+    for of_depth in spans.values():
+        plans |= of_depth
+    results = dict(zip(plans, bench.measure(list(plans.values()), "Plans and spans"), strict=True))
+    rows, summary = [], []
+    for domain in domains:
+        losses = {label: of_text[domain.name].loss for label, of_text in results.items()}
+        for depth in args.depths:
+            span = min(spans[depth], key=losses.__getitem__)
+            gap = losses[span] - losses["unmodified"]
+            gone = (losses[span] - losses[f"found {depth}"]) / gap
+            row: dict[str, Any] = {
+                "text": domain.name,
+                "depth": depth,
+                "unmodified": math.exp(losses["unmodified"]),
+                "best_span": span,
+                "best_span_perplexity": math.exp(losses[span]),
+                "found_perplexity": math.exp(losses[f"found {depth}"]),
+                "share_of_log_perplexity_gap_gone": gone,
+            }
+            summary.append(row)
+            rows.append(
+                [
+                    domain.name,
+                    str(depth),
+                    f"{row['unmodified']:.2f}",
+                    f"{row['best_span_perplexity']:.2f} {span}",
+                    f"{row['found_perplexity']:.2f}",
+                    f"{gone:.0%}",
+                ]
+            )
+    header = ["text", "depth", "unmodified", "best span of all", "found", "of the gap gone"]
+    print(common.markdown(header, rows))
+    if args.out:
+        report = {
+            **common.facts(),
+            **quality.settings(domains, bench.evaluator),
+            "summary": summary,
+            "plans": {
+                label: {"plan": plans[label].to_spec(), **quality.figures(of_text)}
+                for label, of_text in results.items()
+            },
+        }
+        files.write_json(args.out, report)
+
+
+def spans_of(layers: int, depth: int) -> dict[str, Plan]:
+    """Every contiguous span of pairs that leaves so many blocks, by its name."""
+    width = 2 * (layers - depth)
+    return {
+        f"[{start}, {start + width})": resolve({"pair": [start, start + width]}, layers)
+        for start in range(layers - width + 1)
+    }
+
+
+if __name__ == "__main__":
+    common.run_main(main)
