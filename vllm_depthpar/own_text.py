@@ -1,10 +1,9 @@
 """Text that a model writes itself, for users who have none: sampled by plain vLLM, kept on disk.
 
-Openings in many styles keep it from being all of one kind: quality on one kind of text says little
-about another. It is drawn from the model's own distribution, at temperature 1: over such text the
-expected increase in loss is the KL divergence, and no token is easier than the model thinks. Colder
-text is easier than what people write (SmolLM2 at 0.8: perplexity 5 to 8, people's text 22 and more),
-and what it says of layers is about easy text.
+Two kinds, in many styles, for quality on one kind of text says little about another. Prose continues
+openings at temperature 1: from the model's own distribution, over which the expected increase in loss
+is the KL divergence, and which surprises the model as people's text does (SmolLM2's has a perplexity
+of 36; drawn at 0.8 it is 5). Answers to requests are drawn as chats are served, colder.
 """
 
 from __future__ import annotations
@@ -57,8 +56,15 @@ REQUESTS = (
     "Write a small Python function that has to do with {topic}, and explain it.",
 )
 _TOKENS_EACH = 192
-_SAMPLING = {"temperature": 1.0, "max_tokens": _TOKENS_EACH}
+PROSE, ANSWERS = "own-prose", "own-answers"
+_SAMPLING: dict[str, dict[str, Any]] = {
+    PROSE: {"temperature": 1.0, "max_tokens": _TOKENS_EACH},
+    ANSWERS: {"temperature": 0.8, "top_p": 0.95, "max_tokens": _TOKENS_EACH},
+}
 SETTINGS = {"sampling": _SAMPLING, "topics": TOPICS, "openings": OPENINGS, "requests": REQUESTS}
+
+# A kind, and the tokens that a text of it begins with.
+_Opening = tuple[str, list[int]]
 
 
 def write(model: str, tokens: int, seed: int = 0, dtype: str = "auto") -> dict[str, str]:
@@ -83,7 +89,7 @@ def write(model: str, tokens: int, seed: int = 0, dtype: str = "auto") -> dict[s
         kept: dict[str, str] = json.loads(path.read_text())
         return kept
     openings = _openings(model, tokens, seed)
-    flat = [opening for kind in openings.values() for opening in kind]
+    flat = [(kind, opening) for kind, of_kind in openings.items() for opening in of_kind]
     written = iter(_in_a_process(model, flat, seed, dtype))
     texts = {
         kind: "\n\n".join(dict.fromkeys(itertools.islice(written, len(of_kind))))
@@ -98,9 +104,9 @@ def _openings(model: str, tokens: int, seed: int) -> dict[str, list[list[int]]]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    kinds: dict[str, tuple[str, ...]] = {"own-prose": OPENINGS}
+    kinds: dict[str, tuple[str, ...]] = {PROSE: OPENINGS}
     if tokenizer.chat_template:
-        kinds["own-answers"] = REQUESTS
+        kinds[ANSWERS] = REQUESTS
     count = -(-tokens // (_TOKENS_EACH * len(kinds)))
     found = {}
     for kind, forms in kinds.items():
@@ -110,7 +116,7 @@ def _openings(model: str, tokens: int, seed: int) -> dict[str, list[list[int]]]:
             form.format(topic=topic, Topic=topic.capitalize())
             for topic, form in itertools.islice(itertools.cycle(pool), count)
         ]
-        if kind == "own-answers":
+        if kind == ANSWERS:
             found[kind] = [
                 tokenizer.apply_chat_template(
                     [{"role": "user", "content": request}],
@@ -124,7 +130,7 @@ def _openings(model: str, tokens: int, seed: int) -> dict[str, list[list[int]]]:
     return found
 
 
-def _in_a_process(model: str, openings: Sequence[list[int]], seed: int, dtype: str) -> list[str]:
+def _in_a_process(model: str, openings: Sequence[_Opening], seed: int, dtype: str) -> list[str]:
     """Openings with their continuations, as text. vLLM's memory is given back with its process."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
@@ -147,7 +153,7 @@ def _in_a_process(model: str, openings: Sequence[list[int]], seed: int, dtype: s
 
 
 def _sample(
-    answer: Connection, log: str, model: str, openings: list[list[int]], seed: int, dtype: str
+    answer: Connection, log: str, model: str, openings: list[_Opening], seed: int, dtype: str
 ) -> None:
     os.environ.update(
         # The plain model, in this process, without compiling for the few minutes that this takes.
@@ -168,13 +174,16 @@ def _sample(
         model,
         dtype=dtype,
         enforce_eager=True,
-        max_model_len=max(map(len, openings)) + _TOKENS_EACH,
+        max_model_len=max(len(tokens) for _, tokens in openings) + _TOKENS_EACH,
         disable_log_stats=True,
         seed=seed,
     )
     outputs = engine.generate(
-        [TokensPrompt(prompt_token_ids=opening) for opening in openings],
-        [SamplingParams(**_SAMPLING, seed=seed + index) for index in range(len(openings))],
+        [TokensPrompt(prompt_token_ids=tokens) for _, tokens in openings],
+        [
+            SamplingParams(**_SAMPLING[kind], seed=seed + at)
+            for at, (kind, _) in enumerate(openings)
+        ],
     )
     tokenizer = AutoTokenizer.from_pretrained(model)
     answer.send(
