@@ -1,9 +1,9 @@
 """Text that a model writes itself, for users who have none: sampled by plain vLLM, kept on disk.
 
-Two kinds, in many styles, for quality on one kind of text says little about another. Prose continues
-openings at temperature 1: from the model's own distribution, over which the expected increase in loss
-is the KL divergence, and which surprises the model as people's text does (SmolLM2's has a perplexity
-of 36; drawn at 0.8 it is 5). Answers to requests are drawn as chats are served, colder.
+Two kinds, in many styles, for quality on one kind of text says little about another. Prose goes on
+from openings at temperature 1: from the model's own distribution, over which the expected increase
+in loss is the KL divergence, and which surprises the model as people's text does (SmolLM2's has a
+perplexity of 36; drawn at 0.8 it is 5). Answers to requests are drawn as chats are served, colder.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 from . import files
 from .checkpoint import fingerprint
