@@ -155,8 +155,22 @@ def test_search_for_a_loss(model: Path, text: Path, tmp_path: Path) -> None:
     ]
     assert report["plan"]["depth"] == min(kept)
     assert resolve(plan.load(str(out)), LAYERS).depth == min(kept)
-    # A shorter plan than the one found was tried, unless there is none.
+    # Shorter ones were tried, unless there are none.
     assert min(one["depth"] for one in report["measured"]) < min(kept) or min(kept) == 4
+
+
+def test_search_for_a_loss_that_cannot_be_kept(
+    model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every single change of this model raises its perplexity on the text it is calibrated on."""
+    out = tmp_path / "plan.json"
+    calibration = ["--text", text, "--own-text", 0, "--window", 64, "--tokens", 504]
+    goal = ["--max-ppl-increase", 0.01, "--methods", "skip", "--rounds", 2]
+    code = main([str(one) for one in ["search", model, *goal, *calibration, "--out", out]])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert code == 1
+    assert error.startswith("depthpar: error: --max-ppl-increase 0.01 can't be reached; nearest: ")
+    assert not out.exists()
 
 
 def test_search_for_a_speed_on_own_text(

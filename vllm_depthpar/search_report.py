@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vllm_depthpar import files, picture
+from vllm_depthpar.evaluate import Quality
 from vllm_depthpar.files import table
 from vllm_depthpar.goal import Machine
-from vllm_depthpar.plan import Plan, resolve
-from vllm_depthpar.quality import Bench, figures, settings
+from vllm_depthpar.plan import Plan, PlanError, resolve
+from vllm_depthpar.quality import Bench, figures, loss, settings
 from vllm_depthpar.search import Found, Search
 from vllm_depthpar.shape import ModelShape
 from vllm_depthpar.tiling import Tile, Tiling, plan_of
@@ -59,27 +61,84 @@ def kind(tiling: Tiling) -> str:
     return "skipping" if all(tile.skip for tile in tiling) else "found"
 
 
-@dataclass(frozen=True)
+@dataclass
 class SearchReport:
-    """Everything a report says."""
+    """Everything a report says.
+
+    Attributes:
+        unmodified: the model's own quality on each text.
+        machine: where plans will run, if that is known.
+        limit: by how much the loss may grow, nats per token, if that is the goal.
+        rounds, seconds: what the search has taken.
+    """
 
     args: argparse.Namespace
     shape: ModelShape
     search: Search
     bench: Bench
-    unmodified: Any
+    unmodified: dict[str, Quality]
     machine: Machine | None
-    target: int
-    rounds: int
-    seconds: float
+    limit: float
+    rounds: int = 0
+    seconds: float = 0.0
 
-    def write(self) -> str:
-        """Write the plan, the report and the numbers; returns a summary for the terminal."""
-        out: Path = self.args.out
+    def within_loss(self) -> Found:
+        """The shortest plan known to keep the loss within the limit."""
         front = self.search.front()
-        best = min(
-            (one for one in front if one.length <= self.target), key=lambda one: one.divergence
-        )
+        return next(one for one in front if self._increase(one) <= self.limit)
+
+    def _increase(self, one: Found) -> float:
+        return loss(self._quality(self._plan(one.tiling))) - loss(self.unmodified)
+
+    def _best(self, target: int | None) -> Found:
+        """The plan that was asked for.
+
+        Raises:
+            PlanError: none that was measured reaches the goal.
+        """
+        front = self.search.front()
+        if target is None:
+            best = self.within_loss()
+            if not best.tiling:
+                least = min((one for one in front if one.tiling), key=self._increase)
+                raise PlanError(
+                    f"--max-ppl-increase {self.args.max_ppl_increase:g} can't be reached; "
+                    f"nearest: {100 * math.expm1(self._increase(least)):.2f}, with "
+                    f"{self._plan(least.tiling).name}"
+                )
+            return best
+        known = [
+            Found(tiling, self.search.length(tiling), value)
+            for tiling, value in self.search.known.items()
+        ]
+        wanted = self.args.speedup
+        reached = [
+            one
+            for one in known
+            if (
+                one.length <= target
+                if wanted is None
+                # Lengths are rounded; the prediction is not.
+                else (self._speedup(self._plan(one.tiling)) or 0) >= wanted
+            )
+        ]
+        if not reached:
+            most = max(self._speedup(self._plan(one.tiling)) or 0 for one in known)
+            raise PlanError(f"speed-up {wanted:g} was not reached; nearest: {most:.2f}")
+        return min(reached, key=lambda one: one.divergence)
+
+    def write(self, target: int | None) -> str:
+        """Write the plan, the report and the numbers; returns a summary for the terminal.
+
+        Args:
+            target: the length that was asked for; None if the loss was.
+
+        Raises:
+            PlanError: the goal was not reached.
+        """
+        out: Path = self.args.out
+        best = self._best(target)
+        front = self.search.front()
         plan = self._plan(best.tiling)
         rows = self._rows(front)
         figure = out.with_name(f"{out.stem}-front.png")
@@ -144,7 +203,7 @@ class SearchReport:
             "predicted_speedup": self._speedup(plan),
         } | ({"quality": figures(self._quality(plan))} if with_quality else {})
 
-    def _quality(self, plan: Plan) -> dict[str, Any]:
+    def _quality(self, plan: Plan) -> dict[str, Quality]:
         """From the journal: every plan that is known was measured."""
         return self.bench.measure([plan])[0]
 

@@ -6,17 +6,19 @@ import argparse
 import math
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_depthpar import machines
+from vllm_depthpar import goal, machines
 from vllm_depthpar.checkpoint import read_config
 from vllm_depthpar.commands.types import DTYPES, MODEL_HELP, at_least
-from vllm_depthpar.plan import PlanError
+from vllm_depthpar.plan import Plan, PlanError
 from vllm_depthpar.shape import ModelShape
+from vllm_depthpar.tiling import Tile, candidates
 
 if TYPE_CHECKING:
-    from vllm_depthpar.goal import Machine
+    from vllm_depthpar.texts import Windows
 
 METHODS = ("pair", "group", "skip", "ladder")
 
@@ -70,9 +72,8 @@ def add(commands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> str:
-    from vllm_depthpar import goal, quality, search_report
+    from vllm_depthpar import quality, search_report
     from vllm_depthpar.search import Search
-    from vllm_depthpar.tiling import candidates, plan_of
 
     started = time.monotonic()
     shape = ModelShape.from_config(read_config(args.model))
@@ -83,74 +84,65 @@ def _run(args: argparse.Namespace) -> str:
         for tile in candidates(shape.layers, methods, args.group)
         if tile.skip or shape.fits(tile.width, args.tp)
     ]
-    lengths = {tile: int(not tile.skip) for tile in tiles}
-    if machine and args.depth is None:
-        lengths = machine.lengths(shape, tiles)
-    target: int | None = None
-    if args.depth is not None:
-        target = goal.check_depth(args.depth, shape.layers, lengths, methods)
-    elif args.speedup is not None:
-        assert machine is not None
-        target = goal.check_speedup(args.speedup, shape, machine, lengths, methods)
-    elif not args.max_ppl_increase > 0:
-        raise PlanError(
-            f"--max-ppl-increase {args.max_ppl_increase:g} is too small; allowed: more than 0"
-        )
+    timed = machine is not None and args.depth is None
+    lengths = machine.lengths(shape, tiles) if timed and machine else depths(tiles)
+    target = _target(args, shape, machine, lengths, methods)
 
-    domains = _texts(args)
+    domains = _texts(args)  # before the weights load
     bench = quality.Bench(quality.open_model(args.model, args.dtype), domains)
     unmodified = bench.measure([bench.evaluator.unmodified], "The unmodified model")[0]
-    thin = min(4, *(len(domain) for domain in domains))
+    thin = min(4, *(len(domain) for domain in bench.domains))
 
-    def measure(plans: Any, rough: bool) -> list[float]:
+    def measure(plans: Sequence[Plan], rough: bool) -> list[float]:
         what = "Each change alone" if rough else "Plans"
         found = bench.measure(plans, what, thin if rough else 1)
         return [quality.divergence(of_plan) for of_plan in found]
 
-    def sets_of_tiles() -> list[frozenset[Any]]:
-        """What each method alone may use."""
-        alone = [candidates(shape.layers, [method], args.group) for method in methods]
-        return [frozenset(tile for tile in one if tile in lengths) for one in alone]
-
-    def within_loss() -> int:
-        """The shortest length that is known to keep the perplexity."""
-        limit = math.log1p(args.max_ppl_increase / 100)
-        front = search.front()
-        known = bench.measure([plan_of(one.tiling, shape.layers) for one in front])
-        return min(
-            one.length
-            for one, found in zip(front, known, strict=True)
-            if quality.loss(found) - quality.loss(unmodified) <= limit
-        )
-
-    def next_length() -> int:
-        return target if target is not None else max(shortest, within_loss() - search.layer)
-
-    shortest = goal.reachable(shape.layers, lengths)[0]
-    search = Search(shape.layers, lengths, measure, sets_of_tiles(), args.seed)
+    # What each method alone may use.
+    alone = [frozenset(candidates(shape.layers, [method], args.group)) for method in methods]
+    search = Search(
+        shape.layers, lengths, measure, [one & lengths.keys() for one in alone], args.seed
+    )
+    limit = math.log1p((args.max_ppl_increase or 0) / 100)
+    report = search_report.SearchReport(args, shape, search, bench, unmodified, machine, limit)
     search.measure_tiles()
     search.add(search_report.baselines(search, shape.layers, methods, target))
-    rounds, longest = 0, 0.0
-    while rounds < args.rounds:
+    shortest, longest = goal.reachable(shape.layers, lengths)[0], 0.0
+    while report.rounds < args.rounds:
         begun = time.monotonic()
         if begun + longest - started > 60 * args.minutes:
             break
-        if not search.round(next_length(), args.proposals):
+        next_length = report.within_loss().length - search.layer if target is None else target
+        if not search.round(max(shortest, next_length), args.proposals):
             break
-        rounds += 1
+        report.rounds += 1
         longest = max(longest, time.monotonic() - begun)
-    report = search_report.SearchReport(
-        args=args,
-        shape=shape,
-        search=search,
-        bench=bench,
-        unmodified=unmodified,
-        machine=machine,
-        target=within_loss() if target is None else target,
-        rounds=rounds,
-        seconds=time.monotonic() - started,
-    )
-    return report.write()
+    report.seconds = time.monotonic() - started
+    return report.write(target)
+
+
+def depths(tiles: Sequence[Tile]) -> dict[Tile, int]:
+    """Lengths that count blocks."""
+    return {tile: int(not tile.skip) for tile in tiles}
+
+
+def _target(
+    args: argparse.Namespace,
+    shape: ModelShape,
+    machine: goal.Machine | None,
+    lengths: dict[Tile, int],
+    methods: Sequence[str],
+) -> int | None:
+    """The length to reach, or None if that is for the search to find out."""
+    if args.depth is not None:
+        return goal.check_depth(args.depth, shape.layers, lengths, methods)
+    if args.speedup is not None and machine is not None:
+        return goal.check_speedup(args.speedup, shape, machine, lengths, methods)
+    if not args.max_ppl_increase > 0:
+        raise PlanError(
+            f"--max-ppl-increase {args.max_ppl_increase:g} is too small; allowed: more than 0"
+        )
+    return None
 
 
 def _methods(text: str) -> list[str]:
@@ -161,20 +153,18 @@ def _methods(text: str) -> list[str]:
     return [method for method in METHODS if method in methods]
 
 
-def _machine(args: argparse.Namespace) -> Machine | None:
+def _machine(args: argparse.Namespace) -> goal.Machine | None:
     """Where plans will run; None if nothing asks for it."""
-    from vllm_depthpar.goal import Machine
-
     if args.tp > 1 and not args.link:
         raise PlanError(f"--tp {args.tp} needs a --link; allowed: {', '.join(machines.LINKS)}")
     if args.speedup is None and not (args.device or args.link):
         return None
     device = machines.device_named(args.device or machines.THIS)
     link = machines.link_named(args.link) if args.link else None
-    return Machine(device, link, args.tp, args.batch, args.context)
+    return goal.Machine(device, link, args.tp, args.batch, args.context)
 
 
-def _texts(args: argparse.Namespace) -> Any:
+def _texts(args: argparse.Namespace) -> list[Windows]:
     """The texts to calibrate on: the user's, the model's own, or both in equal parts."""
     from vllm_depthpar import quality
 
