@@ -3,7 +3,7 @@
 `run` starts one process per tensor-parallel rank (vLLM's external launcher: every rank is an
 ordinary process that holds its own engine) and returns what rank 0 saw. The processes are forked
 from one that has imported vLLM and done nothing else. Tests of numbers use it; tests of the product
-start `vllm serve`.
+start `vllm serve`. Compiled engines pay: whether anything is compiled is decided at import.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -86,16 +87,19 @@ def run(
             "MASTER_PORT": str(free_port()),
             "WORLD_SIZE": str(ranks),
         }
-        with patch.dict(os.environ, COMMON):
+        # What is decorated with torch.compile at import stays so in every fork.
+        with patch.dict(os.environ, COMMON, TORCHDYNAMO_DISABLE="1"):
             forkserver.ensure_running()
         logs = [Path(folder, f"{rank}.log") for rank in range(ranks)]
-        processes = [
-            _forks.Process(target=_rank, args=(rank, env, log, job, answer, compiled, hosts))
+        new = multiprocessing.get_context("spawn") if compiled else _forks
+        processes: list[BaseProcess] = [
+            new.Process(target=_rank, args=(rank, env, log, job, answer, compiled, hosts))
             for rank, log in enumerate(logs)
         ]
         deadline = time.monotonic() + timeout
-        for process in processes:
-            process.start()
+        with patch.dict(os.environ, env):
+            for process in processes:
+                process.start()
         try:
             for process in processes:
                 process.join(deadline - time.monotonic())
@@ -103,10 +107,18 @@ def run(
             for process in processes:
                 process.kill()
                 process.join()
+            # A forked process ends without the destructors that would remove it.
+            for left in Path("/dev/shm").glob(f"{_memory(env)}*"):
+                left.unlink()
         if any(process.exitcode for process in processes):
             raise RuntimeError("\n".join(log.read_text()[-4000:] for log in logs))
         results: list[Result] = torch.load(answer, weights_only=False)
         return results
+
+
+def _memory(env: dict[str, str]) -> str:
+    """How the names of a run's shared memory begin."""
+    return f"offline-{env['MASTER_PORT']}"
 
 
 def _engine_run(case: Case, ranks: int, compiled: bool) -> Result:
@@ -185,14 +197,17 @@ def _rank(
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
     os.environ.update(env, RANK=str(rank), LOCAL_RANK=str(rank))
-    # Both were read from the environment when they were imported.
+    # PyTorch read it when it was imported.
     torch.set_num_threads(int(env["OMP_NUM_THREADS"]))
-    torch._dynamo.config.disable = not compiled  # or vLLM's sampler is compiled
-    if hosts:
-        from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
 
-        # vLLM's ranks use shared memory if they agree on a name for it, as on one host they do.
-        _CPUSHMDistributed.make_group_name = staticmethod(lambda communicator: f"host {rank}")
+    name = _CPUSHMDistributed.make_group_name
+    # vLLM's ranks use shared memory if they agree on a name for it, as on one host they do.
+    _CPUSHMDistributed.make_group_name = staticmethod(
+        lambda communicator: (
+            f"host {rank}" if hosts else _memory(env) + name(communicator).lstrip("/")
+        )
+    )
     results = []
     ranks = int(env["WORLD_SIZE"])
     for case in torch.load(job, weights_only=False):

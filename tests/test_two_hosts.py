@@ -49,6 +49,7 @@ with TwoHosts(Link.parse("1ms")) as hosts:
     subprocess.run(hosts.command(1, ["sh", "-c", "echo $$; exec sleep 600"]))
 """
 SLEEP = "echo ready; exec sleep 600"
+TRIES = 5
 PINGS = 50
 
 
@@ -89,15 +90,21 @@ def measure(hosts: TwoHosts, client: int, size: int) -> tuple[list[float], float
 @pytest.mark.parametrize("link", ["plain", "3ms", "100mbit", "100mbit,3ms"])
 def test_link(link: str, client: int) -> None:
     limit = Link.parse(link)
+    quickest, rates = [], []
     with joined_by(link) as hosts:
-        trips, mbit = measure(hosts, client, 40_000_000 if limit.mbit is None else 5_000_000)
-    assert trips[0] >= 2 * limit.latency_ms
-    # A busy machine delays some. The limit is far below what one latency too many would give.
-    assert statistics.quantiles(trips)[0] < 2 * limit.latency_ms + 1.5
-    if limit.mbit is None:
-        assert mbit > 300
-    else:
-        assert 0.85 * limit.mbit < mbit < 1.15 * limit.mbit
+        for _ in range(TRIES):
+            trips, mbit = measure(hosts, client, 40_000_000 if limit.mbit is None else 5_000_000)
+            # No link is faster than it is said to be, on any try.
+            assert trips[0] >= 2 * limit.latency_ms
+            assert limit.mbit is None or mbit < 1.15 * limit.mbit
+            quickest.append(statistics.quantiles(trips)[0])
+            rates.append(mbit)
+            # A busy machine makes it slower, on some. The limits are far from what one latency too
+            # many, or half the rate, would give.
+            slow = 300 if limit.mbit is None else 0.85 * limit.mbit
+            if min(quickest) < 2 * limit.latency_ms + 1.5 and max(rates) > slow:
+                return
+    pytest.fail(f"round trips of {quickest} ms, rates of {rates} Mbit/s")
 
 
 def test_short_messages_take_their_time() -> None:
