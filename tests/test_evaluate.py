@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from vllm_depthpar import hf
-from vllm_depthpar.evaluate import Evaluator, Step, steps
+from vllm_depthpar.evaluate import Evaluator
 from vllm_depthpar.journal import Journal
 from vllm_depthpar.plan import Plan, resolve
+from vllm_depthpar.steps import Step, steps
 from vllm_depthpar.study import TRANSFORMATIONS, spans, steps_of
 from vllm_depthpar.texts import Windows
 

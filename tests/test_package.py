@@ -24,6 +24,15 @@ def test_import_is_cheap() -> None:
     assert loaded == ["vllm_depthpar"]
 
 
+def test_command_starts_without_what_it_may_not_need() -> None:
+    """`depthpar plan show` answers at once: numpy, torch and vLLM take seconds to import."""
+    code = "import sys, vllm_depthpar.cli; print(*{'numpy', 'torch', 'vllm'} & set(sys.modules))"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert loaded == []
+
+
 def test_entry_points() -> None:
     (plugin,) = metadata.entry_points(group="vllm.general_plugins", name="depthpar")
     assert callable(plugin.load())

@@ -9,15 +9,13 @@ processes of one host say nothing of two hosts.
 from __future__ import annotations
 
 import math
-import multiprocessing
-import os
 import tempfile
 import time
 from datetime import UTC, datetime
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vllm_depthpar import engine_process
 from vllm_depthpar.files import cpu_model, write_json
 from vllm_depthpar.machines import CPU_REDUCTIONS, GPU_OVERLAP, THIS, Device
 from vllm_depthpar.plan import PlanError
@@ -34,7 +32,6 @@ WEIGHT_BYTES = 64 << 20
 # Of one product: a slow core gets through it in seconds, with many rows too.
 MOST_PARAMETERS = 1 << 24
 REPEATS = 5
-_LOG = "log"
 _NARROW = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -148,65 +145,46 @@ def measure_fixed(dtype: str, eager: bool) -> tuple[float, float]:
     Raises:
         PlanError: vLLM could not run here.
     """
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    with tempfile.TemporaryDirectory(prefix="calibrate-") as name:
-        folder = Path(name)
-        # A process of its own: an engine changes what it runs in, and prints.
-        process = context.Process(target=_decode, args=(theirs, folder, dtype, eager))
-        process.start()
-        theirs.close()
-        try:
-            shallow, deep = ours.recv()
-        except EOFError:
-            process.join()
-            lines = (folder / _LOG).read_text(errors="replace").splitlines()
-            last = next((line for line in reversed(lines) if line.strip()), "no output")
-            raise PlanError(f"vLLM does not run here ({last}); allowed: --device") from None
-        process.join()
+    try:
+        shallow, deep = engine_process.call(_decode, dtype, eager)
+    except engine_process.EngineError as error:
+        raise PlanError(f"vLLM does not run here ({error}); allowed: --device") from None
     layer = max(0.0, (deep - shallow) / (DEPTHS[1] - DEPTHS[0]))
     return layer, max(0.0, shallow - DEPTHS[0] * layer)
 
 
-def _decode(connection: Connection, folder: Path, dtype: str, eager: bool) -> None:
-    """Decode with a narrow model of each depth, in turns; send the least seconds of a step of each.
+def _decode(dtype: str, eager: bool) -> list[float]:
+    """Decode with a narrow model of each depth, in turns; the least seconds of a step of each.
 
     Like `_product_seconds`, and in turns so that what changes on the machine meets both.
     """
-    with (folder / _LOG).open("wb") as output:
-        os.dup2(output.fileno(), 1)
-        os.dup2(output.fileno(), 2)
-    os.environ |= {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_PLUGINS": "",
-    }
     from vllm import LLM, SamplingParams
     from vllm.inputs import TokensPrompt
 
     params = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False)
     engines = []
-    for depth in DEPTHS:
-        config = {**_NARROW, "num_hidden_layers": depth, "torch_dtype": dtype}
-        model = folder / f"{depth}"
-        write_json(model / "config.json", config)
-        engine = LLM(
-            str(model),
-            load_format="dummy",
-            skip_tokenizer_init=True,
-            enforce_eager=eager,
-            distributed_executor_backend="uni",
-            max_model_len=_NARROW["max_position_embeddings"],
-            max_num_seqs=1,
-            kv_cache_memory_bytes=64 << 20,
-        ).llm_engine
-        engine.add_request("calibrate", TokensPrompt(prompt_token_ids=[1] * 8), params)
-        engine.step()  # the prompt
-        engines.append(engine)
+    with tempfile.TemporaryDirectory(prefix="calibrate-") as folder:
+        for depth in DEPTHS:
+            config = {**_NARROW, "num_hidden_layers": depth, "torch_dtype": dtype}
+            model = Path(folder, f"{depth}")
+            write_json(model / "config.json", config)
+            engine = LLM(
+                str(model),
+                load_format="dummy",
+                skip_tokenizer_init=True,
+                enforce_eager=eager,
+                distributed_executor_backend="uni",
+                max_model_len=_NARROW["max_position_embeddings"],
+                max_num_seqs=1,
+                kv_cache_memory_bytes=64 << 20,
+            ).llm_engine
+            engine.add_request("calibrate", TokensPrompt(prompt_token_ids=[1] * 8), params)
+            engine.step()  # the prompt
+            engines.append(engine)
     seconds: list[list[float]] = [[] for _ in engines]
     while any(engine.has_unfinished_requests() for engine in engines):
         for engine, found in zip(engines, seconds, strict=True):
             start = time.perf_counter()
             engine.step()
             found.append(time.perf_counter() - start)
-    connection.send([min(found) for found in seconds])
+    return [min(found) for found in seconds]

@@ -25,39 +25,10 @@ from . import __version__
 from .hf import ParallelBlock
 from .journal import Journal
 from .plan import Plan, resolve
+from .steps import Step, Steps, steps
 from .texts import Windows
 
-
-@dataclass(frozen=True, order=True)
-class Step:
-    """What runs between two points of the residual stream.
-
-    Attributes:
-        layers: the layers that run side by side.
-        ladder: whether it reads the stream as a ladder block (see `vllm_depthpar.hf`).
-        merged: run one layer whose weights are the mean of these layers' (a transformation of the
-            effective-depth study, arXiv 2502.02790, section 3, that no plan can ask for).
-    """
-
-    layers: tuple[int, ...]
-    ladder: bool = False
-    merged: bool = False
-
-    def __str__(self) -> str:
-        return "+".join(map(str, self.layers)) + "L" * self.ladder + "M" * self.merged
-
-
-Steps = tuple[Step, ...]
 _WAYS_AT_ONCE = 64
-
-
-def steps(plan: Plan) -> Steps:
-    """A plan's blocks as steps."""
-    return tuple(
-        # Side by side is a sum: without order. Sorted, equal blocks are the same step.
-        Step(tuple(sorted(block)), plan.is_ladder(position))
-        for position, block in enumerate(plan.blocks)
-    )
 
 
 @dataclass(frozen=True)
@@ -121,6 +92,7 @@ class Evaluator:
         self.unmodified = unmodified or resolve("identity", len(self._layers))
         self._origin = origin
         self._batch = batch
+        self._journals: dict[str, Journal | _Notes] = {}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -161,12 +133,18 @@ class Evaluator:
         return found_all
 
     def _journal(self, windows: Windows) -> Journal | _Notes:
-        if self._origin is None:
-            return _Notes()
+        """The journal of a text, read once."""
         tokens = hashlib.sha256(windows.tokens.numpy().tobytes()).hexdigest()
-        dtype = str(self.dtype)
-        setting = [tokens, windows.counted, list(windows.tokens.shape), self._batch, dtype]
-        return Journal([__version__, self._origin, self.unmodified.to_spec(), *setting])
+        setting = [tokens, windows.counted, list(windows.tokens.shape)]
+        key = str(setting)
+        if key not in self._journals:
+            about = [__version__, self._origin, self.unmodified.to_spec(), *setting]
+            self._journals[key] = (
+                _Notes()
+                if self._origin is None
+                else Journal([*about, self._batch, str(self.dtype)])
+            )
+        return self._journals[key]
 
     @torch.inference_mode()
     def _measure_batch(

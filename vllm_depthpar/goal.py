@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from vllm_depthpar.cost import plain_time, step_time
+from vllm_depthpar import cost
 from vllm_depthpar.machines import Device, Link
 from vllm_depthpar.plan import Plan, PlanError
 from vllm_depthpar.shape import ModelShape
@@ -28,7 +28,7 @@ class Machine:
 
     def speedup(self, shape: ModelShape, plan: Plan) -> float:
         """Of a plan, over plain vLLM."""
-        return self._plain(shape) / self._seconds(shape, plan)
+        return cost.speedup(shape, plan, *self._where)
 
     def lengths(self, shape: ModelShape, tiles: Iterable[Tile]) -> dict[Tile, int]:
         """Each tile's time, in sixteenths of a layer's."""
@@ -45,7 +45,8 @@ class Machine:
         layer = self._block_seconds(shape, 1, ladder=False)
         whole = self._seconds(shape, plan_of((), shape.layers))
         rest = whole - shape.layers * layer
-        return math.floor(_UNITS * (self._plain(shape) / speedup - rest) / layer)
+        plain = cost.plain_time(shape, *self._where).seconds
+        return math.floor(_UNITS * (plain / speedup - rest) / layer)
 
     def _block_seconds(self, shape: ModelShape, width: int, ladder: bool) -> float:
         """What one more block of a kind costs, in a row of its kind."""
@@ -62,12 +63,16 @@ class Machine:
         return (times[1] - times[0]) / 4
 
     def _seconds(self, shape: ModelShape, plan: Plan) -> float:
-        where = (self.device, self.link, self.tp, self.batch, self.context)
-        return step_time(shape, plan, *where).seconds
+        return cost.step_time(shape, plan, *self._where).seconds
 
-    def _plain(self, shape: ModelShape) -> float:
-        where = (self.device, self.link, self.tp, self.batch, self.context)
-        return plain_time(shape, *where).seconds
+    @property
+    def _where(self) -> tuple[Device, Link | None, int, int, int]:
+        return self.device, self.link, self.tp, self.batch, self.context
+
+
+def depths(tiles: Iterable[Tile]) -> dict[Tile, int]:
+    """Each tile's length where lengths count blocks."""
+    return {tile: int(not tile.skip) for tile in tiles}
 
 
 def reachable(layers: int, lengths: dict[Tile, int]) -> list[int]:

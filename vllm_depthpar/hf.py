@@ -112,17 +112,14 @@ def load(
     config = _config(path)
     plan = spec if isinstance(spec, Plan) else resolve(spec, config.num_hidden_layers)
     _check_layers(plan, config.num_hidden_layers)
-    return restructure(load_unmodified(path, dtype, **kwargs), plan)
+    return restructure(_weights(path, config, dtype, **kwargs), plan)
 
 
 def load_unmodified(
     path: str | PathLike[str], dtype: torch.dtype = torch.float32, **kwargs: Any
 ) -> LlamaForCausalLM:
     """Load a Llama checkpoint as transformers does; arguments and errors as `load`."""
-    model: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(
-        path, config=_config(path), dtype=dtype, **kwargs
-    )
-    return model.eval()
+    return _weights(path, _config(path), dtype, **kwargs)
 
 
 def _config(path: str | PathLike[str]) -> LlamaConfig:
@@ -131,6 +128,15 @@ def _config(path: str | PathLike[str]) -> LlamaConfig:
     if not isinstance(config, LlamaConfig):
         raise PlanError(f"model_type {config.model_type!r} is not supported; allowed: 'llama'")
     return config
+
+
+def _weights(
+    path: str | PathLike[str], config: LlamaConfig, dtype: torch.dtype, **kwargs: Any
+) -> LlamaForCausalLM:
+    model: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(
+        path, config=config, dtype=dtype, **kwargs
+    )
+    return model
 
 
 def restructure(model: LlamaForCausalLM, plan: Plan) -> LlamaForCausalLM:

@@ -11,16 +11,11 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import multiprocessing
 import os
 import random
-import tempfile
-from collections.abc import Sequence
-from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
-from . import files
+from . import engine_process, files
 from .checkpoint import fingerprint
 from .texts import TextError
 
@@ -91,7 +86,10 @@ def write(model: str, tokens: int, seed: int = 0, dtype: str = "auto") -> dict[s
         return kept
     openings = _openings(model, tokens, seed)
     flat = [(kind, opening) for kind, of_kind in openings.items() for opening in of_kind]
-    written = iter(_in_a_process(model, flat, seed, dtype))
+    try:
+        written = iter(engine_process.call(_sample, model, flat, seed, dtype, progress=True))
+    except engine_process.EngineError as error:
+        raise TextError(f"vLLM could not write text with {model!r}: {error}") from None
     texts = {
         kind: "\n\n".join(dict.fromkeys(itertools.islice(written, len(of_kind))))
         for kind, of_kind in openings.items()
@@ -131,42 +129,11 @@ def _openings(model: str, tokens: int, seed: int) -> dict[str, list[list[int]]]:
     return found
 
 
-def _in_a_process(model: str, openings: Sequence[_Opening], seed: int, dtype: str) -> list[str]:
-    """Openings with their continuations, as text. vLLM's memory is given back with its process."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    with tempfile.NamedTemporaryFile(prefix="depthpar-own-text-", suffix=".log") as log:
-        arguments = (theirs, log.name, model, list(openings), seed, dtype)
-        process = context.Process(target=_sample, args=arguments, daemon=True)
-        process.start()
-        theirs.close()
-        try:
-            texts: list[str] = ours.recv()
-        except EOFError:
-            lines = Path(log.name).read_text(errors="replace").strip().splitlines()
-            reason = lines[-1] if lines else "no output"
-            raise TextError(f"vLLM could not write text with {model!r}: {reason}") from None
-        finally:
-            process.join(10)
-            process.kill()
-            process.join()
-    return texts
-
-
-def _sample(
-    answer: Connection, log: str, model: str, openings: list[_Opening], seed: int, dtype: str
-) -> None:
-    os.environ.update(
-        # The plain model, in this process, without compiling for the few minutes that this takes.
-        VLLM_PLUGINS="",
-        VLLM_ENABLE_V1_MULTIPROCESSING="0",
-        VLLM_NO_USAGE_STATS="1",
-        TORCHDYNAMO_DISABLE="1",
-    )
+def _sample(model: str, openings: list[_Opening], seed: int, dtype: str) -> list[str]:
+    """Openings with their continuations, as text."""
+    # Not worth compiling for the few minutes that this takes.
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    with open(log, "wb") as output:
-        os.dup2(output.fileno(), 1)
-        # tqdm draws its bar on stderr, which stays the user's; errors are reported by the parent.
     from transformers import AutoTokenizer
     from vllm import LLM, SamplingParams
     from vllm.inputs import TokensPrompt
@@ -187,9 +154,7 @@ def _sample(
         ],
     )
     tokenizer = AutoTokenizer.from_pretrained(model)
-    answer.send(
-        [
-            tokenizer.decode([*output.prompt_token_ids, *output.outputs[0].token_ids])
-            for output in outputs
-        ]
-    )
+    return [
+        tokenizer.decode([*output.prompt_token_ids, *output.outputs[0].token_ids])
+        for output in outputs
+    ]

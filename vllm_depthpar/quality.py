@@ -12,10 +12,11 @@ import torch
 
 from . import hf, own_text, texts
 from .checkpoint import fingerprint, read_config
-from .evaluate import Evaluator, Quality, Steps
+from .evaluate import Evaluator, Quality
 from .ladder_checkpoint import ladder_of
 from .plan import Plan, resolve
 from .progress import bar
+from .steps import Steps
 from .texts import Windows
 
 
@@ -104,7 +105,9 @@ def read_texts(
         texts.cut(name, texts.read(path), tokenizer, window, stride, tokens) for name, path in named
     ]
     if own_tokens:
-        own = own_text.write(model, own_tokens, dtype=str(usable_dtype(dtype)).split(".")[-1])
+        own = own_text.write(
+            model, own_tokens, dtype=str(usable_dtype(dtype)).removeprefix("torch.")
+        )
         found += [
             texts.cut(name, text, tokenizer, window, stride, own_tokens // len(own))
             for name, text in own.items()

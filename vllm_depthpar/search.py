@@ -167,10 +167,13 @@ class Search:
         rest = (self._layers - covered) * self._length.get(Tile(0), 0)
         return rest + sum(self._length[tile] for tile in tiling)
 
+    def measured(self) -> list[Found]:
+        """Every plan that is known."""
+        return [Found(tiling, self.length(tiling), value) for tiling, value in self.known.items()]
+
     def front(self) -> list[Found]:
         """The measured plans that no other is both shorter (or as short) and better than."""
-        found = [Found(tiling, self.length(tiling), value) for tiling, value in self.known.items()]
-        found.append(Found((), self.length(()), 0.0))
+        found = [*self.measured(), Found((), self.length(()), 0.0)]
         front: list[Found] = []
         for one in sorted(found, key=lambda one: (one.length, one.divergence)):
             if not front or one.divergence < front[-1].divergence:

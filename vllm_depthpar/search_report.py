@@ -107,10 +107,7 @@ class SearchReport:
                     f"{self._plan(least.tiling).name}"
                 )
             return best
-        known = [
-            Found(tiling, self.search.length(tiling), value)
-            for tiling, value in self.search.known.items()
-        ]
+        known = self.search.measured()
         wanted = self.args.speedup
         reached = [
             one
@@ -160,10 +157,7 @@ class SearchReport:
             "unmodified": figures(self.unmodified),
             "plan": self._entry(best),
             "front": [self._entry(one) for one in front],
-            "measured": [
-                self._entry(Found(tiling, self.search.length(tiling), value), with_quality=False)
-                for tiling, value in self.search.known.items()
-            ],
+            "measured": [self._entry(one, with_quality=False) for one in self.search.measured()],
             "alone": [
                 {"plan": self._plan((tile,)).name, "layers": list(tile.layers), "kl": value}
                 | {"skip": tile.skip, "ladder": tile.ladder}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 
-from vllm_depthpar.evaluate import Step, Steps
+from vllm_depthpar.steps import Step, Steps
 
 Span = tuple[int, int]
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class TextError(Exception):
@@ -89,6 +89,8 @@ def cut(
     Raises:
         TextError: the text is shorter than a window, or the stride is not 1 to `window`.
     """
+    import torch  # takes seconds: every command imports this module, for its error
+
     # As the tokenizer starts a text: Llama 2 and 3 put <s> or <|begin_of_text|> there.
     start = [token for token in tokenizer("").input_ids if token == tokenizer.bos_token_id]
     ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids

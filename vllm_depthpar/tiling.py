@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-import numpy as np
-
 from vllm_depthpar.plan import Plan
 
 
@@ -96,6 +94,8 @@ def best_of_each_length(
     Returns:
         For each total length that some tiling has: its cost, and its tiles that change something.
     """
+    import numpy as np  # here: every command imports this module, few need it
+
     longest = layers * max(length.values()) + 1
     best = np.full((layers + 1, longest), np.inf)
     best[0, 0] = 0

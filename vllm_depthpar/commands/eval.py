@@ -37,7 +37,7 @@ def add(commands: Any) -> None:
 
 
 def add_text_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what `measure_texts` needs to know, `study` too."""
+    """Add what `measure_texts` needs to know."""
     group = parser.add_argument_group(
         "text", "perplexity, and KL divergence from the unmodified model"
     )

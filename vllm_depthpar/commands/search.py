@@ -84,8 +84,8 @@ def _run(args: argparse.Namespace) -> str:
         for tile in candidates(shape.layers, methods, args.group)
         if tile.skip or shape.fits(tile.width, args.tp)
     ]
-    timed = machine is not None and args.depth is None
-    lengths = machine.lengths(shape, tiles) if timed and machine else depths(tiles)
+    timed = machine if args.depth is None else None
+    lengths = timed.lengths(shape, tiles) if timed else goal.depths(tiles)
     target = _target(args, shape, machine, lengths, methods)
 
     domains = _texts(args)  # before the weights load
@@ -119,11 +119,6 @@ def _run(args: argparse.Namespace) -> str:
         longest = max(longest, time.monotonic() - begun)
     report.seconds = time.monotonic() - started
     return report.write(target)
-
-
-def depths(tiles: Sequence[Tile]) -> dict[Tile, int]:
-    """Lengths that count blocks."""
-    return {tile: int(not tile.skip) for tile in tiles}
 
 
 def _target(

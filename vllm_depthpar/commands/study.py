@@ -12,8 +12,7 @@ from vllm_depthpar.checkpoint import read_config
 from vllm_depthpar.commands.types import DTYPES, MODEL_HELP, at_least
 from vllm_depthpar.plan import PlanError
 from vllm_depthpar.shape import ModelShape
-
-NAMES = ("shuffle", "prune", "merge", "parallel", "pairs", "ladder")
+from vllm_depthpar.study import TRANSFORMATIONS, spans, steps_of
 
 
 def add(commands: Any) -> None:
@@ -25,7 +24,12 @@ def add(commands: Any) -> None:
         "--out", type=Path, required=True, metavar="FILE", help="JSON; beside it PNG"
     )
     study.add_argument(
-        "--transformations", nargs="+", choices=NAMES, default=NAMES, metavar="T", help="(all)"
+        "--transformations",
+        nargs="+",
+        choices=TRANSFORMATIONS,
+        default=list(TRANSFORMATIONS),
+        metavar="T",
+        help=f"any of {', '.join(TRANSFORMATIONS)} (all)",
     )
     study.add_argument("--window", type=at_least(2), default=512, help="tokens a window (512)")
     study.add_argument("--tokens", type=at_least(1), default=2048, help="count at most (2048)")
@@ -40,7 +44,6 @@ def _run(args: argparse.Namespace) -> str:
     import numpy as np
 
     from vllm_depthpar import quality
-    from vllm_depthpar.study import TRANSFORMATIONS, spans, steps_of
 
     try:
         from vllm_depthpar import figures
