@@ -32,6 +32,29 @@ def read_config(model: str) -> dict[str, Any]:
     return config
 
 
+def folder(model: str) -> Path:
+    """A checkpoint's folder; of a model of the hub, where its files are cached.
+
+    Args:
+        model: see `read_config`, which has accepted it.
+
+    Raises:
+        PlanError: its files can't be downloaded.
+    """
+    path = Path(model).expanduser()
+    if (path / "config.json").exists():
+        return path
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, ignore_patterns=["*.bin", "*.pth", "original/*"]))
+    except Exception as error:
+        raise PlanError(
+            f"no checkpoint at {model!r} ({type(error).__name__}); "
+            f"allowed: a folder with config.json, or a model of the hub"
+        ) from None
+
+
 def fingerprint(model: str) -> str:
     """Text that changes when a checkpoint does.
 

@@ -9,12 +9,12 @@ import sys
 
 from vllm_depthpar import __version__
 from vllm_depthpar.bundled import BundledModelError
-from vllm_depthpar.commands import bundled, eval, plan, predict, search, study
+from vllm_depthpar.commands import bundled, eval, export, plan, predict, recover, search, study
 from vllm_depthpar.plan import PlanError
 from vllm_depthpar.tasks import TaskError
 from vllm_depthpar.texts import TextError
 
-COMMANDS = (plan, predict, search, eval, study, bundled)
+COMMANDS = (plan, predict, search, eval, study, recover, export, bundled)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -3,8 +3,11 @@ its memory until the process ends."""
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
+import signal
+import sys
 import tempfile
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -14,6 +17,7 @@ from typing import Any
 # Plain vLLM, its engine in the process that asks for it.
 _ENV = {"VLLM_PLUGINS": "", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
 _STOP_SECONDS = 10
+_PR_SET_PDEATHSIG = 1
 
 
 class EngineError(Exception):
@@ -58,6 +62,8 @@ def _answer(
     target: Callable[..., Any],
     args: tuple[object, ...],
 ) -> None:
+    if sys.platform == "linux":  # end with the caller, even if that is killed
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     with open(log, "wb") as output:
         os.dup2(output.fileno(), 1)
         if not progress:

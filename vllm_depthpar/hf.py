@@ -23,7 +23,7 @@ after it reads the complete x.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
 from os import PathLike
 from typing import Any, TypeAlias, cast
@@ -35,6 +35,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from . import ladder_config
 from .plan import Plan, PlanError, resolve
+from .sources import KEY
 
 Stream: TypeAlias = Tensor | tuple[Tensor, Tensor]
 
@@ -80,25 +81,31 @@ class ParallelBlock(LlamaDecoderLayer):
     def attend(self, stream: Tensor, **context: Any) -> Tensor:
         """The sum of A_i(stream) over the block's layers; shapes as in `forward`."""
         return _total(
-            layer.self_attn(layer.input_layernorm(stream), **context)[0] for layer in self._layers()
+            layer.self_attn(layer.input_layernorm(stream), **context)[0] for layer in self.layers
         )
 
     def feed(self, stream: Tensor) -> Tensor:
         """The sum of F_i(stream) over the block's layers; shapes as in `forward`."""
-        return _total(layer.mlp(layer.post_attention_layernorm(stream)) for layer in self._layers())
+        return _total(layer.mlp(layer.post_attention_layernorm(stream)) for layer in self.layers)
 
-    def _layers(self) -> list[LlamaDecoderLayer]:
+    @property
+    def layers(self) -> list[LlamaDecoderLayer]:
+        """The original decoder layers."""
         return [cast(LlamaDecoderLayer, layer) for layer in self.members.values()]
 
 
 def load(
-    path: str | PathLike[str], spec: object, dtype: torch.dtype = torch.float32, **kwargs: Any
+    path: str | PathLike[str],
+    spec: object = None,
+    dtype: torch.dtype = torch.float32,
+    **kwargs: Any,
 ) -> LlamaForCausalLM:
     """Load a Llama checkpoint and restructure it.
 
     Args:
         path: folder of the checkpoint.
-        spec: a `Plan`, or a spec that `vllm_depthpar.plan.resolve` takes.
+        spec: a `Plan`, or a spec that `vllm_depthpar.plan.resolve` takes; None for the plan that
+            the checkpoint's config.json carries.
         dtype: what the weights are converted to.
         kwargs: more arguments of `from_pretrained`.
 
@@ -110,9 +117,12 @@ def load(
         OSError: there is no checkpoint at `path`.
     """
     config = _config(path)
-    plan = spec if isinstance(spec, Plan) else resolve(spec, config.num_hidden_layers)
-    _check_layers(plan, config.num_hidden_layers)
-    return restructure(_weights(path, config, dtype, **kwargs), plan)
+    if spec is None and getattr(config, KEY, None) is None:
+        raise PlanError(f"{path} carries no plan; allowed: a spec, or a checkpoint that does")
+    if not isinstance(spec, Plan):
+        spec = resolve(getattr(config, KEY) if spec is None else spec, config.num_hidden_layers)
+    _check_layers(spec, config.num_hidden_layers)
+    return restructure(_weights(path, config, dtype, absent=spec.skipped, **kwargs), spec)
 
 
 def load_unmodified(
@@ -131,12 +141,22 @@ def _config(path: str | PathLike[str]) -> LlamaConfig:
 
 
 def _weights(
-    path: str | PathLike[str], config: LlamaConfig, dtype: torch.dtype, **kwargs: Any
+    path: str | PathLike[str],
+    config: LlamaConfig,
+    dtype: torch.dtype,
+    absent: Sequence[int] = (),
+    **kwargs: Any,
 ) -> LlamaForCausalLM:
-    model: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(
-        path, config=config, dtype=dtype, **kwargs
+    """Load all layers. Those `absent` need not be in the checkpoint: exported ones lack them."""
+    model, report = LlamaForCausalLM.from_pretrained(
+        path, config=config, dtype=dtype, output_loading_info=True, **kwargs
     )
-    return model
+    missing = {int(name.split(".")[2]) for name in report["missing_keys"] if ".layers." in name}
+    if lost := sorted(missing - set(absent)):
+        raise PlanError(
+            f"weights of layer {lost[0]} are not in {path}; allowed: plans of its other layers"
+        )
+    return cast(LlamaForCausalLM, model)
 
 
 def restructure(model: LlamaForCausalLM, plan: Plan) -> LlamaForCausalLM:
@@ -175,9 +195,14 @@ def restructure(model: LlamaForCausalLM, plan: Plan) -> LlamaForCausalLM:
 
 def checkpoint_state_dict(model: LlamaForCausalLM) -> dict[str, Tensor]:
     """A restructured model's tensors under the names they had in the checkpoint."""
+    return checkpoint_names(model.state_dict())
+
+
+def checkpoint_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a restructured model, renamed to what they are called in the checkpoint."""
     return {
         re.sub(r"^model\.layers\.\d+\.members\.", "model.layers.", name): tensor
-        for name, tensor in model.state_dict().items()
+        for name, tensor in tensors.items()
     }
 
 

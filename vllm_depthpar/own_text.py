@@ -1,22 +1,29 @@
 """Text that a model writes itself, for users who have none: sampled by plain vLLM, kept on disk.
 
-Two kinds, in many styles, for quality on one kind of text says little about another. Prose goes on
-from openings at temperature 1: from the model's own distribution, over which the expected increase
-in loss is the KL divergence, and which surprises the model as people's text does (SmolLM2's has a
-perplexity of 36; drawn at 0.8 it is 5). Answers to requests are drawn as chats are served, colder.
+Several kinds, in many styles, for quality on one kind of text says little about another. Prose goes
+on from openings at temperature 1: from the model's own distribution, over which the expected
+increase in loss is the KL divergence, and which surprises the model as people's text does
+(SmolLM2's has a perplexity of 36; drawn at 0.8 it is 5). Answers to requests are drawn as chats are
+served, colder. In chats the model writes both sides, so that there is no end of different ones (as
+Magpie has requests written, arXiv 2406.08464).
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
+import math
 import os
 import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from . import engine_process, files
-from .checkpoint import fingerprint
+from .checkpoint import fingerprint, read_config
+from .journal import Journal
+from .plan import resolve
+from .shape import ModelShape
 from .texts import TextError
 
 TOPICS = (
@@ -52,109 +59,152 @@ REQUESTS = (
     "Write a small Python function that has to do with {topic}, and explain it.",
 )
 _TOKENS_EACH = 192
-PROSE, ANSWERS = "own-prose", "own-answers"
+_AT_ONCE_ON_CPU = 64
+PROSE, ANSWERS, CHATS = "own-prose", "own-answers", "own-chats"
 _SAMPLING: dict[str, dict[str, Any]] = {
     PROSE: {"temperature": 1.0, "max_tokens": _TOKENS_EACH},
     ANSWERS: {"temperature": 0.8, "top_p": 0.95, "max_tokens": _TOKENS_EACH},
+    # Past the end of the user's turn to the answer.
+    CHATS: {"temperature": 1.0, "max_tokens": _TOKENS_EACH, "ignore_eos": True},
 }
 SETTINGS = {"sampling": _SAMPLING, "topics": TOPICS, "openings": OPENINGS, "requests": REQUESTS}
+_HERE = "<the user's message>"
 
-# A kind, and the tokens that a text of it begins with.
-_Opening = tuple[str, list[int]]
+# What a text begins with, by its kind and number: token ids.
+Openings = dict[tuple[str, int], list[int]]
 
 
-def write(model: str, tokens: int, seed: int = 0, dtype: str = "auto") -> dict[str, str]:
-    """Texts by the model, by kind: "own-prose", and "own-answers" if it has a chat template.
+@dataclass(frozen=True)
+class Written:
+    """What a model wrote, of one kind.
 
-    The first call for a model samples them with plain vLLM in a process of its own; later ones read
-    them from `files.cache_folder`.
+    Attributes:
+        text: its passages, each once.
+        passages: how many.
+        tokens: that the model made.
+    """
+
+    text: str
+    passages: int
+    tokens: int
+
+
+def write(
+    model: str,
+    tokens: int,
+    seed: int = 0,
+    dtype: str = "auto",
+    kinds: Sequence[str] = (PROSE, ANSWERS),
+) -> dict[str, Written]:
+    """Texts by the model, by kind; without a chat template it writes prose only.
+
+    Plain vLLM samples them in a process of its own. Each is kept on disk as soon as it is there: a
+    later call with the same arguments, or one after this was broken off, samples what is missing.
 
     Args:
         model: folder or hub name.
         tokens: about how many, of all kinds together.
         seed: of the choice of openings and of the sampling.
         dtype: what vLLM computes in.
+        kinds: of `PROSE`, `ANSWERS`, `CHATS`; as much of each.
 
     Raises:
         TextError: vLLM could not run the model.
     """
-    settings = json.dumps([fingerprint(model), tokens, seed, SETTINGS])
-    digest = hashlib.sha256(settings.encode()).hexdigest()[:16]
-    path = files.cache_folder() / "own-text" / f"{digest}.json"
-    if path.exists():
-        kept: dict[str, str] = json.loads(path.read_text())
-        return kept
-    openings = _openings(model, tokens, seed)
-    flat = [(kind, opening) for kind, of_kind in openings.items() for opening in of_kind]
-    try:
-        written = iter(engine_process.call(_sample, model, flat, seed, dtype, progress=True))
-    except engine_process.EngineError as error:
-        raise TextError(f"vLLM could not write text with {model!r}: {error}") from None
-    texts = {
-        kind: "\n\n".join(dict.fromkeys(itertools.islice(written, len(of_kind))))
-        for kind, of_kind in openings.items()
-    }
-    files.write_json(path, texts)
-    return texts
-
-
-def _openings(model: str, tokens: int, seed: int) -> dict[str, list[list[int]]]:
-    """Token ids of the openings, by kind."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    kinds: dict[str, tuple[str, ...]] = {PROSE: OPENINGS}
-    if tokenizer.chat_template:
-        kinds[ANSWERS] = REQUESTS
-    count = -(-tokens // (_TOKENS_EACH * len(kinds)))
+    openings = _openings(AutoTokenizer.from_pretrained(model), tokens, seed, kinds)
+    settings = [fingerprint(model), tokens, seed, list(kinds), SETTINGS]
+    folder = files.cache_folder() / "own-text"
+    journal = Journal(settings, folder)
+    if not all(_key(*place) in journal for place in openings):
+        arguments = (model, openings, seed, dtype, settings, folder)
+        try:
+            engine_process.call(_sample, *arguments, progress=True)
+        except engine_process.EngineError as error:
+            raise TextError(f"vLLM could not write text with {model!r}: {error}") from None
+        journal = Journal(settings, folder)
     found = {}
-    for kind, forms in kinds.items():
-        pool = list(itertools.product(TOPICS, forms))
-        random.Random(seed).shuffle(pool)
-        filled = [
-            form.format(topic=topic, Topic=topic.capitalize())
-            for topic, form in itertools.islice(itertools.cycle(pool), count)
-        ]
-        if kind == ANSWERS:
-            found[kind] = [
-                tokenizer.apply_chat_template(
-                    [{"role": "user", "content": request}],
-                    add_generation_prompt=True,
-                    return_dict=False,
-                )
-                for request in filled
-            ]
-        else:
-            found[kind] = [tokenizer(opening).input_ids for opening in filled]
+    for kind in dict.fromkeys(kind for kind, _ in openings):
+        written = [journal[_key(*place)] for place in openings if place[0] == kind]
+        passages = list(dict.fromkeys(text for text, _ in written))
+        found[kind] = Written("\n\n".join(passages), len(passages), sum(n for _, n in written))
     return found
 
 
-def _sample(model: str, openings: list[_Opening], seed: int, dtype: str) -> list[str]:
-    """Openings with their continuations, as text."""
+def _key(kind: str, number: int) -> str:
+    return f"{kind} {number}"
+
+
+def _openings(tokenizer: Any, tokens: int, seed: int, kinds: Sequence[str]) -> Openings:
+    """Token ids to go on from."""
+    if not tokenizer.chat_template:
+        kinds = (PROSE,)
+    count = -(-tokens // (_TOKENS_EACH * len(kinds)))
+    forms = {PROSE: OPENINGS, ANSWERS: REQUESTS, CHATS: (_HERE,)}
+    found: Openings = {}
+    for kind in kinds:
+        pool = list(itertools.product(TOPICS, forms[kind]))
+        random.Random(seed).shuffle(pool)
+        for number, (topic, form) in enumerate(itertools.islice(itertools.cycle(pool), count)):
+            filled = form.format(topic=topic, Topic=topic.capitalize())
+            found[kind, number] = _ids(tokenizer, kind, filled)
+    return found
+
+
+def _ids(tokenizer: Any, kind: str, opening: str) -> list[int]:
+    if kind == PROSE:
+        ids: list[int] = tokenizer(opening).input_ids
+        return ids
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": opening}],
+        add_generation_prompt=kind == ANSWERS,
+        tokenize=False,
+    )
+    # The template has written the tokenizer's BOS, if there is one.
+    ids = tokenizer(chat.partition(_HERE)[0], add_special_tokens=False).input_ids
+    return ids
+
+
+def _sample(
+    model: str, openings: Openings, seed: int, dtype: str, settings: object, folder: Path
+) -> None:
+    """Write openings with their continuations into the journal, as text, with their tokens."""
     # Not worth compiling for the few minutes that this takes.
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    longest = max(map(len, openings.values())) + _TOKENS_EACH
+    # A CPU must never run out of cache: vLLM 0.32 can't go on with a seeded request there after
+    # preempting it ("CPU Generator does not use offset").
+    shape = ModelShape.from_config(read_config(model))
+    token = shape.kv_bytes_per_token(resolve("identity", shape.layers)) * 4 // shape.dtype_bytes
+    space = math.ceil(_AT_ONCE_ON_CPU * (longest + 128) * token / 2**30)
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(space)
+    from tqdm import tqdm
     from transformers import AutoTokenizer
     from vllm import LLM, SamplingParams
     from vllm.inputs import TokensPrompt
+    from vllm.platforms import current_platform
 
+    journal = Journal(settings, folder)
+    tokenizer = AutoTokenizer.from_pretrained(model)
     engine = LLM(
         model,
         dtype=dtype,
         enforce_eager=True,
-        max_model_len=max(len(tokens) for _, tokens in openings) + _TOKENS_EACH,
+        max_model_len=longest,
+        max_num_seqs=_AT_ONCE_ON_CPU if current_platform.is_cpu() else None,
         disable_log_stats=True,
         seed=seed,
-    )
-    outputs = engine.generate(
-        [TokensPrompt(prompt_token_ids=tokens) for _, tokens in openings],
-        [
-            SamplingParams(**_SAMPLING[kind], seed=seed + at)
-            for at, (kind, _) in enumerate(openings)
-        ],
-    )
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    return [
-        tokenizer.decode([*output.prompt_token_ids, *output.outputs[0].token_ids])
-        for output in outputs
-    ]
+    ).llm_engine
+    for at, ((kind, number), tokens) in enumerate(openings.items()):
+        if _key(kind, number) not in journal:
+            params = SamplingParams(**_SAMPLING[kind], seed=seed + at, detokenize=False)
+            engine.add_request(_key(kind, number), TokensPrompt(prompt_token_ids=tokens), params)
+    with tqdm(total=engine.get_num_unfinished_requests(), desc="Passages") as progress:
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                if output.finished:
+                    made = output.outputs[0].token_ids
+                    text = tokenizer.decode([*output.prompt_token_ids, *made])
+                    journal.add({output.request_id: [text, len(made)]})
+                    progress.update()

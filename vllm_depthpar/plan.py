@@ -126,6 +126,26 @@ class Plan:
         """Whether the block at `position` is a ladder block; False for positions past the last."""
         return position in self.ladder
 
+    def end(self, position: int) -> int | None:
+        """How many of the checkpoint's layers the stream after a block stands for.
+
+        Those that ran and the skipped ones between them and the next: the first d layers, or None
+        if the layers that ran so far and those to come are interleaved.
+        """
+        done = [layer for block in self.blocks[: position + 1] for layer in block]
+        to_come = [layer for block in self.blocks[position + 1 :] for layer in block]
+        end = min(to_come, default=self.layers)
+        return end if max(done) < end else None
+
+    def is_changed(self, position: int) -> bool:
+        """Whether a block is anything else than one standard layer in its own place."""
+        (first, *more), begin = self.blocks[position], self.end(position - 1) if position else 0
+        return (
+            bool(more)
+            or position in self.ladder
+            or (begin, self.end(position)) != (first, first + 1)
+        )
+
     @property
     def name(self) -> str:
         """A summary for one line of a log: '30 layers as 23 blocks (7 of 2)'."""

@@ -87,12 +87,14 @@ def read_texts(
     tokens: int | None = None,
     own_tokens: int = 0,
     dtype: str = "auto",
+    kinds: Sequence[str] = (own_text.PROSE, own_text.ANSWERS),
 ) -> list[Windows]:
     """Windows of text files, and of text that the model writes itself.
 
     Args:
         tokens: at most about this many of each file.
         own_tokens: about how many tokens the model is to write, 0 for none.
+        kinds: what it writes, see `own_text`.
 
     Raises:
         TextError: a file can't be read or is too short, or vLLM could not run the model.
@@ -106,11 +108,14 @@ def read_texts(
     ]
     if own_tokens:
         own = own_text.write(
-            model, own_tokens, dtype=str(usable_dtype(dtype)).removeprefix("torch.")
+            model,
+            own_tokens,
+            dtype=str(usable_dtype(dtype)).removeprefix("torch."),
+            kinds=kinds,
         )
         found += [
-            texts.cut(name, text, tokenizer, window, stride, own_tokens // len(own))
-            for name, text in own.items()
+            texts.cut(name, written.text, tokenizer, window, stride, own_tokens // len(own))
+            for name, written in own.items()
         ]
     return found
 

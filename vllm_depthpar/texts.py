@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,15 @@ class Windows:
     def predictions(self) -> int:
         """Number of tokens whose prediction counts."""
         return len(self) * self.counted
+
+    def part(self, count: int) -> tuple[Windows, Windows]:
+        """All windows but `count` (at most half) spread over the text, and those."""
+        import torch
+
+        step = max(2, len(self) // count)
+        held = torch.zeros(len(self), dtype=torch.bool)
+        held[step - 1 :: step] = True
+        return replace(self, tokens=self.tokens[~held]), replace(self, tokens=self.tokens[held])
 
     def settings(self) -> dict[str, Any]:
         """What to state beside a perplexity, JSON-ready."""

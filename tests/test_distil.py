@@ -1,0 +1,152 @@
+"""The distillation's loss and gradients against plain ones, and what it may change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import prompts, write_llama
+from torch import Tensor
+from torch.nn import functional
+from transformers import LlamaForCausalLM
+
+from vllm_depthpar import distil, hf
+from vllm_depthpar.distil import Distillation, Objective
+from vllm_depthpar.plan import resolve
+
+LAYERS = 6
+PLANS: dict[str, Any] = {
+    "pairs": {"pair": [2, 6]},
+    "ladder": {"ladder": 3},
+    "skip": {"blocks": [[0], [1], [3], [5]]},
+    "from the first layer": {"pair": [0, 4], "ladder": "all"},
+    "out of order": {"blocks": [[0], [1, 4], [2], [3, 5]]},
+    "nothing": "identity",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_llama(tmp_path_factory.mktemp("llama"), layers=LAYERS)
+
+
+def plain_losses(
+    teacher: LlamaForCausalLM, student: LlamaForCausalLM, ids: Tensor
+) -> tuple[Tensor, Tensor]:
+    """KL(teacher || student) and the student's loss on the text, by whole models and autograd."""
+    with torch.no_grad():
+        wanted = teacher(ids, use_cache=False).logits[:, :-1].log_softmax(-1)
+    found = student(ids, use_cache=False).logits[:, :-1].log_softmax(-1)
+    kl = (wanted.exp() * (wanted - found)).sum(-1).mean()
+    return kl, functional.nll_loss(found.flatten(0, 1), ids[:, 1:].flatten())
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("objective", ["distil", "next-token"])
+@pytest.mark.parametrize("everything", [False, True])
+def test_loss_and_gradients(
+    folder: Path,
+    plan: str,
+    objective: Objective,
+    everything: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(distil, "_ROWS", 20)  # several parts, the last one shorter
+    resolved = resolve(PLANS[plan], LAYERS)
+    teacher = hf.load_unmodified(folder)
+    tested = Distillation(teacher, resolved, everything, objective)
+    tested.unfreeze("all" if everything else "blocks")
+    reference = hf.load(folder, resolved)
+    ids = prompts(3, 24)
+    kl, nll = plain_losses(hf.load_unmodified(folder), reference, ids)
+    losses = tested(ids)
+    wanted = kl if objective == "distil" else nll
+    assert losses["nll"].item() == pytest.approx(nll.item(), rel=1e-5)
+    assert losses["loss"].item() == pytest.approx(wanted.item(), rel=1e-4, abs=1e-6)
+    assert tested.eval()(ids)["kl"].item() == pytest.approx(kl.item(), rel=1e-4, abs=1e-6)
+    if plan == "nothing" and not everything:
+        assert not losses["loss"].requires_grad
+        return
+    tested.train()
+    losses["loss"].backward()
+    wanted.backward()
+    expected = dict(reference.named_parameters())
+    trained = {
+        name: parameter
+        for name, parameter in tested.student.named_parameters()
+        if parameter.requires_grad
+    }
+    changed = [position for position in range(resolved.depth) if resolved.is_changed(position)]
+    if everything:
+        assert trained.keys() == expected.keys()
+    else:
+        assert {int(name.split(".")[2]) for name in trained} == set(changed)
+    for name, parameter in trained.items():
+        torch.testing.assert_close(
+            parameter.grad, expected[name].grad, rtol=1e-3, atol=1e-6, msg=name
+        )
+
+
+def test_only_what_may_change_is_the_students_own(folder: Path) -> None:
+    teacher = hf.load_unmodified(folder)
+    tested = Distillation(teacher, resolve(PLANS["pairs"], LAYERS))
+    own = tested.changes()
+    layers = {name.split(".")[2] for name in own}
+    assert layers == {"2", "3", "4", "5"}
+    assert own.keys() == {
+        name
+        for name, _ in teacher.named_parameters()
+        if name.startswith(tuple(f"model.layers.{layer}." for layer in layers))
+    }
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    tested.unfreeze("blocks")
+    optimizer = torch.optim.SGD([p for p in tested.parameters() if p.requires_grad], lr=1.0)
+    tested(prompts(2, 16))["loss"].backward()
+    optimizer.step()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
+    assert not any(torch.equal(tensor, before[name]) for name, tensor in own.items())
+    everything = Distillation(teacher, resolve("identity", LAYERS), everything=True)
+    assert everything.changes().keys() == dict(teacher.named_parameters()).keys()
+
+
+@pytest.mark.parametrize(
+    ("what", "share"), [("blocks", 1.0), ("norms", 4 * 2 * 64), ("lora", None)]
+)
+def test_what_is_trained(folder: Path, what: str, share: float | None) -> None:
+    """And only that is saved while training."""
+    tested = Distillation(hf.load_unmodified(folder), resolve(PLANS["pairs"], LAYERS))
+    own = sum(tensor.numel() for tensor in tested.changes().values())
+    tested.unfreeze(what, rank=2)
+    trained = {name: p for name, p in tested.named_parameters() if p.requires_grad}
+    count = sum(parameter.numel() for parameter in trained.values())
+    if what == "blocks":
+        assert count == own
+    elif what == "norms":
+        assert count == share
+    else:
+        assert all("lora" in name for name in trained)
+        assert 0 < count < own / 4
+    saved = tested.state_dict()
+    assert saved.keys() == trained.keys()
+    assert not tested.load_state_dict(saved, strict=False).unexpected_keys
+
+
+def test_adapters_merge_into_what_they_are_on(folder: Path) -> None:
+    ids = prompts(2, 16)
+    tested = Distillation(hf.load_unmodified(folder), resolve(PLANS["pairs"], LAYERS))
+    tested.unfreeze("lora", rank=2)
+    names = tested.changes().keys()
+    with torch.no_grad():
+        for name, parameter in tested.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.2, generator=torch.Generator().manual_seed(0))
+    before = tested.eval()(ids)["kl"].item()
+    tested.merge()
+    merged = tested.changes()
+    assert not any("lora" in name for name in merged)
+    assert len(names) > len(merged) == 4 * 9
+    assert tested(ids)["kl"].item() == pytest.approx(before, rel=1e-4)
+    untouched = Distillation(hf.load_unmodified(folder), resolve(PLANS["pairs"], LAYERS))
+    assert tested(ids)["kl"].item() != pytest.approx(untouched.eval()(ids)["kl"].item(), rel=0.01)

@@ -1,0 +1,211 @@
+"""`depthpar recover`: win back what a plan has cost."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_depthpar import checkpoint, export, files, plan, sources
+from vllm_depthpar.commands.types import DTYPES, MODEL_HELP, PLAN_HELP, at_least
+from vllm_depthpar.ladder_checkpoint import ladder_of
+from vllm_depthpar.plan import PlanError
+from vllm_depthpar.texts import TextError
+
+if TYPE_CHECKING:
+    from vllm_depthpar.texts import Windows
+
+_OWN_TOKENS = 131072
+# Windows of each text that are measured and not learned from, unless other texts are given.
+_HELD_OUT = 4
+_HELD_TOKENS = 2048
+_LEAST_WINDOWS = 16
+
+
+def add(commands: Any) -> None:
+    """Register the subcommand."""
+    parser = commands.add_parser(
+        "recover", help="win lost quality back by distillation; write a checkpoint that serves"
+    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("--plan", required=True, metavar="P", help=PLAN_HELP)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
+    data = parser.add_argument_group("text to learn from")
+    data.add_argument("--text", nargs="+", default=[], metavar="FILE", help="UTF-8 text")
+    data.add_argument(
+        "--own-text",
+        type=at_least(0),
+        metavar="N",
+        help=f"N tokens that the model writes itself ({_OWN_TOKENS} without --text, else 0)",
+    )
+    data.add_argument(
+        "--held-out", nargs="+", default=[], metavar="FILE", help="measure on these on the way"
+    )
+    data.add_argument("--window", type=at_least(2), default=512, help="tokens (512)")
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument(
+        "--tokens", type=at_least(0), metavar="N", help="learn from N (all, once); 0: refit only"
+    )
+    budget.add_argument(
+        "--minutes", type=float, metavar="M", help="of the command, writing of text included"
+    )
+    training = parser.add_argument_group("training")
+    training.add_argument(
+        "--train",
+        choices=("blocks", "norms", "lora", "all"),
+        default="blocks",
+        help="what changes: the changed blocks, their norms, adapters of them, all (blocks)",
+    )
+    training.add_argument(
+        "--refit",
+        type=at_least(0),
+        default=32768,
+        metavar="N",
+        help="first fit down projections in closed form, on N tokens; 0: don't (32768)",
+    )
+    training.add_argument(
+        "--objective",
+        choices=("distil", "next-token"),
+        default="distil",
+        help="next-token: plain fine-tuning, for comparison (distil)",
+    )
+    training.add_argument("--batch", type=at_least(1), default=4, help="windows of a step (4)")
+    training.add_argument(
+        "--micro-batch", type=at_least(1), default=4, help="of them at a time, a process (4)"
+    )
+    training.add_argument("--rate", type=float, default=2e-4, help="peak learning rate (2e-4)")
+    training.add_argument("--rank", type=at_least(1), default=16, help="of adapters (16)")
+    training.add_argument(
+        "--checkpointing", action="store_true", help="recompute activations: less memory, slower"
+    )
+    training.add_argument(
+        "--evaluations", type=at_least(1), default=10, help="on the way, each also saved (10)"
+    )
+    training.add_argument("--seed", type=int, default=0, help="(0)")
+    training.add_argument(
+        "--dtype", choices=DTYPES[:3], default="auto", help="to compute in (auto)"
+    )
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> str:
+    until = None if args.minutes is None else time.time() + 60 * args.minutes
+    try:
+        import torch
+        from accelerate import PartialState
+
+        from vllm_depthpar import hf, quality, recover
+        from vllm_depthpar.distil import Distillation
+
+        if args.train == "lora":
+            import peft  # noqa: F401
+    except ImportError as error:
+        raise PlanError(
+            f"recovery needs {error.name}; allowed: pip install 'vllm-depthpar[recover]'"
+        ) from None
+    config = checkpoint.read_config(args.model)
+    if ladder_of(config):
+        raise PlanError("the model is a ladder checkpoint; allowed: a Llama that runs every layer")
+    chosen, _ = sources.choose(config, plan.load(args.plan), override_name="--plan")
+    if chosen.is_identity:
+        raise PlanError("the plan changes nothing, and nothing is lost; allowed: another --plan")
+    export.check_out(args.out)
+    export.check_source(args.model, chosen)
+    process = PartialState()
+    with process.main_process_first():
+        domains, held_out = _texts(args)  # before the weights load
+    training = torch.cat([domain.tokens for domain in domains])
+
+    model = hf.load_unmodified(args.model).to(process.device)
+    bfloat16 = quality.usable_dtype(args.dtype) == torch.bfloat16
+    unmodified = Distillation(model, plan.resolve("identity", chosen.layers))
+    known = {"unmodified": {w.name: recover.quality(unmodified, w, bfloat16) for w in held_out}}
+    settings = recover.Settings(
+        **{field.name: getattr(args, field.name) for field in fields(recover.Settings)}
+    )
+    distillation = Distillation(
+        model, chosen, everything=args.train == "all", objective=args.objective
+    )
+    folder = args.out.with_name(f".{args.out.name}.run")
+    identity = [
+        checkpoint.fingerprint(args.model),
+        hashlib.sha256(training.numpy().tobytes()).hexdigest(),
+    ]
+    run = recover.Recovery(distillation, settings, training, held_out, folder, bfloat16, identity)
+    known["plan"] = run.measure()
+    ridges = run.refit() if args.refit else {}
+    known["refit"] = run.measure()
+    done = run.train(args.tokens, until)
+    distillation.merge()
+    known["end"] = run.measure()
+    record = {
+        **files.origin("depthpar"),
+        "plan": chosen.to_spec(),
+        "settings": asdict(settings),
+        "dtype": "bfloat16" if bfloat16 else "float32",
+        "texts": {domain.name: domain.tokens.numel() for domain in domains},
+        "held_out": [windows.settings() for windows in held_out],
+        "ridges": ridges,
+        "training": done,
+        "quality": known,
+        "curve": run.curve,
+    }
+    if process.is_main_process:
+        export.export(args.model, chosen, args.out, distillation.changes(), record)
+        shutil.rmtree(folder)
+    process.wait_for_everyone()
+    return f"{_table(known)}\n\n{args.out}: {chosen.name}\nserve it: vllm serve {args.out}"
+
+
+def _texts(args: argparse.Namespace) -> tuple[list[Windows], list[Windows]]:
+    """What to learn from and what to measure on."""
+    from vllm_depthpar import own_text, quality
+
+    own = args.own_text
+    if own is None:
+        own = 0 if args.text else _OWN_TOKENS
+    if not args.text and not own:
+        raise TextError("no text to learn from; allowed: --text FILE ..., --own-text N")
+    domains = quality.read_texts(
+        args.model,
+        args.text,
+        args.window,
+        own_tokens=own,
+        dtype=args.dtype,
+        kinds=(own_text.PROSE, own_text.CHATS),
+    )
+    if args.held_out:
+        held_out = quality.read_texts(args.model, args.held_out, args.window, tokens=_HELD_TOKENS)
+    else:
+        parted = [domain.part(_HELD_OUT) for domain in domains]
+        domains, held_out = [rest for rest, _ in parted], [held for _, held in parted]
+    if (count := sum(map(len, domains))) < _LEAST_WINDOWS:
+        raise TextError(
+            f"{count} windows of {args.window} tokens to learn from; allowed: {_LEAST_WINDOWS} or "
+            f"more (more text, --own-text, a smaller --window)"
+        )
+    return domains, held_out
+
+
+def _table(known: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """Perplexity and KL of every held-out text after every stage."""
+    names = list(known["unmodified"])
+    header = ["", *(f"{figure}: {name}" for name in names for figure in ("perplexity", "KL"))]
+    rows = [
+        [stage]
+        + [
+            cell
+            for name in names
+            for cell in (
+                f"{quality[name]['perplexity']:.2f}",
+                f"{quality[name]['kl']:.3f}",
+            )
+        ]
+        for stage, quality in known.items()
+    ]
+    return files.table(header, rows)

@@ -1,0 +1,256 @@
+"""A restructured model that learns from the unmodified one: a module whose forward is the loss.
+
+The student's loss at every token is KL(teacher || student) of their next-token distributions. It
+needs no label, so any text will do, and it says of the whole vocabulary what the student got wrong
+where plain fine-tuning says one token of it; nothing the text does not show is unlearned.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from . import hf
+from .hf import ParallelBlock, Stream
+from .plan import Plan
+
+Objective = Literal["distil", "next-token"]
+
+# Rows of logits that exist at a time: with 128k tokens of vocabulary 0.5 MB a row.
+_ROWS = 512
+
+
+class Distillation(nn.Module):
+    """A teacher and its student.
+
+    The student has copies of what changes; all else are the teacher's own tensors. Blocks before
+    the first changed one are run once for both.
+
+    Args:
+        model: as loaded, not restructured; it becomes the teacher and is not changed.
+        plan: the student's.
+        everything: let the student have copies of all tensors, not of the changed blocks' only.
+        objective: "next-token" is plain fine-tuning on the text, for comparison.
+
+    Raises:
+        PlanError: the plan is for another number of layers.
+    """
+
+    def __init__(
+        self,
+        model: LlamaForCausalLM,
+        plan: Plan,
+        everything: bool = False,
+        objective: Objective = "distil",
+    ) -> None:
+        super().__init__()
+        self.plan = plan
+        self.everything = everything
+        self.objective = objective
+        self.changed = [at for at in range(plan.depth) if plan.is_changed(at)]
+        self.teacher = model.eval().requires_grad_(False)
+        copied = {
+            id(parameter)
+            for position in self.changed
+            for layer in plan.blocks[position]
+            for parameter in model.model.layers[layer].parameters()
+        }
+        shared = {
+            id(parameter): parameter
+            for parameter in model.parameters()
+            if not everything and id(parameter) not in copied
+        }
+        self.student = hf.restructure(copy.deepcopy(model, shared), plan)
+        # Up to here teacher and student are the same function.
+        self.first = 0 if everything else min(self.changed, default=plan.depth)
+
+    def unfreeze(self, what: str, rank: int = 16, seed: int = 0) -> None:
+        """Choose what gradients change: "blocks", "norms" or "lora" of the changed blocks, "all".
+
+        Args:
+            what: "all" needs `everything`.
+            rank: of the low-rank adapters.
+            seed: of the adapters' first values.
+        """
+        blocks = [self.blocks[position] for position in self.changed]
+        if what == "all":
+            self.student.requires_grad_(True)
+        elif what == "lora":
+            self._adapt(rank, seed)
+        for block in blocks:
+            for name, parameter in block.named_parameters():
+                if what == "blocks" or (what == "norms" and "layernorm" in name):
+                    parameter.requires_grad_(True)
+
+    def _adapt(self, rank: int, seed: int) -> None:
+        """Put adapters on all projections of the changed blocks."""
+        from peft import LoraConfig, inject_adapter_in_model
+
+        names = [
+            f"model.layers.{position}.{name}"
+            for position in self.changed
+            for name, module in self.blocks[position].named_modules()
+            if isinstance(module, nn.Linear)
+        ]
+        torch.manual_seed(seed)
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names)
+        inject_adapter_in_model(config, self.student)
+
+    def merge(self) -> None:
+        """Add the adapters, if there are any, into the projections that they are on."""
+        for module in list(self.student.modules()):
+            for name, child in module.named_children():
+                if hasattr(child, "merge") and hasattr(child, "get_base_layer"):
+                    child.merge()
+                    setattr(module, name, child.get_base_layer())
+
+    def changes(self) -> dict[str, Tensor]:
+        """The student's tensors that are not the teacher's, by their names in the checkpoint."""
+        teacher = {id(parameter) for parameter in self.teacher.parameters()}
+        parameters = dict(self.student.named_parameters())
+        return {
+            name: tensor
+            for name, tensor in hf.checkpoint_names(parameters).items()
+            if id(tensor) not in teacher
+        }
+
+    @property
+    def blocks(self) -> list[ParallelBlock]:
+        """The student's blocks."""
+        return [cast(ParallelBlock, block) for block in self.student.model.layers]
+
+    @property
+    def teacher_layers(self) -> list[LlamaDecoderLayer]:
+        """The teacher's layers."""
+        return [cast(LlamaDecoderLayer, layer) for layer in self.teacher.model.layers]
+
+    def context(self, tokens: Tensor, stream: Tensor) -> dict[str, Any]:
+        """What every layer's forward takes beside the stream, for (batch, tokens) whole windows."""
+        positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        embedded = self.teacher.model.rotary_emb(stream, position_ids=positions)
+        return {"position_embeddings": embedded, "attention_mask": None}  # causal
+
+    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
+        """The loss on a batch of windows.
+
+        Args:
+            input_ids: (batch, tokens).
+
+        Returns:
+            "loss", which has gradients, the mean over all predictions; "kl" and "nll", means
+            in nats per token, without gradients. Where the objective is "next-token" a training
+            step does not run the teacher and has no "kl".
+        """
+        taught = self.objective == "distil" or not self.training
+        with torch.no_grad():
+            stream: Stream = self.teacher.model.embed_tokens(input_ids)
+            context = self.context(input_ids, cast(Tensor, stream))
+            for block in self.blocks[: self.first]:
+                stream = block(stream, **context)
+            target = self._teach(stream, context) if taught else None
+        if self.everything:
+            stream = self.student.model.embed_tokens(input_ids)
+        for block in self.blocks[self.first :]:
+            stream = block(stream, **context)
+        hidden = self.student.model.norm(stream)[:, :-1].flatten(0, 1)
+        labels = input_ids[:, 1:].flatten()
+        objective = 0 if self.objective == "distil" else 1
+        kl, nll = _HeadLoss.apply(
+            hidden,
+            self.student.lm_head.weight,
+            None if target is None else target[:, :-1].flatten(0, 1),
+            self.teacher.lm_head.weight,
+            labels,
+            objective,
+        )
+        return {"loss": (kl, nll)[objective], "kl": kl.detach(), "nll": nll.detach()}
+
+    def _teach(self, stream: Stream, context: dict[str, Any]) -> Tensor:
+        """The teacher's normalized last hidden states, (batch, tokens, hidden), from what the
+        shared blocks made of the stream: each of them is the layer of its own number."""
+        x = stream[0] if isinstance(stream, tuple) else stream
+        for layer in self.teacher_layers[self.first :]:
+            x = layer(x, **context)
+        return cast(Tensor, self.teacher.model.norm(x))
+
+    def train(self, mode: bool = True) -> Distillation:
+        """As of every module, but the teacher never trains."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """What is trained, all else is the checkpoint's: what transformers' Trainer saves."""
+        return {
+            name: parameter.detach()
+            for name, parameter in self.named_parameters()
+            if parameter.requires_grad
+        }
+
+
+class _HeadLoss(torch.autograd.Function):
+    """KL(teacher || student) and the text's negative log-likelihood, from last hidden states.
+
+    The logits are never there all at once: their gradient is known as soon as they are (softmax
+    minus target), so that forward makes the gradients, a few rows at a time, and backward only
+    hands them out. As Liger Kernel does for cross-entropy (arXiv 2410.10989, section 3.2).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        target: Tensor | None,
+        target_weight: Tensor,
+        labels: Tensor,
+        objective: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Means over the rows. hidden, target: (rows, hidden); weights: (vocabulary, hidden)."""
+        rows = len(hidden)
+        total = torch.zeros(2, device=hidden.device)
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        hidden_grad = torch.empty_like(hidden) if needs_hidden else None
+        weight_grad = torch.zeros_like(weight) if needs_weight else None
+        for begin in range(0, rows, _ROWS):
+            part = slice(begin, begin + _ROWS)
+            logs = functional.linear(hidden[part], weight).float().log_softmax(-1)
+            chosen = labels[part, None]
+            total[1] -= logs.gather(1, chosen).sum()
+            wanted = None
+            if target is not None:
+                wanted_logs = functional.linear(target[part], target_weight).float().log_softmax(-1)
+                wanted = wanted_logs.exp()
+                total[0] += (wanted * wanted_logs.sub_(logs)).sum()
+            if not needs_hidden and not needs_weight:
+                continue
+            grad = logs.exp_()
+            if objective == 0 and wanted is not None:
+                grad -= wanted
+            else:
+                grad.scatter_add_(1, chosen, torch.full_like(chosen, -1, dtype=grad.dtype))
+            grad = grad.div_(rows).to(hidden.dtype)
+            if hidden_grad is not None:
+                hidden_grad[part] = grad @ weight.to(grad.dtype)
+            if weight_grad is not None:
+                weight_grad += grad.T @ hidden[part]
+        ctx.objective = objective
+        ctx.save_for_backward(hidden_grad, weight_grad)
+        return total[0] / rows, total[1] / rows
+
+    @staticmethod
+    def backward(ctx: Any, *outward: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the objective's mean."""
+        scale = outward[ctx.objective]
+        hidden_grad, weight_grad = ctx.saved_tensors
+        return (
+            None if hidden_grad is None else hidden_grad * scale,
+            None if weight_grad is None else weight_grad * scale,
+            *4 * (None,),
+        )
