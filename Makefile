@@ -105,7 +105,7 @@ lock: ## Resolve requirements/ again (ARGS=--upgrade: to the newest versions)
 		--custom-compile-command 'make lock' \
 		$(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--torch-backend cpu) \
 		--overrides requirements/cpu.overrides --excludes requirements/cpu.excludes \
-		--extra cpu --extra eval --extra bench --extra dev requirements/cpu.in pyproject.toml \
+		--extra cpu --extra eval --extra recover --extra bench --extra dev requirements/cpu.in pyproject.toml \
 		--output-file requirements/cpu.lock $(ARGS)
 
 clean: ## Remove the environment and everything that tools left here

@@ -37,10 +37,15 @@ class Distillation(nn.Module):
         plan: the student's.
         everything: let the student have copies of all tensors, not of the changed blocks' only.
         objective: "next-token" is plain fine-tuning on the text, for comparison.
+        bfloat16: compute in it. The student's copies are in float32 all the same: they are the
+            master weights; what is not trained stays in the dtype of `model`.
 
     Raises:
         PlanError: the plan is for another number of layers.
     """
+
+    # transformers' Trainer asks for it when it loads what `state_dict` gave.
+    _keys_to_ignore_on_save = None
 
     def __init__(
         self,
@@ -48,11 +53,13 @@ class Distillation(nn.Module):
         plan: Plan,
         everything: bool = False,
         objective: Objective = "distil",
+        bfloat16: bool = False,
     ) -> None:
         super().__init__()
         self.plan = plan
         self.everything = everything
         self.objective = objective
+        self.bfloat16 = bfloat16
         self.changed = [at for at in range(plan.depth) if plan.is_changed(at)]
         self.teacher = model.eval().requires_grad_(False)
         copied = {
@@ -67,8 +74,14 @@ class Distillation(nn.Module):
             if not everything and id(parameter) not in copied
         }
         self.student = hf.restructure(copy.deepcopy(model, shared), plan)
+        for parameter in self.changes().values():
+            parameter.data = parameter.data.float()
         # Up to here teacher and student are the same function.
         self.first = 0 if everything else min(self.changed, default=plan.depth)
+
+    def autocast(self) -> torch.autocast:
+        """What every forward pass runs in."""
+        return torch.autocast(self.teacher.device.type, torch.bfloat16, enabled=self.bfloat16)
 
     def unfreeze(self, what: str, rank: int = 16, seed: int = 0) -> None:
         """Choose what gradients change: "blocks", "norms" or "lora" of the changed blocks, "all".
@@ -148,6 +161,13 @@ class Distillation(nn.Module):
             step does not run the teacher and has no "kl".
         """
         taught = self.objective == "distil" or not self.training
+        with self.autocast():
+            kl, nll = self._losses(input_ids, taught)
+        objective = 0 if self.objective == "distil" else 1
+        return {"loss": (kl, nll)[objective], "kl": kl.detach(), "nll": nll.detach()}
+
+    def _losses(self, input_ids: Tensor, taught: bool) -> tuple[Tensor, Tensor]:
+        """KL (0 if not `taught`) and negative log-likelihood, means over all predictions."""
         with torch.no_grad():
             stream: Stream = self.teacher.model.embed_tokens(input_ids)
             context = self.context(input_ids, cast(Tensor, stream))
@@ -160,16 +180,15 @@ class Distillation(nn.Module):
             stream = block(stream, **context)
         hidden = self.student.model.norm(stream)[:, :-1].flatten(0, 1)
         labels = input_ids[:, 1:].flatten()
-        objective = 0 if self.objective == "distil" else 1
-        kl, nll = _HeadLoss.apply(
+        losses: tuple[Tensor, Tensor] = _HeadLoss.apply(
             hidden,
             self.student.lm_head.weight,
             None if target is None else target[:, :-1].flatten(0, 1),
             self.teacher.lm_head.weight,
             labels,
-            objective,
+            self.objective == "distil",
         )
-        return {"loss": (kl, nll)[objective], "kl": kl.detach(), "nll": nll.detach()}
+        return losses
 
     def _teach(self, stream: Stream, context: dict[str, Any]) -> Tensor:
         """The teacher's normalized last hidden states, (batch, tokens, hidden), from what the
@@ -210,9 +229,12 @@ class _HeadLoss(torch.autograd.Function):
         target: Tensor | None,
         target_weight: Tensor,
         labels: Tensor,
-        objective: int,
+        distil: bool,
     ) -> tuple[Tensor, Tensor]:
-        """Means over the rows. hidden, target: (rows, hidden); weights: (vocabulary, hidden)."""
+        """Means over the rows; the first has gradients if `distil`, else the second.
+
+        hidden, target: (rows, hidden); weights: (vocabulary, hidden); labels: (rows,).
+        """
         rows = len(hidden)
         total = torch.zeros(2, device=hidden.device)
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
@@ -231,7 +253,7 @@ class _HeadLoss(torch.autograd.Function):
             if not needs_hidden and not needs_weight:
                 continue
             grad = logs.exp_()
-            if objective == 0 and wanted is not None:
+            if distil and wanted is not None:
                 grad -= wanted
             else:
                 grad.scatter_add_(1, chosen, torch.full_like(chosen, -1, dtype=grad.dtype))
@@ -240,14 +262,14 @@ class _HeadLoss(torch.autograd.Function):
                 hidden_grad[part] = grad @ weight.to(grad.dtype)
             if weight_grad is not None:
                 weight_grad += grad.T @ hidden[part]
-        ctx.objective = objective
+        ctx.distil = distil
         ctx.save_for_backward(hidden_grad, weight_grad)
         return total[0] / rows, total[1] / rows
 
     @staticmethod
     def backward(ctx: Any, *outward: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the objective's mean."""
-        scale = outward[ctx.objective]
+        scale = outward[0 if ctx.distil else 1]
         hidden_grad, weight_grad = ctx.saved_tensors
         return (
             None if hidden_grad is None else hidden_grad * scale,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -63,16 +64,21 @@ class Settings:
     evaluations: int = 10
 
 
+def this_process() -> PartialState:
+    """This process among those that `accelerate launch` or torchrun started."""
+    # Without being told, processes without GPUs would not know of each other.
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
 class Recovery:
     """A run, in its folder.
 
     Args:
-        distillation: teacher and student, in float32 on the device that this process trains on.
+        distillation: teacher and student, on the device that this process trains on.
         settings: of the run.
         training: windows to learn from.
         held_out: windows to measure on, by their texts' names.
         folder: where what a later call needs to go on is kept. Another run's is refused.
-        bfloat16: compute in it.
         identity: what else the run depends on, JSON-ready: checkpoint, texts.
 
     Raises:
@@ -86,7 +92,6 @@ class Recovery:
         training: Tensor,
         held_out: Sequence[Windows],
         folder: Path,
-        bfloat16: bool = False,
         identity: object = None,
     ) -> None:
         self._distillation = distillation
@@ -94,8 +99,9 @@ class Recovery:
         self._training = training
         self._held_out = held_out
         self._folder = folder
-        self._bfloat16 = bfloat16
-        self._process = PartialState()
+        self._process = this_process()
+        # Of a step's batch, one after the other on each process.
+        self._parts = settings.batch // (settings.micro_batch * self._process.num_processes)
         wanted = {
             "settings": asdict(settings),
             "plan": distillation.plan.to_spec(),
@@ -114,10 +120,7 @@ class Recovery:
 
     def measure(self) -> dict[str, dict[str, float]]:
         """The student's perplexity on every held-out text, and its KL from the teacher."""
-        return {
-            windows.name: quality(self._distillation, windows, self._bfloat16)
-            for windows in self._held_out
-        }
+        return {windows.name: quality(self._distillation, windows) for windows in self._held_out}
 
     def refit(self) -> dict[int, float]:
         """`refit`, or what a call before this one made of it; returns the ridges."""
@@ -156,7 +159,6 @@ class Recovery:
         if steps == 0:
             return {"steps": 0, "tokens": 0, "seconds": 0.0}
         every = max(1, round(steps / settings.evaluations)) if settings.evaluations else steps
-        accumulate = settings.batch // (settings.micro_batch * self._process.num_processes)
         trainer = _Trainer(
             recovery=self,
             model=self._distillation,
@@ -164,7 +166,7 @@ class Recovery:
                 output_dir=str(self._folder),
                 max_steps=steps,
                 per_device_train_batch_size=settings.micro_batch,
-                gradient_accumulation_steps=max(1, accumulate),
+                gradient_accumulation_steps=self._parts,
                 learning_rate=settings.rate,
                 lr_scheduler_type="cosine",
                 warmup_steps=max(1, steps // 20),
@@ -173,7 +175,8 @@ class Recovery:
                 weight_decay=0.0,
                 max_grad_norm=1.0,
                 seed=settings.seed,
-                bf16=self._bfloat16,
+                data_seed=settings.seed,
+                # Distillation casts by itself.
                 use_cpu=self._process.device.type == "cpu",
                 eval_strategy="steps",
                 eval_steps=every,
@@ -182,6 +185,7 @@ class Recovery:
                 save_total_limit=1,
                 logging_steps=every,
                 report_to="none",
+                log_level="error",
                 label_names=[],
             ),
             train_dataset=[{"input_ids": row} for row in self._training],
@@ -216,7 +220,8 @@ class Recovery:
                 left = until - time.time() - measuring
                 steps = max(0, math.floor(_MARGIN * left / per_step))
             else:
-                steps = math.ceil((tokens or self._training.numel()) / of_step)
+                wanted = self._training.numel() if tokens is None else tokens
+                steps = math.ceil(wanted / of_step)
             files.write_json(path, steps)
         self._process.wait_for_everyone()
         found: int = json.loads(path.read_text())
@@ -226,21 +231,19 @@ class Recovery:
         """The faster of two steps that change nothing."""
         settings, device = self._settings, self._process.device
         part = self._training[: settings.micro_batch].to(device)
-        share = settings.batch / (settings.micro_batch * self._process.num_processes)
         seconds = []
         for _ in range(2):
             begun = time.monotonic()
-            with _autocast(device, self._bfloat16):
-                loss = self._distillation(part)["loss"]
+            loss = self._distillation(part)["loss"]
             loss.backward()
             loss.item()
             seconds.append(time.monotonic() - begun)
             self._distillation.zero_grad()
-        return min(seconds) * share
+        return min(seconds) * self._parts
 
 
 @torch.no_grad()
-def quality(distillation: Distillation, windows: Windows, bfloat16: bool) -> dict[str, float]:
+def quality(distillation: Distillation, windows: Windows) -> dict[str, float]:
     """Perplexity and mean KL divergence (nats per token) of the student on a text.
 
     All tokens of a window but its first are counted.
@@ -250,16 +253,11 @@ def quality(distillation: Distillation, windows: Windows, bfloat16: bool) -> dic
     distillation.eval()
     kl = nll = 0.0
     for part in windows.tokens.split(_MEASURED_BATCH):
-        with _autocast(device, bfloat16):
-            losses = distillation(part.to(device))
+        losses = distillation(part.to(device))
         share = len(part) / len(windows)
         kl, nll = kl + share * float(losses["kl"]), nll + share * float(losses["nll"])
     distillation.train(training)
     return {"perplexity": math.exp(min(nll, 700)), "kl": kl}
-
-
-def _autocast(device: torch.device, bfloat16: bool) -> Any:
-    return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
 
 
 def _downs(distillation: Distillation) -> dict[str, Tensor]:
@@ -323,4 +321,5 @@ class _Progress(ProgressCallback):
                 f"{name}: perplexity {value['perplexity']:.2f}, KL {value['kl']:.3f}"
                 for name, value in found.items()
             )
-            self.training_bar.write(f"{state.global_step * self._tokens} tokens   {shown}")
+            line = f"{state.global_step * self._tokens} tokens   {shown}"
+            self.training_bar.write(line, file=sys.stderr)

@@ -15,7 +15,7 @@ is fitted to what the ones before it left undone. As layer-wise reconstruction i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +41,7 @@ def refit(
     """Fit the down projections of the student's changed blocks, in place.
 
     Args:
-        distillation: teacher and student, on one device, in float32.
+        distillation: teacher and student, on one device; what is fitted is in float32.
         tokens: (windows, window), 2 batches or more. More tokens than a block's down projections
             have inputs.
         batch: windows that run together.
@@ -60,13 +60,15 @@ def refit(
         block, end = blocks[position], plan.end(position)
         if end is not None:
             for state in states:
-                for layer in layers[depth:end]:
-                    state.target = layer(state.target, **state.context)
+                with distillation.autocast():
+                    for layer in layers[depth:end]:
+                        state.target = layer(state.target, **state.context)
             depth = end
         if end is not None and plan.is_changed(position):
-            found[position] = _fit(block, states)
+            found[position] = _fit(block, states, distillation.autocast)
         for state in states:
-            state.stream = block(state.stream, **state.context)
+            with distillation.autocast():
+                state.stream = block(state.stream, **state.context)
         on_progress(1 / (plan.depth - distillation.first))
     return found
 
@@ -84,13 +86,18 @@ def _begin(distillation: Distillation, tokens: Tensor) -> _State:
     embedded = distillation.teacher.model.embed_tokens(tokens)
     context = distillation.context(tokens, embedded)
     stream: Stream = embedded
-    for block in distillation.blocks[: distillation.first]:
-        stream = block(stream, **context)
+    with distillation.autocast():
+        for block in distillation.blocks[: distillation.first]:
+            stream = block(stream, **context)
     return _State(stream, stream[0] if isinstance(stream, tuple) else stream, context)
 
 
-def _fit(block: ParallelBlock, states: list[_State]) -> float:
-    """Fit one block; returns the ridge."""
+def _fit(
+    block: ParallelBlock,
+    states: list[_State],
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> float:
+    """Fit one block, which computes in `autocast`; returns the ridge."""
     downs = [layer.mlp.down_proj for layer in block.layers]
     widths = [down.in_features for down in downs]
     size, hidden = sum(widths), downs[0].out_features
@@ -100,12 +107,13 @@ def _fit(block: ParallelBlock, states: list[_State]) -> float:
     products = [like.new_zeros(size, hidden) for _ in range(2)]
     for number, state in enumerate(states):
         held_out = int(number % _HELD_OUT == _HELD_OUT - 1 or number == len(states) - 1)
-        with _inputs_of(downs) as inputs:
+        with _inputs_of(downs) as inputs, autocast():
             after = block(state.stream, **state.context)
         after = after[0] if isinstance(after, tuple) else after
-        scale = state.target.pow(2).mean(-1, keepdim=True).rsqrt()
+        target = state.target.float()
+        scale = target.pow(2).mean(-1, keepdim=True).rsqrt()
         h = (torch.cat([inputs[down] for down in downs], -1) * scale).flatten(0, 1)
-        r = ((state.target - after) * scale).flatten(0, 1)
+        r = ((target - after) * scale).flatten(0, 1)
         squares[held_out].addmm_(h.T, h)
         products[held_out].addmm_(h.T, r)
     power = squares[0].diagonal().mean()

@@ -107,8 +107,8 @@ class Search:
 
         Args:
             target: the length that matters most.
-            proposals: how many plans of that length, or up to one layer shorter. Of each longer
-                length, layer by layer, one.
+            proposals: how many plans of that length, or up to one layer shorter; as many again of
+                the method that leads there. Of each longer length, layer by layer, one of each.
         """
         chosen: dict[Tiling, None] = {}
         measured = list(self.known.items())
@@ -117,19 +117,44 @@ class Search:
             near = [abs(length - ceiling) / self.layer for length in lengths]
             surrogate = Surrogate(self.alone, measured, near)
             costs = surrogate.mean()
+            count = proposals if ceiling == target else 1
             for tiles in self._methods[:-1]:
                 self._choose(chosen, self._best({tile: costs[tile] for tile in tiles}, ceiling))
-            wanted = len(chosen) + (proposals if ceiling == target else 1)
-            self._choose(chosen, self._best(costs, ceiling))
-            # Half from anywhere, by drawing costs; half beside the best plan that is known.
-            half = (wanted + len(chosen)) // 2
-            for _ in range(2 * proposals):
-                if len(chosen) < half:
-                    self._choose(chosen, self._best(surrogate.sample(self._random), ceiling))
-            for tiling in self._neighbours(costs, ceiling):
-                if len(chosen) < wanted:
-                    self._choose(chosen, tiling)
+            for tiles in [*self._leading(ceiling), self._methods[-1]]:
+                self._propose(chosen, tiles, surrogate, ceiling, count)
         return list(chosen)
+
+    def _propose(
+        self,
+        chosen: dict[Tiling, None],
+        tiles: frozenset[Tile],
+        surrogate: Surrogate,
+        ceiling: int,
+        count: int,
+    ) -> None:
+        """Choose so many plans of at most a length, made of some tiles."""
+        costs = {tile: cost for tile, cost in surrogate.mean().items() if tile in tiles}
+        wanted = len(chosen) + count
+        self._choose(chosen, self._best(costs, ceiling))
+        # Half from anywhere, by drawing costs; half beside the best plan that is known.
+        half = (wanted + len(chosen)) // 2
+        for _ in range(2 * count):
+            if len(chosen) < half:
+                drawn = surrogate.sample(self._random)
+                self._choose(chosen, self._best({tile: drawn[tile] for tile in costs}, ceiling))
+        for tiling in self._neighbours(costs, ceiling):
+            if len(chosen) < wanted:
+                self._choose(chosen, tiling)
+
+    def _leading(self, ceiling: int) -> list[frozenset[Tile]]:
+        """The method that the best known plan of a length keeps to, if it keeps to one.
+
+        Among all tiles draws and neighbours of its kind are few: it would search less well than
+        alone.
+        """
+        known = [tiling for tiling in self.known if self._fits(self.length(tiling), ceiling)]
+        best = min(known, key=self.known.__getitem__, default=())
+        return [tiles for tiles in self._methods[:-1] if best and tiles.issuperset(best)][:1]
 
     def _choose(self, chosen: dict[Tiling, None], tiling: Tiling) -> None:
         if tiling and tiling not in self.known:
@@ -137,7 +162,11 @@ class Search:
 
     def _neighbours(self, costs: Mapping[Tile, float], ceiling: int) -> list[Tiling]:
         """The best known plans of this length with one tile exchanged, the most promising first."""
-        known = [tiling for tiling in self.known if self._fits(self.length(tiling), ceiling)]
+        known = [
+            tiling
+            for tiling in self.known
+            if self._fits(self.length(tiling), ceiling) and costs.keys() >= set(tiling)
+        ]
         found = set()
         for good in sorted(known, key=self.known.__getitem__)[:_GOOD]:
             for out in good:

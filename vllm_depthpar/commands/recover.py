@@ -97,7 +97,6 @@ def _run(args: argparse.Namespace) -> str:
     until = None if args.minutes is None else time.time() + 60 * args.minutes
     try:
         import torch
-        from accelerate import PartialState
 
         from vllm_depthpar import hf, quality, recover
         from vllm_depthpar.distil import Distillation
@@ -116,27 +115,35 @@ def _run(args: argparse.Namespace) -> str:
         raise PlanError("the plan changes nothing, and nothing is lost; allowed: another --plan")
     export.check_out(args.out)
     export.check_source(args.model, chosen)
-    process = PartialState()
+    process = recover.this_process()
+    at_once = args.micro_batch * process.num_processes
+    if args.batch % at_once:
+        raise PlanError(
+            f"--batch {args.batch} is no multiple of --micro-batch {args.micro_batch} times "
+            f"{process.num_processes} processes; allowed: multiples of {at_once}"
+        )
+    if args.minutes is not None and not args.minutes > 0:
+        raise PlanError(f"--minutes {args.minutes:g} is too short; allowed: more than 0")
     with process.main_process_first():
         domains, held_out = _texts(args)  # before the weights load
     training = torch.cat([domain.tokens for domain in domains])
 
-    model = hf.load_unmodified(args.model).to(process.device)
-    bfloat16 = quality.usable_dtype(args.dtype) == torch.bfloat16
-    unmodified = Distillation(model, plan.resolve("identity", chosen.layers))
-    known = {"unmodified": {w.name: recover.quality(unmodified, w, bfloat16) for w in held_out}}
+    dtype = quality.usable_dtype(args.dtype)
+    model = hf.load_unmodified(args.model, dtype).to(process.device)
+    bfloat16 = dtype == torch.bfloat16
+    unmodified = Distillation(model, plan.resolve("identity", chosen.layers), bfloat16=bfloat16)
+    known = {"unmodified": {one.name: recover.quality(unmodified, one) for one in held_out}}
     settings = recover.Settings(
         **{field.name: getattr(args, field.name) for field in fields(recover.Settings)}
     )
-    distillation = Distillation(
-        model, chosen, everything=args.train == "all", objective=args.objective
-    )
+    distillation = Distillation(model, chosen, args.train == "all", args.objective, bfloat16)
     folder = args.out.with_name(f".{args.out.name}.run")
     identity = [
         checkpoint.fingerprint(args.model),
+        str(dtype),
         hashlib.sha256(training.numpy().tobytes()).hexdigest(),
     ]
-    run = recover.Recovery(distillation, settings, training, held_out, folder, bfloat16, identity)
+    run = recover.Recovery(distillation, settings, training, held_out, folder, identity)
     known["plan"] = run.measure()
     ridges = run.refit() if args.refit else {}
     known["refit"] = run.measure()
@@ -147,7 +154,7 @@ def _run(args: argparse.Namespace) -> str:
         **files.origin("depthpar"),
         "plan": chosen.to_spec(),
         "settings": asdict(settings),
-        "dtype": "bfloat16" if bfloat16 else "float32",
+        "dtype": str(dtype).removeprefix("torch."),
         "texts": {domain.name: domain.tokens.numel() for domain in domains},
         "held_out": [windows.settings() for windows in held_out],
         "ridges": ridges,
