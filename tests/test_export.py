@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from models import prompts, write_llama, write_tokenizer
 from safetensors.torch import load_file, save_file
+from texts import TEXTS
 from transformers import AutoTokenizer
 
 from vllm_depthpar import compat, export, hf
@@ -23,6 +25,13 @@ PLANS: dict[str, Any] = {
     "ladder": {"ladder": 3},
     "skip": {"blocks": [[0], [1], [3], [5]]},
 }
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DEPTHPAR_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -152,3 +161,40 @@ def test_ladder_checkpoints_become_plans(tmp_path: Path) -> None:
     with torch.no_grad():
         found = hf.load(tmp_path / "out")(ids).logits
         assert torch.equal(found, hf.load(source, plan)(ids).logits)
+
+
+def test_measured_as_what_it_is(
+    model: Path, exported: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`depthpar eval` of an exported folder means its plan; the figures are the plan's."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(TEXTS))
+    common = ["--text", str(text), "--window", "64", "--tokens", "126", "--out"]
+    perplexities = {}
+    for name, folder, more in (
+        ("plan", model, ["--plan", json.dumps(PLANS["skip"])]),
+        ("carried", exported["skip"], []),
+    ):
+        out = tmp_path / f"{name}.json"
+        assert main(["eval", str(folder), *more, *common, str(out)]) == 0
+        (row,) = json.loads(out.read_text())["text"]["plans"]
+        assert row["digest"] == resolve(PLANS["skip"], LAYERS).digest
+        perplexities[name] = row["results"]["text"]["perplexity"]
+    assert perplexities["carried"] == pytest.approx(perplexities["plan"], rel=1e-3)
+    assert row["results"]["text"]["kl"] == pytest.approx(0, abs=1e-5)
+    capsys.readouterr()
+    text_arguments = ["--text", str(text), "--window", "64"]
+    for arguments, message in (
+        (
+            ["eval", "--plan", "plain", *text_arguments],
+            "or carries a plan; allowed: a plan, 'auto'",
+        ),
+        (
+            ["eval", "--plan", "identity", *text_arguments],
+            "weights of layer 2 are not in the check",
+        ),
+        (["search", "--depth", "3", "--out", "x.json"], "carries a plan already; allowed: the"),
+        (["recover", "--plan", "auto", "--out", "x"], "carries a plan already; allowed: the"),
+    ):
+        assert main([arguments[0], str(exported["skip"]), *arguments[1:]]) == 1
+        assert message in capsys.readouterr().err.splitlines()[-1]

@@ -8,6 +8,7 @@ from typing import Any
 
 from vllm_depthpar.ladder_checkpoint import MODEL_TYPE
 from vllm_depthpar.plan import PlanError
+from vllm_depthpar.sources import KEY
 
 
 def read_config(model: str) -> dict[str, Any]:
@@ -29,6 +30,18 @@ def read_config(model: str) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("model_type") not in ("llama", MODEL_TYPE):
         kind = config.get("model_type") if isinstance(config, dict) else None
         raise PlanError(f"model_type {kind!r} of {model} is not supported; allowed: 'llama'")
+    return config
+
+
+def read_original_config(model: str) -> dict[str, Any]:
+    """`read_config` of a checkpoint that carries no plan: one to plan for.
+
+    Raises:
+        PlanError: see `read_config`; or it carries one.
+    """
+    config = read_config(model)
+    if config.get(KEY) is not None:
+        raise PlanError(f"{model} carries a plan already; allowed: the checkpoint it was made from")
     return config
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,11 @@ class Contender:
     digest: str = PLAIN
 
 
+def served_by_vllm(config: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint is meant for vLLM's own Llama, by its parsed config.json."""
+    return not ladder_of(config) and config.get(sources.KEY) is None
+
+
 def contenders(model: str, labels: Iterable[str], option: str = "--plan") -> list[Contender]:
     """The plans that `labels` mean for the checkpoint `model`, each label once.
 
@@ -48,10 +53,10 @@ def contenders(model: str, labels: Iterable[str], option: str = "--plan") -> lis
         if label != PLAIN:
             chosen, _ = sources.choose(config, plan.load(label), override_name=option)
             found.append(Contender(label, chosen.name, chosen.to_spec(), chosen.digest))
-        elif ladder_of(config):
+        elif not served_by_vllm(config):
             raise PlanError(
-                f"{option} 'plain': vLLM itself can't serve a ladder checkpoint; "
-                "allowed: a plan, 'auto' or 'identity'"
+                f"{option} 'plain': vLLM itself can't serve this checkpoint, which is a ladder or "
+                "carries a plan; allowed: a plan, 'auto' or 'identity'"
             )
         else:
             found.append(Contender(PLAIN))

@@ -12,7 +12,7 @@ import copy
 import hashlib
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -24,7 +24,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from . import __version__
 from .hf import ParallelBlock
 from .journal import Journal
-from .plan import Plan, resolve
+from .plan import Plan, PlanError, resolve
 from .steps import Step, Steps, steps
 from .texts import Windows
 
@@ -78,6 +78,7 @@ class Evaluator:
         origin: what identifies the model's weights, JSON-ready; with it, what is measured is kept
             on disk (`journal`) and not measured again.
         batch: windows that run together.
+        absent: layers whose weights are not the checkpoint's, so that no plan may run them.
     """
 
     def __init__(
@@ -86,12 +87,14 @@ class Evaluator:
         unmodified: Plan | None = None,
         origin: object = None,
         batch: int = 2,
+        absent: Collection[int] = (),
     ) -> None:
         self._model = model.eval()
         self._layers = [cast(LlamaDecoderLayer, layer) for layer in model.model.layers]
         self.unmodified = unmodified or resolve("identity", len(self._layers))
         self._origin = origin
         self._batch = batch
+        self._absent = frozenset(absent)
         self._journals: dict[str, Journal | _Notes] = {}
 
     @property
@@ -111,8 +114,17 @@ class Evaluator:
             plans: plans for this model, or steps that no plan can say.
             windows: the text.
             on_progress: called with the share of the work done since the last call; they sum to 1.
+
+        Raises:
+            PlanError: a plan runs a layer that the checkpoint lacks.
         """
         ways = [steps(plan) if isinstance(plan, Plan) else plan for plan in plans]
+        run = {layer for way in ways for step in way for layer in step.layers}
+        if lost := sorted(run & self._absent):
+            raise PlanError(
+                f"weights of layer {lost[0]} are not in the checkpoint; allowed: plans of its "
+                f"other layers"
+            )
         journal = self._journal(windows)
         batches = windows.tokens.split(self._batch)
         # Neighbours in this order start alike. In parts, so that little is lost if this run ends.

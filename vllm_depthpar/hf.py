@@ -126,10 +126,17 @@ def load(
 
 
 def load_unmodified(
-    path: str | PathLike[str], dtype: torch.dtype = torch.float32, **kwargs: Any
+    path: str | PathLike[str],
+    dtype: torch.dtype = torch.float32,
+    absent: Sequence[int] = (),
+    **kwargs: Any,
 ) -> LlamaForCausalLM:
-    """Load a Llama checkpoint as transformers does; arguments and errors as `load`."""
-    return _weights(path, _config(path), dtype, **kwargs)
+    """Load a Llama checkpoint as transformers does; arguments and errors as `load`.
+
+    Args:
+        absent: layers that the checkpoint may lack; what they then hold means nothing.
+    """
+    return _weights(path, _config(path), dtype, absent, **kwargs)
 
 
 def _config(path: str | PathLike[str]) -> LlamaConfig:

@@ -16,6 +16,7 @@ from .evaluate import Evaluator, Quality
 from .ladder_checkpoint import ladder_of
 from .plan import Plan, resolve
 from .progress import bar
+from .sources import KEY
 from .steps import Steps
 from .texts import Windows
 
@@ -121,7 +122,8 @@ def read_texts(
 
 
 def open_model(model: str, dtype: str = "auto", batch: int = 2) -> Evaluator:
-    """The unmodified model, on the GPU if there is one.
+    """The unmodified model, on the GPU if there is one. Of a checkpoint that carries a plan that
+    is the plan's model.
 
     Args:
         dtype: a name of torch; "auto" is bfloat16 where the hardware multiplies it, else float32.
@@ -131,10 +133,13 @@ def open_model(model: str, dtype: str = "auto", batch: int = 2) -> Evaluator:
     """
     config = read_config(model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded = hf.load_unmodified(model, usable_dtype(dtype)).to(device)
-    ladder = ladder_of(config)
-    unmodified = resolve({"ladder": ladder}, config["num_hidden_layers"]) if ladder else None
-    return Evaluator(loaded, unmodified, fingerprint(model), batch)
+    layers, carried, ladder = config["num_hidden_layers"], config.get(KEY), ladder_of(config)
+    unmodified = None
+    if carried is not None or ladder:
+        unmodified = resolve({"ladder": ladder} if carried is None else carried, layers)
+    absent = unmodified.skipped if unmodified else ()
+    loaded = hf.load_unmodified(model, usable_dtype(dtype), absent=absent).to(device)
+    return Evaluator(loaded, unmodified, fingerprint(model), batch, absent)
 
 
 def usable_dtype(name: str) -> torch.dtype:

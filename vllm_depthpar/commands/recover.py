@@ -107,7 +107,7 @@ def _run(args: argparse.Namespace) -> str:
         raise PlanError(
             f"recovery needs {error.name}; allowed: pip install 'vllm-depthpar[recover]'"
         ) from None
-    config = checkpoint.read_config(args.model)
+    config = checkpoint.read_original_config(args.model)
     if ladder_of(config):
         raise PlanError("the model is a ladder checkpoint; allowed: a Llama that runs every layer")
     chosen, _ = sources.choose(config, plan.load(args.plan), override_name="--plan")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_depthpar import goal, machines
-from vllm_depthpar.checkpoint import read_config
+from vllm_depthpar.checkpoint import read_original_config
 from vllm_depthpar.commands.types import DTYPES, MODEL_HELP, at_least
 from vllm_depthpar.plan import Plan, PlanError
 from vllm_depthpar.shape import ModelShape
@@ -76,7 +76,7 @@ def _run(args: argparse.Namespace) -> str:
     from vllm_depthpar.search import Search
 
     started = time.monotonic()
-    shape = ModelShape.from_config(read_config(args.model))
+    shape = ModelShape.from_config(read_original_config(args.model))
     methods = _methods(args.methods)
     machine = _machine(args)
     tiles = [

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_depthpar import files
-from vllm_depthpar.checkpoint import read_config
+from vllm_depthpar.checkpoint import read_original_config
 from vllm_depthpar.commands.types import DTYPES, MODEL_HELP, at_least
 from vllm_depthpar.plan import PlanError
 from vllm_depthpar.shape import ModelShape
@@ -51,7 +51,7 @@ def _run(args: argparse.Namespace) -> str:
         raise PlanError(
             "heat maps need matplotlib; allowed: pip install 'vllm-depthpar[bench]'"
         ) from None
-    layers = ModelShape.from_config(read_config(args.model)).layers
+    layers = ModelShape.from_config(read_original_config(args.model)).layers
     grid = list(spans(layers, args.grid))
     domains = quality.read_texts(args.model, [args.text], args.window, tokens=args.tokens)
     bench = quality.Bench(quality.open_model(args.model, args.dtype), domains)
