@@ -59,7 +59,8 @@ def test_installed_versions_satisfy_pyproject() -> None:
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    for line in [*project["dependencies"], *extras["cpu"], *extras["dev"]]:
+    every = [*project["dependencies"], *(line for extra in extras.values() for line in extra)]
+    for line in every:
         requirement = Requirement(line)
         installed = metadata.version(requirement.name)
         assert requirement.specifier.contains(installed, prereleases=True), (line, installed)

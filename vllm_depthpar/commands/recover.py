@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_depthpar import checkpoint, export, files, plan, sources
 from vllm_depthpar.commands.types import DTYPES, MODEL_HELP, PLAN_HELP, at_least
 from vllm_depthpar.ladder_checkpoint import ladder_of
-from vllm_depthpar.plan import PlanError
+from vllm_depthpar.plan import Plan, PlanError
 from vllm_depthpar.texts import TextError
 
 if TYPE_CHECKING:
@@ -95,11 +95,65 @@ def add(commands: Any) -> None:
 
 def _run(args: argparse.Namespace) -> str:
     until = None if args.minutes is None else time.time() + 60 * args.minutes
-    try:
-        import torch
+    _check_installed(args)
+    import torch
 
-        from vllm_depthpar import hf, quality, recover
-        from vllm_depthpar.distil import Distillation
+    from vllm_depthpar import hf, quality, recover
+    from vllm_depthpar.distil import Distillation
+
+    process = recover.this_process()
+    chosen = _check(args, process.num_processes)
+    with process.main_process_first():
+        domains, held_out = _texts(args)  # before the weights load
+    training = torch.cat([domain.tokens for domain in domains])
+
+    dtype = quality.usable_dtype(args.dtype)
+    bfloat16 = dtype == torch.bfloat16
+    model = hf.load_unmodified(args.model, dtype).to(process.device)
+    unmodified = Distillation(model, plan.resolve("identity", chosen.layers), bfloat16=bfloat16)
+    distillation = Distillation(model, chosen, args.train == "all", args.objective, bfloat16)
+    settings = recover.Settings(
+        **{field.name: getattr(args, field.name) for field in fields(recover.Settings)}
+    )
+    folder = args.out.with_name(f".{args.out.name}.run")
+    identity = [
+        checkpoint.fingerprint(args.model),
+        str(dtype),
+        hashlib.sha256(training.numpy().tobytes()).hexdigest(),
+    ]
+    run = recover.Recovery(distillation, settings, training, held_out, folder, identity)
+    # In this order: what is measured depends on what was done.
+    quality_after = {
+        "unmodified": {text.name: recover.quality(unmodified, text) for text in held_out},
+        "plan": run.measure(),
+    }
+    ridges = run.refit() if args.refit else {}
+    quality_after["refit"] = run.measure()
+    done = run.train(args.tokens, until)
+    distillation.merge()
+    quality_after["end"] = run.measure()
+    if process.is_main_process:
+        record = {
+            **files.origin("depthpar"),
+            "plan": chosen.to_spec(),
+            "settings": asdict(settings),
+            "dtype": str(dtype).removeprefix("torch."),
+            "texts": {domain.name: domain.tokens.numel() for domain in domains},
+            "held_out": [windows.settings() for windows in held_out],
+            "ridges": ridges,
+            "training": done,
+            "quality": quality_after,
+            "curve": run.curve,
+        }
+        export.export(args.model, chosen, args.out, distillation.changes(), record)
+        shutil.rmtree(folder)
+    process.wait_for_everyone()
+    return f"{_table(quality_after)}\n\n{args.out}: {chosen.name}\nserve it: vllm serve {args.out}"
+
+
+def _check_installed(args: argparse.Namespace) -> None:
+    try:
+        import accelerate  # noqa: F401
 
         if args.train == "lora":
             import peft  # noqa: F401
@@ -107,6 +161,10 @@ def _run(args: argparse.Namespace) -> str:
         raise PlanError(
             f"recovery needs {error.name}; allowed: pip install 'vllm-depthpar[recover]'"
         ) from None
+
+
+def _check(args: argparse.Namespace, processes: int) -> Plan:
+    """Refuse what is wrong before anything long begins; returns the plan."""
     config = checkpoint.read_original_config(args.model)
     if ladder_of(config):
         raise PlanError("the model is a ladder checkpoint; allowed: a Llama that runs every layer")
@@ -115,58 +173,14 @@ def _run(args: argparse.Namespace) -> str:
         raise PlanError("the plan changes nothing, and nothing is lost; allowed: another --plan")
     export.check_out(args.out)
     export.check_source(args.model, chosen)
-    process = recover.this_process()
-    at_once = args.micro_batch * process.num_processes
-    if args.batch % at_once:
+    if args.batch % (at_once := args.micro_batch * processes):
         raise PlanError(
             f"--batch {args.batch} is no multiple of --micro-batch {args.micro_batch} times "
-            f"{process.num_processes} processes; allowed: multiples of {at_once}"
+            f"{processes} processes; allowed: multiples of {at_once}"
         )
     if args.minutes is not None and not args.minutes > 0:
         raise PlanError(f"--minutes {args.minutes:g} is too short; allowed: more than 0")
-    with process.main_process_first():
-        domains, held_out = _texts(args)  # before the weights load
-    training = torch.cat([domain.tokens for domain in domains])
-
-    dtype = quality.usable_dtype(args.dtype)
-    model = hf.load_unmodified(args.model, dtype).to(process.device)
-    bfloat16 = dtype == torch.bfloat16
-    unmodified = Distillation(model, plan.resolve("identity", chosen.layers), bfloat16=bfloat16)
-    known = {"unmodified": {one.name: recover.quality(unmodified, one) for one in held_out}}
-    settings = recover.Settings(
-        **{field.name: getattr(args, field.name) for field in fields(recover.Settings)}
-    )
-    distillation = Distillation(model, chosen, args.train == "all", args.objective, bfloat16)
-    folder = args.out.with_name(f".{args.out.name}.run")
-    identity = [
-        checkpoint.fingerprint(args.model),
-        str(dtype),
-        hashlib.sha256(training.numpy().tobytes()).hexdigest(),
-    ]
-    run = recover.Recovery(distillation, settings, training, held_out, folder, identity)
-    known["plan"] = run.measure()
-    ridges = run.refit() if args.refit else {}
-    known["refit"] = run.measure()
-    done = run.train(args.tokens, until)
-    distillation.merge()
-    known["end"] = run.measure()
-    record = {
-        **files.origin("depthpar"),
-        "plan": chosen.to_spec(),
-        "settings": asdict(settings),
-        "dtype": str(dtype).removeprefix("torch."),
-        "texts": {domain.name: domain.tokens.numel() for domain in domains},
-        "held_out": [windows.settings() for windows in held_out],
-        "ridges": ridges,
-        "training": done,
-        "quality": known,
-        "curve": run.curve,
-    }
-    if process.is_main_process:
-        export.export(args.model, chosen, args.out, distillation.changes(), record)
-        shutil.rmtree(folder)
-    process.wait_for_everyone()
-    return f"{_table(known)}\n\n{args.out}: {chosen.name}\nserve it: vllm serve {args.out}"
+    return chosen
 
 
 def _texts(args: argparse.Namespace) -> tuple[list[Windows], list[Windows]]:
