@@ -55,8 +55,8 @@ def contenders(model: str, labels: Iterable[str], option: str = "--plan") -> lis
             found.append(Contender(label, chosen.name, chosen.to_spec(), chosen.digest))
         elif not served_by_vllm(config):
             raise PlanError(
-                f"{option} 'plain': vLLM itself can't serve this checkpoint, which is a ladder or "
-                "carries a plan; allowed: a plan, 'auto' or 'identity'"
+                f"{option} 'plain': vLLM itself can't serve a ladder or a checkpoint that carries a "
+                "plan; allowed: a plan, 'auto' or 'identity'"
             )
         else:
             found.append(Contender(PLAIN))
