@@ -187,7 +187,7 @@ def test_measured_as_what_it_is(
     for arguments, message in (
         (
             ["eval", "--plan", "plain", *text_arguments],
-            "or carries a plan; allowed: a plan, 'auto'",
+            "or one that carries a plan; allowed: a plan",
         ),
         (
             ["eval", "--plan", "identity", *text_arguments],

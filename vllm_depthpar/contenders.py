@@ -12,6 +12,8 @@ from vllm_depthpar.ladder_checkpoint import ladder_of
 from vllm_depthpar.plan import PlanError
 
 PLAIN = "plain"
+# The plan in a checkpoint's own config.json.
+CARRIED = "carried"
 
 
 @dataclass(frozen=True)
@@ -31,9 +33,11 @@ class Contender:
     digest: str = PLAIN
 
 
-def served_by_vllm(config: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint is meant for vLLM's own Llama, by its parsed config.json."""
-    return not ladder_of(config) and config.get(sources.KEY) is None
+def usual(config: Mapping[str, Any]) -> list[str]:
+    """The labels to compare if none are given, for a checkpoint with this config.json."""
+    if config.get(sources.KEY) is not None:
+        return [CARRIED]
+    return ["auto"] if ladder_of(config) else [PLAIN, "auto"]
 
 
 def contenders(model: str, labels: Iterable[str], option: str = "--plan") -> list[Contender]:
@@ -41,22 +45,26 @@ def contenders(model: str, labels: Iterable[str], option: str = "--plan") -> lis
 
     Args:
         model: folder or hub name.
-        labels: "plain", or what `vllm_depthpar.plan.load` takes.
+        labels: "plain", "carried", or what `vllm_depthpar.plan.load` takes.
         option: where the labels were given, for messages.
 
     Raises:
-        PlanError: no such checkpoint, or a label is neither "plain" nor a plan for it.
+        PlanError: no such checkpoint, or it carries no plan, or is not for plain vLLM, or a label
+            is no plan for it.
     """
     config = read_config(model)
     found = []
     for label in dict.fromkeys(labels):
         if label != PLAIN:
-            chosen, _ = sources.choose(config, plan.load(label), override_name=option)
+            if label == CARRIED and config.get(sources.KEY) is None:
+                raise PlanError(f"{option} 'carried': {model} carries no plan; allowed: a plan")
+            spec = None if label == CARRIED else plan.load(label)
+            chosen, _ = sources.choose(config, spec, override_name=option)
             found.append(Contender(label, chosen.name, chosen.to_spec(), chosen.digest))
-        elif not served_by_vllm(config):
+        elif PLAIN not in usual(config):
             raise PlanError(
-                f"{option} 'plain': vLLM itself can't serve a ladder or a checkpoint that carries a "
-                "plan; allowed: a plan, 'auto' or 'identity'"
+                f"{option} 'plain': vLLM itself can't serve a ladder checkpoint, or one that "
+                "carries a plan; allowed: a plan, 'auto' or 'identity'"
             )
         else:
             found.append(Contender(PLAIN))

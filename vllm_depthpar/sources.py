@@ -29,9 +29,8 @@ def choose(
         environ: the value of the environment variable `DEPTHPAR_PLAN`, if it is set.
         override_name: where `override` was given, for the log.
 
-    `auto` is the plan that a checkpoint carries, if it does. A checkpoint that was trained as a
-    ladder (see `vllm_depthpar.ladder_checkpoint`) stays one: a mapping without the key `ladder`
-    gets the checkpoint's ladder layers, and `auto` is those alone.
+    A checkpoint that was trained as a ladder (see `vllm_depthpar.ladder_checkpoint`) stays one: a
+    mapping without the key `ladder` gets the checkpoint's ladder layers, and `auto` is those alone.
 
     Returns:
         The plan, and where it came from, for the log.
@@ -48,9 +47,7 @@ def choose(
         spec, source = config[KEY], "config.json"
     else:
         spec, source = "auto", "default"
-    if spec == "auto" and config.get(KEY) not in (None, "auto"):
-        spec, source = config[KEY], f"{source}: the checkpoint's plan"
-    elif spec == "auto" and ladder is not None:
+    if spec == "auto" and ladder is not None:
         spec, source = {"ladder": ladder}, f"{source}: the checkpoint's ladder_layers"
     elif ladder is not None and isinstance(spec, dict) and spec.get("ladder") is None:
         spec = {**spec, "ladder": ladder}

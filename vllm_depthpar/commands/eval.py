@@ -12,7 +12,7 @@ from typing import Any
 from vllm_depthpar import files, tasks
 from vllm_depthpar.checkpoint import read_config
 from vllm_depthpar.commands.types import DTYPES, MODEL_HELP, PLAN_HELP, at_least
-from vllm_depthpar.contenders import PLAIN, Contender, contenders, served_by_vllm
+from vllm_depthpar.contenders import Contender, contenders, usual
 from vllm_depthpar.files import table
 from vllm_depthpar.shape import ModelShape
 
@@ -25,7 +25,8 @@ def add(commands: Any) -> None:
         "--plan",
         action="append",
         metavar="P",
-        help=f"{PLAN_HELP}, or 'plain' for vLLM's own model; repeatable (plain, auto)",
+        help=f"{PLAN_HELP}, 'carried' for the checkpoint's own, or 'plain' for vLLM's own model; "
+        "repeatable (plain and auto, or carried)",
     )
     evaluate.add_argument("--out", type=Path, metavar="FILE", help="write the numbers as JSON")
     evaluate.add_argument(
@@ -77,8 +78,7 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> str:
     if not args.tasks and not args.text:
         raise tasks.TaskError("nothing to measure; allowed: --text FILE ..., --tasks NAME ...")
-    usual = [PLAIN, "auto"] if served_by_vllm(read_config(args.model)) else ["auto"]
-    plans = contenders(args.model, args.plan or usual)
+    plans = contenders(args.model, args.plan or usual(read_config(args.model)))
     loaded = tasks.load_tasks(args.tasks) if args.tasks else {}
     task_settings = _task_settings(args)
     report: dict[str, Any] = {}
