@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from processes import command_line
 from two_hosts import Link, NotPossible, TwoHosts
 
 CLUSTER = [sys.executable, str(Path(__file__).parent.parent / "benchmarks" / "cluster.py")]
@@ -49,7 +50,7 @@ def test_nothing_remains_when_it_is_interrupted(tmp_path: Path, smollm2: Path) -
             inside = [
                 process
                 for process in psutil.Process(benchmark.pid).children()
-                if "serve" in process.cmdline()
+                if "serve" in command_line(process)
             ]
         benchmark.send_signal(signal.SIGTERM)
         assert benchmark.wait(60) == 143

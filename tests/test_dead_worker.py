@@ -15,6 +15,7 @@ import httpx
 import psutil
 import pytest
 from models import write_llama
+from processes import command_line
 
 from vllm_depthpar.server_process import Server, free_port
 
@@ -101,6 +102,6 @@ def _worker(node: Server) -> psutil.Process:
     (worker,) = [
         process
         for process in psutil.Process(node.process.pid).children(recursive=True)
-        if "Worker" in " ".join(process.cmdline())
+        if "Worker" in " ".join(command_line(process))
     ]
     return worker

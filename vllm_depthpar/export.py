@@ -201,18 +201,21 @@ def _recovered(recovery: Mapping[str, Any]) -> str:
         ]
         for name, figures in stages["unmodified"].items()
     ]
-    settings = json.dumps(recovery["settings"])
-    written = recovery["texts"]
-    texts = ", ".join(f"{name} ({tokens} tokens)" for name, tokens in written.items())
+    settings, training = recovery["settings"], recovery["training"]
+    texts = ", ".join(f"{name} ({tokens} tokens)" for name, tokens in recovery["texts"].items())
+    done = []
+    if settings["refit"]:
+        done.append("the down projections of the changed blocks refitted in closed form")
+    if training["steps"]:
+        how = "distilled" if settings["objective"] == "distil" else "fine-tuned on the next token"
+        done.append(f"{how} in {training['steps']} steps of {training['tokens']} tokens in all")
     return "\n".join(
         [
-            "Recovered by distillation from the original model: the down projections of the "
-            "changed blocks refitted in closed form, then "
-            f"{recovery['training']['tokens']} tokens in {recovery['training']['steps']} steps.",
+            f"Recovered from what the plan cost: {', then '.join(done)}.",
             "",
             f'Learned from: {texts}. "own" texts were written by the original model itself.',
             "",
-            f"Settings: `{settings}`",
+            f"Settings: `{json.dumps(settings)}`",
             "",
             "Perplexity, and mean KL divergence from the original model (nats per token), on text "
             "that was not learned from:",
