@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import LlamaForCausalLM
 
-from vllm_depthpar import distil, hf
+from vllm_depthpar import distil, hf, refit
 from vllm_depthpar.distil import Distillation, Objective
 from vllm_depthpar.plan import resolve
 
@@ -150,3 +150,24 @@ def test_adapters_merge_into_what_they_are_on(folder: Path) -> None:
     assert tested(ids)["kl"].item() == pytest.approx(before, rel=1e-4)
     untouched = Distillation(hf.load_unmodified(folder), resolve(PLANS["pairs"], LAYERS))
     assert tested(ids)["kl"].item() != pytest.approx(untouched.eval()(ids)["kl"].item(), rel=0.01)
+
+
+def test_bfloat16_computes_on_float32_masters(folder: Path) -> None:
+    plan, ids = resolve(PLANS["pairs"], LAYERS), prompts(4, 32)
+    exact = Distillation(hf.load_unmodified(folder), plan)
+    rounded = Distillation(hf.load_unmodified(folder, torch.bfloat16), plan, bfloat16=True)
+    assert {tensor.dtype for tensor in rounded.changes().values()} == {torch.float32}
+    assert rounded.student.lm_head.weight.dtype == torch.bfloat16
+    gradients = []
+    for tested in (exact, rounded):
+        tested.unfreeze("blocks")
+        loss = tested(ids)["loss"]
+        loss.backward()
+        parameters = [p for p in tested.parameters() if p.requires_grad]
+        gradients.append(torch.cat([p.grad.flatten() for p in parameters]))
+    assert rounded(ids)["kl"].item() == pytest.approx(exact(ids)["kl"].item(), rel=0.05)
+    assert functional.cosine_similarity(*gradients, dim=0) > 0.98
+    with torch.no_grad():
+        before = float(rounded.eval()(ids)["kl"])
+        assert refit.refit(rounded, prompts(64, 64)).keys() == {2, 3}
+        assert float(rounded(ids)["kl"]) < 0.95 * before
