@@ -8,9 +8,9 @@ import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
@@ -27,6 +27,8 @@ from vllm_depthpar.server_process import DEFAULT_ENV
 
 if TYPE_CHECKING:
     from vllm import LLM
+
+T = TypeVar("T")
 
 CORES = len(os.sched_getaffinity(0))
 # For every engine alike. The environment wins.
@@ -141,6 +143,13 @@ def progress() -> Progress:
         TimeElapsedColumn(),
         console=Console(stderr=True),
     )
+
+
+def in_turn(contenders: Sequence[T], number: int) -> list[T]:
+    """The order of a round: A B C, B C A, ..., so that what changes meets them all; the rounds
+    before 0, which are not counted, as round 0."""
+    first = max(number, 0) % len(contenders)
+    return [*contenders[first:], *contenders[:first]]
 
 
 def summary(values: list[float]) -> dict[str, float]:

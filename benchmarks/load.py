@@ -116,8 +116,7 @@ def _measure(
         measure(contenders[0], model, options)  # not counted: brings the files into the cache
         progress.advance(task)
         for number in range(rounds):
-            first = number % len(contenders)
-            for one in contenders[first:] + contenders[:first]:
+            for one in common.in_turn(contenders, number):
                 progress.update(task, description=one.label)
                 measured[one.label].append(measure(one, model, options))
                 progress.advance(task)

@@ -72,8 +72,7 @@ def main() -> None:
             workers.append(worker)
             progress.advance(task)
         for number in range(-1, args.rounds):
-            first = max(number, 0) % len(workers)
-            for worker in workers[first:] + workers[:first]:
+            for worker in common.in_turn(workers, number):
                 progress.update(task, description=worker.label)
                 answer = worker.ask((prompts, args.tokens))
                 if number >= 0:

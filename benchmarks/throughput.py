@@ -64,9 +64,8 @@ def main() -> None:
             workers.append(worker)
             progress.advance(task)
         for number in range(-1, args.rounds):
-            first = max(number, 0) % len(workers)
             for batch in args.batches:
-                for worker in workers[first:] + workers[:first]:
+                for worker in common.in_turn(workers, number):
                     progress.update(task, description=f"{worker.label}, batch {batch}")
                     speed, idle_share = worker.ask({**job, "batch": batch, "seed": number})
                     if number >= 0:

@@ -12,14 +12,32 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from texts import TEXTS
 
 # A slow machine is not a failure.
 settings.register_profile("depthpar", deadline=None)
 settings.load_profile("depthpar")
+
+
+@pytest.fixture
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """An empty cache: nothing is known from another test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DEPTHPAR_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of some passages."""
+    path = tmp_path_factory.mktemp("text") / "passages.txt"
+    path.write_text("\n".join(TEXTS))
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +18,14 @@ from vllm_depthpar import compat, export, hf
 from vllm_depthpar.cli import main
 from vllm_depthpar.plan import PlanError, resolve
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 LAYERS = 6
 PLANS: dict[str, Any] = {
     "pairs": {"pair": [2, 6]},
     "ladder": {"ladder": 3},
     "skip": {"blocks": [[0], [1], [3], [5]]},
 }
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DEPTHPAR_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(scope="module")

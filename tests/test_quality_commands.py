@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from models import write_llama, write_tokenizer
-from texts import TEXTS
 from transformers import AutoTokenizer
 
 from vllm_depthpar import hf, plan
 from vllm_depthpar.cli import main
 from vllm_depthpar.plan import resolve
+
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 LAYERS = 8
 PNG = b"\x89PNG\r\n"
@@ -25,20 +25,6 @@ PNG = b"\x89PNG\r\n"
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_llama(tmp_path_factory.mktemp("llama"), layers=LAYERS)
     return write_tokenizer(folder, bos=True, chat=True)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "passages.txt"
-    path.write_text("\n".join(TEXTS))
-    return path
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DEPTHPAR_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 def run(*arguments: object) -> None:

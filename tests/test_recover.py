@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,12 @@ import pytest
 import torch
 from models import write_llama, write_tokenizer
 from safetensors.torch import load_file
-from texts import TEXTS
 
 from vllm_depthpar import hf
 from vllm_depthpar.cli import main
 from vllm_depthpar.server_process import free_port
+
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 LAYERS = 6
 PAIRS = '{"pair": [2, 6]}'
@@ -30,20 +30,6 @@ PAIRS = '{"pair": [2, 6]}'
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_llama(tmp_path_factory.mktemp("llama"), layers=LAYERS)
     return write_tokenizer(folder, bos=True, chat=True)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "passages.txt"
-    path.write_text("\n".join(TEXTS))
-    return path
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DEPTHPAR_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 def arguments(model: Path, text: Path, out: Path, *more: object) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +60,8 @@ def folder(model: str) -> Path:
         return path
     from huggingface_hub import snapshot_download
 
-    try:
-        return Path(snapshot_download(model, ignore_patterns=["*.bin", "*.pth", "original/*"]))
-    except Exception as error:
-        raise PlanError(
-            f"no checkpoint at {model!r} ({type(error).__name__}); "
-            f"allowed: a folder with config.json, or a model of the hub"
-        ) from None
+    skipped = ["*.bin", "*.pth", "original/*"]
+    return _downloaded(model, lambda: snapshot_download(model, ignore_patterns=skipped))
 
 
 def fingerprint(model: str) -> str:
@@ -87,8 +83,12 @@ def fingerprint(model: str) -> str:
 def _download_config(model: str) -> Path:
     from huggingface_hub import hf_hub_download
 
+    return _downloaded(model, lambda: hf_hub_download(model, "config.json"))
+
+
+def _downloaded(model: str, download: Callable[[], str]) -> Path:
     try:
-        return Path(hf_hub_download(model, "config.json"))
+        return Path(download())
     except Exception as error:
         raise PlanError(
             f"no checkpoint at {model!r} ({type(error).__name__}); "

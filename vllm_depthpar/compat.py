@@ -41,11 +41,11 @@ from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdate
 from vllm_depthpar import __version__, ladder_checkpoint, ladder_config, sources
 from vllm_depthpar.plan import Plan, PlanError, resolve
 from vllm_depthpar.shape import ModelShape
+from vllm_depthpar.sources import ARCHITECTURE
 
 SUPPORTED = SpecifierSet(">=0.32,<0.34")
 
 MODEL_IMPL = "depthpar"
-ARCHITECTURE = "DepthParLlamaForCausalLM"
 # Architectures that vLLM itself serves with its Llama class and that have Llama's config keys.
 LLAMA_ARCHITECTURES = (
     "LlamaForCausalLM",

@@ -160,11 +160,10 @@ class Distillation(nn.Module):
             in nats per token, without gradients. Where the objective is "next-token" a training
             step does not run the teacher and has no "kl".
         """
-        taught = self.objective == "distil" or not self.training
+        distil = self.objective == "distil"
         with self.autocast():
-            kl, nll = self._losses(input_ids, taught)
-        objective = 0 if self.objective == "distil" else 1
-        return {"loss": (kl, nll)[objective], "kl": kl.detach(), "nll": nll.detach()}
+            kl, nll = self._losses(input_ids, taught=distil or not self.training)
+        return {"loss": kl if distil else nll, "kl": kl.detach(), "nll": nll.detach()}
 
     def _losses(self, input_ids: Tensor, taught: bool) -> tuple[Tensor, Tensor]:
         """KL (0 if not `taught`) and negative log-likelihood, means over all predictions."""

@@ -9,7 +9,6 @@ layer k costs the layers after k only, and memory does not grow with the number 
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 import statistics
 from collections.abc import Callable, Collection, Sequence
@@ -146,8 +145,7 @@ class Evaluator:
 
     def _journal(self, windows: Windows) -> Journal | _Notes:
         """The journal of a text, read once."""
-        tokens = hashlib.sha256(windows.tokens.numpy().tobytes()).hexdigest()
-        setting = [tokens, windows.counted, list(windows.tokens.shape)]
+        setting = [windows.digest, windows.counted, list(windows.tokens.shape)]
         key = str(setting)
         if key not in self._journals:
             about = [__version__, self._origin, self.unmodified.to_spec(), *setting]

@@ -13,14 +13,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_depthpar import checkpoint, files, picture, sources
+from vllm_depthpar import checkpoint, files, ladder_checkpoint, picture
 from vllm_depthpar.plan import Plan, PlanError
 from vllm_depthpar.shape import ModelShape
+from vllm_depthpar.sources import ARCHITECTURE, KEY
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-ARCHITECTURE = "DepthParLlamaForCausalLM"
 INDEX = "model.safetensors.index.json"
 # What belongs to a checkpoint beside weights and config: tokenizer, generation config, licence.
 _KEPT = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "USE_POLICY*", "NOTICE*")
@@ -79,7 +79,7 @@ def export(
     files.write_json(partial / "config.json", exported_config(config, plan))
     if recovery:
         files.write_json(partial / "recovery.json", recovery)
-    (partial / "README.md").write_text(card(model, config, plan, recovery))
+    (partial / "README.md").write_text(card(model, source, config, plan, recovery))
     if out.exists():
         out.rmdir()
     partial.rename(out)
@@ -87,12 +87,12 @@ def export(
 
 def exported_config(config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
     """A checkpoint's config.json, restructured: the plan says all, a ladder checkpoint's too."""
-    rest = {key: value for key, value in config.items() if key != "ladder_layers"}
+    rest = {key: value for key, value in config.items() if key != ladder_checkpoint.KEY}
     return {
         **rest,
         "architectures": [ARCHITECTURE],
         "model_type": "llama",
-        sources.KEY: plan.to_spec(),
+        KEY: plan.to_spec(),
     }
 
 
@@ -144,12 +144,15 @@ def _write_weights(
 
 
 def card(
-    model: str, config: Mapping[str, Any], plan: Plan, recovery: Mapping[str, Any] | None
+    model: str,
+    source: Path,
+    config: Mapping[str, Any],
+    plan: Plan,
+    recovery: Mapping[str, Any] | None,
 ) -> str:
     """The model card: what this is, how to serve it, the plan, and where its weights come from."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    source = checkpoint.folder(model)
     name = source.name if Path(model).expanduser().exists() else model
     readme = source / "README.md"
     origin = ModelCard.load(readme, ignore_metadata_errors=True).data if readme.exists() else None

@@ -10,7 +10,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -107,16 +107,23 @@ class Recovery:
             "plan": distillation.plan.to_spec(),
             "identity": identity,
         }
-        path = folder / "run.json"
-        if self._process.is_main_process and not path.exists():
-            files.write_json(path, wanted)
-        self._process.wait_for_everyone()
-        if json.loads(path.read_text()) != json.loads(json.dumps(wanted)):
+        if self._once("run.json", lambda: wanted) != json.loads(json.dumps(wanted)):
             raise PlanError(
                 f"{folder} holds a run of other settings, plan or texts; allowed: the same command "
                 f"again to go on with it, another --out, or remove the folder"
             )
         self.curve: list[dict[str, Any]] = []
+
+    def _once(self, name: str, make: Callable[[], object]) -> Any:
+        """What is in a file of the folder; if there is none, what `make` gives on the main process.
+
+        Every process gets it as JSON.
+        """
+        path = self._folder / name
+        if self._process.is_main_process and not path.exists():
+            files.write_json(path, make())
+        self._process.wait_for_everyone()
+        return json.loads(path.read_text())
 
     def measure(self) -> dict[str, dict[str, float]]:
         """The student's perplexity on every held-out text, and its KL from the teacher."""
@@ -125,21 +132,22 @@ class Recovery:
     def refit(self) -> dict[int, float]:
         """`refit`, or what a call before this one made of it; returns the ridges."""
         path = self._folder / "refit.safetensors"
-        ridges = self._folder / "refit.json"
-        if self._process.is_main_process and not ridges.exists():
+
+        def fit() -> dict[int, float]:
             count = max(8, self._settings.refit // self._training.shape[1])
             # Spread over the texts, which come one after the other.
             chosen = self._training[:: max(1, len(self._training) // count)][:count]
             with bar("Refit") as advance:
                 found = refit(self._distillation, chosen, on_progress=advance)
             files.write_bytes(path, save(_downs(self._distillation)))
-            files.write_json(ridges, found)
-        self._process.wait_for_everyone()
+            return found
+
+        ridges = self._once("refit.json", fit)
         with torch.no_grad():
             mine = _downs(self._distillation)
             for name, tensor in load_file(path).items():
                 mine[name].copy_(tensor)
-        return {int(at): ridge for at, ridge in json.loads(ridges.read_text()).items()}
+        return {int(at): ridge for at, ridge in ridges.items()}
 
     def train(self, tokens: int | None, until: float | None) -> dict[str, Any]:
         """Distil.
@@ -151,11 +159,12 @@ class Recovery:
         Returns:
             What was done: steps, tokens, seconds.
         """
-        settings, size = self._settings, self._training.shape[1]
+        settings, of_step = self._settings, self._tokens_of_a_step
         self._distillation.unfreeze(settings.train, settings.rank, settings.seed)
         if settings.checkpointing:
             self._distillation.student.gradient_checkpointing_enable()
-        steps = self._steps(tokens, until)
+        # The first call decides for the later ones.
+        steps: int = self._once("steps.json", lambda: self._steps(tokens, until))
         if steps == 0:
             return {"steps": 0, "tokens": 0, "seconds": 0.0}
         every = max(1, round(steps / settings.evaluations)) if settings.evaluations else steps
@@ -192,40 +201,35 @@ class Recovery:
             eval_dataset=[],
         )
         trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(_Progress(size * settings.batch))
+        trainer.add_callback(_Progress(of_step))
         started = time.monotonic()
         trainer.train(resume_from_checkpoint=_last_complete(self._folder))
         self.curve = [
-            entry["quality"]
-            | {"step": entry["step"], "tokens": entry["step"] * size * settings.batch}
+            entry["quality"] | {"step": entry["step"], "tokens": entry["step"] * of_step}
             for entry in trainer.state.log_history
             if "quality" in entry
         ]
         return {
             "steps": steps,
-            "tokens": steps * settings.batch * size,
+            "tokens": steps * of_step,
             "seconds": time.monotonic() - started,
         }
 
+    @property
+    def _tokens_of_a_step(self) -> int:
+        return self._settings.batch * self._training.shape[1]
+
     def _steps(self, tokens: int | None, until: float | None) -> int:
-        """How many steps to take; the first call decides for the later ones."""
-        path = self._folder / "steps.json"
-        if self._process.is_main_process and not path.exists():
-            of_step = self._settings.batch * self._training.shape[1]
-            if until is not None:
-                per_step = self._seconds_of_a_step()
-                begun = time.time()
-                self.measure()
-                measuring = (time.time() - begun) * (self._settings.evaluations + 1)
-                left = until - time.time() - measuring
-                steps = max(0, math.floor(_MARGIN * left / per_step))
-            else:
-                wanted = self._training.numel() if tokens is None else tokens
-                steps = math.ceil(wanted / of_step)
-            files.write_json(path, steps)
-        self._process.wait_for_everyone()
-        found: int = json.loads(path.read_text())
-        return found
+        """How many steps to take."""
+        if until is None:
+            wanted = self._training.numel() if tokens is None else tokens
+            return math.ceil(wanted / self._tokens_of_a_step)
+        per_step = self._seconds_of_a_step()
+        begun = time.time()
+        self.measure()
+        measuring = (time.time() - begun) * (self._settings.evaluations + 1)
+        left = until - time.time() - measuring
+        return max(0, math.floor(_MARGIN * left / per_step))
 
     def _seconds_of_a_step(self) -> float:
         """The faster of two steps that change nothing."""

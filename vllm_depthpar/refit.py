@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from .distil import Distillation
 from .hf import ParallelBlock, Stream
 
-# In units of the mean power of an input of the down projections; infinite: leave the block alone.
-RIDGES = (0.1, 0.3, 1.0, 3.0, torch.inf)
+# In units of the mean power of an input of the down projections; where none helps the block is left
+# alone, as if by an infinite one.
+RIDGES = (0.1, 0.3, 1.0, 3.0)
 # Every so many batches one is held out, to choose the ridge by.
 _HELD_OUT = 4
 
@@ -64,7 +65,7 @@ def refit(
                     for layer in layers[depth:end]:
                         state.target = layer(state.target, **state.context)
             depth = end
-        if end is not None and plan.is_changed(position):
+        if end is not None and position in distillation.changed:
             found[position] = _fit(block, states, distillation.autocast)
         for state in states:
             with distillation.autocast():
@@ -118,7 +119,7 @@ def _fit(
         products[held_out].addmm_(h.T, r)
     power = squares[0].diagonal().mean()
     best, least, ridge = like.new_zeros(size, hidden), like.new_zeros(()), torch.inf
-    for candidate in RIDGES[:-1]:
+    for candidate in RIDGES:
         regularized = squares[0] + candidate * power * torch.eye(size, device=like.device)
         fitted = torch.cholesky_solve(products[0], torch.linalg.cholesky(regularized))
         # What is left of |r|^2 on the held-out batches, less what there was.

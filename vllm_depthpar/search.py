@@ -152,8 +152,7 @@ class Search:
         Among all tiles draws and neighbours of its kind are few: it would search less well than
         alone.
         """
-        known = [tiling for tiling in self.known if self._fits(self.length(tiling), ceiling)]
-        best = min(known, key=self.known.__getitem__, default=())
+        best = min(self._known_of(ceiling), key=self.known.__getitem__, default=())
         return [tiles for tiles in self._methods[:-1] if best and tiles.issuperset(best)][:1]
 
     def _choose(self, chosen: dict[Tiling, None], tiling: Tiling) -> None:
@@ -162,11 +161,7 @@ class Search:
 
     def _neighbours(self, costs: Mapping[Tile, float], ceiling: int) -> list[Tiling]:
         """The best known plans of this length with one tile exchanged, the most promising first."""
-        known = [
-            tiling
-            for tiling in self.known
-            if self._fits(self.length(tiling), ceiling) and costs.keys() >= set(tiling)
-        ]
+        known = [tiling for tiling in self._known_of(ceiling) if costs.keys() >= set(tiling)]
         found = set()
         for good in sorted(known, key=self.known.__getitem__)[:_GOOD]:
             for out in good:
@@ -178,6 +173,10 @@ class Search:
                         if self._fits(self.length(exchanged), ceiling):
                             found.add(exchanged)
         return sorted(found, key=lambda one: (sum(costs[tile] for tile in one), one))
+
+    def _known_of(self, ceiling: int) -> list[Tiling]:
+        """The measured plans that `_fits` takes."""
+        return [tiling for tiling in self.known if self._fits(self.length(tiling), ceiling)]
 
     def _fits(self, length: int, ceiling: int) -> bool:
         """Of at most this length, and not a layer shorter."""

@@ -12,6 +12,8 @@ from vllm_depthpar.presets import auto_spec
 from vllm_depthpar.shape import ModelShape
 
 KEY = "depthpar"
+# What a checkpoint that carries its plan names in config.json.
+ARCHITECTURE = "DepthParLlamaForCausalLM"
 ENV = "DEPTHPAR_PLAN"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,6 +39,11 @@ class Windows:
     def predictions(self) -> int:
         """Number of tokens whose prediction counts."""
         return len(self) * self.counted
+
+    @property
+    def digest(self) -> str:
+        """Hexadecimal, of the tokens."""
+        return hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()
 
     def part(self, count: int) -> tuple[Windows, Windows]:
         """All windows but `count` (at most half) spread over the text, and those."""

@@ -11,9 +11,9 @@ from typing import Any
 
 from vllm_depthpar import files, tasks
 from vllm_depthpar.checkpoint import read_config
+from vllm_depthpar.commands.quality_table import quality_table
 from vllm_depthpar.commands.types import DTYPES, MODEL_HELP, PLAN_HELP, at_least
 from vllm_depthpar.contenders import Contender, contenders, usual
-from vllm_depthpar.files import table
 from vllm_depthpar.shape import ModelShape
 
 
@@ -119,28 +119,13 @@ def measure_texts(args: argparse.Namespace, plans: Sequence[Contender]) -> dict[
 
 def text_table(report: dict[str, Any]) -> str:
     """A texts' report as a Markdown table, a row for each plan."""
-    names = [text["text"] for text in report["texts"]]
-    header = ["plan", "blocks"]
-    header += [f"{figure}: {name}" for name in names for figure in ("perplexity", "KL")]
-    rows = [
-        [
-            plan["label"],
-            str(plan["depth"]),
-            *(
-                cell
-                for name in names
-                for result in [plan["results"][name]]
-                for cell in (f"{result['perplexity']:.2f}", f"{result['kl']:.3f}")
-            ),
-        ]
-        for plan in report["plans"]
-    ]
+    rows = [([plan["label"], str(plan["depth"])], plan["results"]) for plan in report["plans"]]
     counted = "; ".join(
         f"{text['text']}: {text['tokens_counted']} tokens counted, in {text['windows']} windows of "
         f"{text['window']}, {text['counted_per_window']} of each"
         for text in report["texts"]
     )
-    return f"{table(header, rows)}\n\n{counted}; {report['dtype']}"
+    return f"{quality_table(['plan', 'blocks'], rows)}\n\n{counted}; {report['dtype']}"
 
 
 def _task_settings(args: argparse.Namespace) -> tasks.Settings:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import shutil
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_depthpar import checkpoint, export, files, plan, sources
+from vllm_depthpar.commands.quality_table import quality_table
 from vllm_depthpar.commands.types import DTYPES, MODEL_HELP, PLAN_HELP, at_least
 from vllm_depthpar.ladder_checkpoint import ladder_of
 from vllm_depthpar.plan import Plan, PlanError
@@ -119,7 +118,7 @@ def _run(args: argparse.Namespace) -> str:
     identity = [
         checkpoint.fingerprint(args.model),
         str(dtype),
-        hashlib.sha256(training.numpy().tobytes()).hexdigest(),
+        [domain.digest for domain in domains],
     ]
     run = recover.Recovery(distillation, settings, training, held_out, folder, identity)
     # In this order: what is measured depends on what was done.
@@ -148,7 +147,8 @@ def _run(args: argparse.Namespace) -> str:
         export.export(args.model, chosen, args.out, distillation.changes(), record)
         shutil.rmtree(folder)
     process.wait_for_everyone()
-    return f"{_table(quality_after)}\n\n{args.out}: {chosen.name}\nserve it: vllm serve {args.out}"
+    table = quality_table([""], [([stage], found) for stage, found in quality_after.items()])
+    return f"{table}\n\n{args.out}: {chosen.name}\nserve it: vllm serve {args.out}"
 
 
 def _check_installed(args: argparse.Namespace) -> None:
@@ -211,22 +211,3 @@ def _texts(args: argparse.Namespace) -> tuple[list[Windows], list[Windows]]:
             f"more (more text, --own-text, a smaller --window)"
         )
     return domains, held_out
-
-
-def _table(known: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
-    """Perplexity and KL of every held-out text after every stage."""
-    names = list(known["unmodified"])
-    header = ["", *(f"{figure}: {name}" for name in names for figure in ("perplexity", "KL"))]
-    rows = [
-        [stage]
-        + [
-            cell
-            for name in names
-            for cell in (
-                f"{quality[name]['perplexity']:.2f}",
-                f"{quality[name]['kl']:.3f}",
-            )
-        ]
-        for stage, quality in known.items()
-    ]
-    return files.table(header, rows)
