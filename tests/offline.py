@@ -63,6 +63,7 @@ class Result:
     prompt_logprobs: list[torch.Tensor]  # [tokens - 1]
     tokens: list[list[int]]
     logits: list[torch.Tensor]  # every tensor of logits the model computed, in turn: [rows, vocab]
+    compilation: dict[str, int]  # graphs, breaks in them, kernels; all 0 where nothing is compiled
 
 
 def run(
@@ -122,9 +123,13 @@ def _memory(env: dict[str, str]) -> str:
 
 
 def _engine_run(case: Case, ranks: int, compiled: bool) -> Result:
+    from torch._dynamo import utils as dynamo_utils
+    from torch._inductor import metrics
     from vllm import LLM, SamplingParams
     from vllm.inputs import TokensPrompt
 
+    dynamo_utils.counters.clear()
+    metrics.reset()
     chosen: dict[str, Any] = {}
     if case.plan != "plain":
         chosen = {"model_impl": "depthpar", "hf_overrides": {"depthpar": case.plan}}
@@ -181,6 +186,11 @@ def _engine_run(case: Case, ranks: int, compiled: bool) -> Result:
         ],
         tokens=[list(output.outputs[0].token_ids) for output in outputs],
         logits=seen,
+        compilation={
+            "graphs": dynamo_utils.counters["stats"]["unique_graphs"],
+            "breaks": sum(dynamo_utils.counters["graph_break"].values()),
+            "kernels": metrics.generated_kernel_count,
+        },
     )
 
 

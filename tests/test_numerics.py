@@ -210,14 +210,28 @@ def test_random_model_equals_reference(
 
 
 def test_compiled_plans_of_one_shape(tmp_path: Path) -> None:
-    """torch.compile, and vLLM's compile cache: plans whose graphs differ in order only."""
-    folder = write_llama(tmp_path, layers=3)
+    """torch.compile, and vLLM's compile cache: plans whose graphs differ in order only.
+
+    Compiled, a model of two blocks is one graph without a break, with plain vLLM's number of
+    kernels for two layers.
+    """
+    three, two = (write_llama(tmp_path / str(layers), layers=layers) for layers in (3, 2))
     cases = [
-        Case(folder, {"blocks": blocks}, prompts(4, 40).tolist(), max_tokens=16)
-        for blocks in ([[0, 1], [2]], [[2], [0, 1]])
+        Case(folder, plan, prompts(4, 40).tolist(), max_tokens=16)
+        for folder, plan in (
+            (three, {"blocks": [[0, 1], [2]]}),
+            (three, {"blocks": [[2], [0, 1]]}),
+            (two, "plain"),
+        )
     ]
-    for case, result in zip(cases, run(cases, compiled=True), strict=True):
-        check(result, case, hf.load(folder, case.plan))
+    results = run(cases, compiled=True)
+    for case, result in zip(cases, results, strict=True):
+        check(result, case, hf.load(case.model, spec_of(case.plan)))
+    # The first engine of a process also compiles what is not the model.
+    _, ours, plain = (result.compilation for result in results)
+    assert ours == plain
+    assert (ours["graphs"], ours["breaks"]) == (1, 0)
+    assert ours["kernels"] > 0
 
 
 def test_ngram_speculation(tmp_path: Path) -> None:
