@@ -124,7 +124,15 @@ LADDERS: list[Any] = [
     {"pair": [1, 5], "ladder": [3, 4, 5]},
     {"skip": {"speedup": 1.5}, "ladder": [0, 2]},
 ]
-# Shapes of the family, each with plans that exercise it. Six layers.
+# Plain vLLM's class, and every kind of block: TP 2 runs blocks of two dealt out, and cuts blocks of
+# three where one rank gets heads of two layers.
+FAMILY: list[Any] = [
+    "identity",
+    {"pair": [1, 5]},
+    {"blocks": [[0, 3, 1], [4], [2, 5]], "ladder": [0, 1, 3, 4]},
+    {"skip": {"speedup": 1.5}, "ladder": 2},
+]
+# Shapes of the families, each with plans that exercise it. Six layers.
 RANDOM: dict[str, tuple[dict[str, Any], list[Any]]] = {
     "GQA, untied": ({}, [{"pair": [1, 5]}, {"pair": [0, 6], "group": 3}, {"pair": [0, 6]}]),
     "MHA, tied": ({"kv_heads": 4, "tie": True}, [{"pair": [2, 6]}, {"blocks": [[0], [2, 1], [5]]}]),
@@ -135,6 +143,10 @@ RANDOM: dict[str, tuple[dict[str, Any], list[Any]]] = {
     ),
     "llama3 rope": ({"rope_scaling": LLAMA3_ROPE}, [{"pair": [1, 5]}]),
     "ladders": ({"attention_bias": True, "mlp_bias": True}, LADDERS),
+    "Mistral": ({"model_type": "mistral", "sliding_window": 8}, FAMILY),
+    "Qwen2": ({"model_type": "qwen2", "hidden": 128, "tie": True}, FAMILY),
+    "Qwen3": ({"model_type": "qwen3"}, FAMILY),
+    "Qwen3, biases": ({"model_type": "qwen3", "attention_bias": True}, [{"pair": [1, 5]}]),
     # 3 heads: TP 2 cuts no layer of it, but does cut a pair.
     "odd heads, in pairs": ({"hidden": 96, "heads": 3, "kv_heads": 3}, [{"pair": [0, 6]}]),
 }
