@@ -16,7 +16,8 @@ from vllm_depthpar.plan import Plan
 def plain_logits(path: Path, plan: Plan, ids: Tensor) -> Tensor:
     """A model of any family in double precision, block by block as the equations say.
 
-    Every layer sees what its kind in the config's `layer_types` says, or `sliding_window` tokens.
+    Every layer sees as far as its kind in the config's `layer_types` says, or, without these, those
+    from `max_window_layers` on see `sliding_window` tokens.
     Takes token ids (tokens,), returns logits (tokens, vocab).
     """
     config = json.loads((path / "config.json").read_text())
@@ -24,7 +25,10 @@ def plain_logits(path: Path, plan: Plan, ids: Tensor) -> Tensor:
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     width = len(weights["model.layers.0.self_attn.k_proj.weight"]) // kv_heads
     tokens, window = len(ids), config.get("sliding_window") or len(ids)
-    kinds = config.get("layer_types") or ["sliding_attention"] * config["num_hidden_layers"]
+    layers, begin = range(config["num_hidden_layers"]), config.get("max_window_layers", 0)
+    kinds = config.get("layer_types") or [
+        "sliding_attention" if layer >= begin else "full_attention" for layer in layers
+    ]
 
     def apply(name: str, x: Tensor) -> Tensor:
         return linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))

@@ -115,6 +115,21 @@ def test_identity_is_the_unmodified_model(folder: Path) -> None:
         assert torch.equal(got, wanted)
 
 
+@pytest.mark.parametrize("model", [name for name in MODELS if name[0] in "MQ"])
+def test_other_families_generate_and_learn(model: str, tmp_path: Path) -> None:
+    path = write_llama(tmp_path, layers=LAYERS, **MODELS[model])
+    restructured, ids = hf.load(path, PLANS["ladder over some pairs"]), prompts(2, 12)
+    options: dict[str, Any] = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
+    cached = restructured.generate(ids, use_cache=True, **options)
+    assert torch.equal(cached, restructured.generate(ids, use_cache=False, **options))
+    restructured.train()
+    restructured.gradient_checkpointing_enable()
+    output = restructured(ids, labels=ids, output_hidden_states=True)
+    output.loss.backward()
+    assert len(output.hidden_states) == 1 + len(restructured.model.layers)
+    assert all(parameter.grad is not None for parameter in restructured.parameters())
+
+
 @pytest.mark.parametrize("plan", PLANS)
 def test_generate_with_cache_equals_without(folder: Path, plan: str) -> None:
     model = hf.load(folder, PLANS[plan])
@@ -189,9 +204,23 @@ def test_errors(folder: Path, tmp_path: Path) -> None:
         hf.load(folder, {"blocks": [[6]]})
     other = write_llama(tmp_path, layers=2)
     config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps(config | {"model_type": "mistral"}))
-    with pytest.raises(PlanError, match="'mistral' is not supported; allowed: 'llama'"):
-        hf.load(other, "identity")
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"model_type": "gemma"}, "'gemma' is not supported; allowed: 'llama', .*'qwen3'"),
+        ({"model_type": "mixtral"}, "'mixtral' is not supported; allowed: 'llama'"),
+        (
+            {"model_type": "qwen2", "dual_chunk_attention_config": {"chunk_size": 8}},
+            "'dual_chunk_attention_config' is not supported; allowed: qwen2 models without it",
+        ),
+        (
+            {"model_type": "qwen3", "sliding_window": 8}
+            | {"use_sliding_window": True, "max_window_layers": 1},
+            "differ in their windows of attention; allowed: to serve the model",
+        ),
+    ]
+    for keys, message in wrong:
+        (other / "config.json").write_text(json.dumps(config | keys))
+        with pytest.raises(PlanError, match=message):
+            hf.load(other, "identity")
 
 
 def test_perplexity_of_a_real_model_grows_with_the_span(smollm2: Path) -> None:

@@ -34,11 +34,14 @@ class Family:
 _LLAMA = Family(
     ("LlamaForCausalLM", "LLaMAForCausalLM", "LlamaModel", ladder_checkpoint.ARCHITECTURE)
 )
+_MISTRAL_VARIANTS = ("ada_rms_norm_t_cond", "llama_4_scaling")
 # By config.json's `model_type`.
 FAMILIES = {
     "llama": _LLAMA,
     ladder_checkpoint.MODEL_TYPE: _LLAMA,
-    "mistral": Family(("MistralForCausalLM",), refused=("ada_rms_norm_t_cond", "llama_4_scaling")),
+    "mistral": Family(("MistralForCausalLM",), refused=_MISTRAL_VARIANTS),
+    # What transformers makes of a Mistral with `layer_types`.
+    "ministral": Family(("MinistralForCausalLM",), refused=_MISTRAL_VARIANTS),
     "qwen2": Family(
         ("Qwen2ForCausalLM",), qkv_bias=True, refused=("dual_chunk_attention_config", "qk_norm")
     ),

@@ -14,9 +14,8 @@ from torch import nn
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.models import qwen3
 from vllm.model_executor.models.llama import LlamaAttention
-from vllm.model_executor.models.mistral import MistralAttention
 
-from vllm_depthpar import ladder_checkpoint
+from vllm_depthpar.families import Family
 
 
 class Qwen2Attention(LlamaAttention):
@@ -41,19 +40,11 @@ class Qwen3Attention(LlamaAttention):
     forward = qwen3.Qwen3Attention.forward
 
 
-# By config.json's `model_type`.
-_ATTENTION = {
-    "llama": LlamaAttention,
-    ladder_checkpoint.MODEL_TYPE: LlamaAttention,
-    "mistral": MistralAttention,
-    "qwen2": Qwen2Attention,
-    "qwen3": Qwen3Attention,
-}
-
-
-def attention_of(model_type: str) -> type[LlamaAttention]:
-    """The class of attention of a family in `vllm_depthpar.families`."""
-    return _ATTENTION[model_type]
+def attention_of(family: Family) -> type[LlamaAttention]:
+    """The class of a family's attention."""
+    if family.qk_norm:
+        return Qwen3Attention
+    return Qwen2Attention if family.qkv_bias else LlamaAttention
 
 
 class HeadNorm(RMSNorm):

@@ -34,6 +34,7 @@ from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
 from vllm.model_executor.models.utils import AutoWeightsLoader, extract_layer_index
 
 from vllm_depthpar.compat import logger, member_of_this_rank, narrowed_tensor_parallel, plan_of
+from vllm_depthpar.families import family_of
 from vllm_depthpar.fold import fold_gain_, shard_of
 from vllm_depthpar.plan import Plan
 from vllm_depthpar.reductions import InFlight, Reductions
@@ -94,8 +95,8 @@ class BlockDecoderLayer(LlamaDecoderLayer):
     def __init__(
         self, vllm_config: VllmConfig, prefix: str, config: PreTrainedConfig | None = None
     ) -> None:
-        attention = attention_of(vllm_config.model_config.hf_config.model_type)
-        super().__init__(vllm_config, prefix, config, attn_layer_type=attention)
+        family = family_of(vllm_config.model_config.hf_config.to_dict())
+        super().__init__(vllm_config, prefix, config, attn_layer_type=attention_of(family))
 
     def join(self, ladder: bool, before_ladder: bool) -> None:
         """Say whether this is a ladder block, and whether the next block is."""
