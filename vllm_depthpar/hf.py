@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache, reduce
+from functools import reduce
 from os import PathLike
 from typing import Any, TypeAlias, cast
 
@@ -53,7 +53,7 @@ class ParallelBlock(GradientCheckpointingLayer):
     """
 
     def __init__(self, members: Mapping[int, nn.Module], ladder: bool, before_ladder: bool) -> None:
-        # Not a decoder layer's own constructor (see `_block_type`), which would make its weights.
+        # Not a decoder layer's own constructor (see `restructure`), which would make its weights.
         nn.Module.__init__(self)
         self.members = nn.ModuleDict({str(index): layer for index, layer in members.items()})
         self.ladder = ladder
@@ -89,15 +89,6 @@ class ParallelBlock(GradientCheckpointingLayer):
     def layers(self) -> list[GradientCheckpointingLayer]:
         """The original decoder layers."""
         return list(self.members.values())
-
-
-@cache
-def _block_type(layer_type: type[nn.Module]) -> type[ParallelBlock]:
-    """A block that is one decoder layer to transformers, of a family with this class of layers.
-
-    Gradient checkpointing, the recording of hidden states and device maps treat it as such.
-    """
-    return type("ParallelBlock", (ParallelBlock, layer_type), {})
 
 
 def load(
@@ -201,8 +192,9 @@ def restructure(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     _check_layers(plan, len(layers))
     for slot, index in enumerate(index for block in plan.blocks for index in block):
         layers[index].self_attn.layer_idx = slot
-    layer_type: type[nn.Module] = type(layers[0])
-    block_type = _block_type(layer_type)
+    # Decoder layers to transformers: gradient checkpointing, the recording of hidden states and
+    # device maps treat them as such.
+    block_type = type("ParallelBlock", (ParallelBlock, type(layers[0])), {})
     model.model.layers = nn.ModuleList(
         block_type(
             {index: layers[index] for index in block},
