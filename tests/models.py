@@ -1,4 +1,4 @@
-"""Small random Llama checkpoints for tests, written without transformers' initialization.
+"""Small random checkpoints for tests, written without transformers' initialization.
 
 They have no tokenizer of their own: prompts are lists of token ids, and vLLM takes them with
 ``skip_tokenizer_init=True``. `write_tokenizer` adds one.
@@ -17,6 +17,14 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
+
+# `write_llama`'s model type to what config.json names.
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
 
 # As in Llama 3.2's config.json, with an original context short enough that the scaling of the
 # slow frequencies shows at the few dozen tokens of a test.
@@ -45,11 +53,14 @@ def write_llama(
     mlp_bias: bool = False,
     rope_scaling: dict[str, object] | None = None,
     dtype: torch.dtype = torch.float32,
-    architecture: str = "LlamaForCausalLM",
+    model_type: str = "llama",
+    architecture: str | None = None,
     ladder_layers: int | list[int] | None = None,
+    **config_keys: object,
 ) -> Path:
-    """Write config.json and model.safetensors of a seeded random Llama; returns the folder.
+    """Write config.json and model.safetensors of a seeded random model; returns the folder.
 
+    A Llama, or of the family that `model_type` names; `config_keys` are more of its config's keys.
     With `ladder_layers` the config is as the Ladder Residual authors write it.
 
     Norm gains are far from one and biases from zero, so that leaving one out, or giving it to the
@@ -61,16 +72,19 @@ def write_llama(
     def normal(*shape: int, std: float) -> torch.Tensor:
         return (torch.randn(*shape, generator=generator) * std).to(dtype)
 
-    def gain() -> torch.Tensor:
-        return torch.empty(hidden).uniform_(0.5, 1.5, generator=generator).to(dtype)
+    def gain(size: int = hidden) -> torch.Tensor:
+        return torch.empty(size).uniform_(0.5, 1.5, generator=generator).to(dtype)
 
     # Attention and MLP add about 0.4 to each element of the stream. The embedding adds less, or a
     # model with tied embeddings would repeat its last token for ever; its last norm makes up for
     # what that takes from the logits.
+    qkv_bias = attention_bias or model_type == "qwen2"
+    if model_type == "qwen2":  # whose config has no such key
+        head_dim = hidden // heads
     shapes = {
-        "self_attn.q_proj": (heads * head_dim, hidden, 1.0, attention_bias),
-        "self_attn.k_proj": (kv_heads * head_dim, hidden, 1.0, attention_bias),
-        "self_attn.v_proj": (kv_heads * head_dim, hidden, 1.0, attention_bias),
+        "self_attn.q_proj": (heads * head_dim, hidden, 1.0, qkv_bias),
+        "self_attn.k_proj": (kv_heads * head_dim, hidden, 1.0, qkv_bias),
+        "self_attn.v_proj": (kv_heads * head_dim, hidden, 1.0, qkv_bias),
         "self_attn.o_proj": (hidden, heads * head_dim, 0.6, attention_bias),
         "mlp.gate_proj": (intermediate, hidden, 1.0, mlp_bias),
         "mlp.up_proj": (intermediate, hidden, 1.0, mlp_bias),
@@ -81,6 +95,9 @@ def write_llama(
         prefix = f"model.layers.{layer}."
         for norm in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"{prefix}{norm}.weight"] = gain()
+        if model_type == "qwen3":
+            for norm in ("q_norm", "k_norm"):
+                tensors[f"{prefix}self_attn.{norm}.weight"] = gain(head_dim)
         for name, (out, into, scale, bias) in shapes.items():
             tensors[f"{prefix}{name}.weight"] = normal(out, into, std=scale / into**0.5)
             if bias:
@@ -90,13 +107,12 @@ def write_llama(
         tensors["lm_head.weight"] = normal(vocab, hidden, std=3 / hidden**0.5)
 
     config = {
-        "architectures": [architecture],
-        "model_type": "llama",
+        "architectures": [architecture or ARCHITECTURES[model_type]],
+        "model_type": model_type,
         "num_hidden_layers": layers,
         "hidden_size": hidden,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
-        "head_dim": head_dim,
         "intermediate_size": intermediate,
         "vocab_size": vocab,
         "tie_word_embeddings": tie,
@@ -110,6 +126,9 @@ def write_llama(
         "torch_dtype": str(dtype).removeprefix("torch."),
         "bos_token_id": None,
         "eos_token_id": None,
+        **({} if model_type == "qwen2" else {"head_dim": head_dim}),
+        **({"sliding_window": None} if model_type == "mistral" else {}),
+        **config_keys,
     }
     if ladder_layers is not None:
         config |= {

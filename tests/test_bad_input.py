@@ -19,6 +19,20 @@ def plan(spec: Any) -> list[str]:
     return ["--hf-overrides", json.dumps({"depthpar": spec})]
 
 
+# Mistral's config of a model of `write_llama`.
+PARAMS = {
+    "dim": 64,
+    "n_layers": 6,
+    "head_dim": 32,
+    "hidden_dim": 96,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "norm_eps": 1e-5,
+    "vocab_size": 512,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 512,
+}
+
 # What is given, and what the line must say. MODEL: a checkpoint of 6 layers and 4 heads.
 BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     "index out of range": (
@@ -62,6 +76,26 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"model": "gpt2"},
         ["GPT2LMHeadModel", "allowed: ", "LlamaForCausalLM"],
     ),
+    "mixture of experts": (
+        {"model": "mixtral"},
+        ["MixtralForCausalLM", "allowed: ", "MistralForCausalLM", "Qwen3ForCausalLM"],
+    ),
+    "a family's variant": (
+        {"model": "chunked"},
+        ["'dual_chunk_attention_config' is not supported", "allowed: qwen2 models without it"],
+    ),
+    "Mistral's own format": (
+        {"model": "consolidated"},
+        ["Mistral's own format", "allowed: --config-format hf --load-format hf"],
+    ),
+    "Mistral's own weights": (
+        {"model": "consolidated", "args": ["--config-format", "hf"]},
+        ["Mistral's own format", "allowed: --config-format hf --load-format hf"],
+    ),
+    "windows that differ side by side": (
+        {"model": "windows", "args": plan({"pair": [0, 6]})},
+        ["layers 2 and 3 can't run side by side", "windows None and 8", "allowed: "],
+    ),
     "LoRA": ({"args": ["--enable-lora"]}, ["--enable-lora", "merge the adapter"]),
     "pipeline parallelism": (
         {"args": ["--pipeline-parallel-size", "2"]},
@@ -90,14 +124,29 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Out
     (folder / "gpt2").mkdir()
     gpt2 = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_layer": 2, "n_head": 2}
     (folder / "gpt2" / "config.json").write_text(json.dumps(gpt2))
+    write_llama(folder / "mixtral", model_type="mixtral", architecture="MixtralForCausalLM")
+    write_llama(
+        folder / "chunked", model_type="qwen2", dual_chunk_attention_config={"chunk_size": 8}
+    )
+    write_llama(
+        folder / "windows",
+        model_type="qwen3",
+        sliding_window=8,
+        use_sliding_window=True,
+        max_window_layers=3,
+    )
+    consolidated = write_llama(folder / "consolidated", model_type="mistral")
+    (consolidated / "consolidated.safetensors").hardlink_to(consolidated / "model.safetensors")
+    (consolidated / "params.json").write_text(json.dumps(PARAMS))
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         calls = {}
         for name, (given, _) in BAD.items():
             port = str(taken.getsockname()[1]) if given.get("port") == "taken" else "0"
-            where = {"gpt2": str(folder / "gpt2")}.get(given.get("model", ""), given.get("model"))
-            args = [str(where or model), "--model-impl", "depthpar", "--skip-tokenizer-init"]
+            named = given.get("model", "llama")
+            # An absolute path is itself.
+            args = [str(folder / named), "--model-impl", "depthpar", "--skip-tokenizer-init"]
             args += ["--host", "127.0.0.1", "--port", port, *given.get("args", [])]
             args = [arg.replace("MODEL", str(model)) for arg in args]
             calls[name] = Call(args, {"VLLM_LOGGING_LEVEL": "INFO", **given.get("env", {})})

@@ -33,8 +33,9 @@ def test_registering_twice_wraps_once() -> None:
     look_up = type(ModelRegistry).resolve_model_cls
     register()
     assert type(ModelRegistry).resolve_model_cls is look_up
-    assert compat.ARCHITECTURE in ModelRegistry.get_supported_archs()
-    assert MODELS_CONFIG_MAP[compat.ARCHITECTURE] is compat.DepthParConfig
+    for name in (compat.ARCHITECTURE, compat.OLD_ARCHITECTURE):
+        assert name in ModelRegistry.get_supported_archs()
+        assert MODELS_CONFIG_MAP[name] is compat.DepthParConfig
 
 
 def test_what_is_relied_on() -> None:
@@ -52,5 +53,6 @@ def test_what_is_relied_on() -> None:
     ):
         assert "get_tp_group()" in inspect.getsource(function)
     assert "return _TP" in inspect.getsource(parallel_state.get_tp_group)
-    assert "config" in inspect.signature(llama.LlamaDecoderLayer.__init__).parameters
+    parameters = inspect.signature(llama.LlamaDecoderLayer.__init__).parameters
+    assert {"config", "attn_layer_type"} <= parameters.keys()
     assert "layer_type(vllm_config=vllm_config, prefix=prefix)" in inspect.getsource(llama)

@@ -27,8 +27,10 @@ SHAPE = ModelShape(
     intermediate=128,
     vocab=1000,
     tied=False,
-    attention_bias=False,
+    qkv_bias=False,
+    output_bias=False,
     mlp_bias=False,
+    qk_norm=False,
     dtype_bytes=2,
 )
 IDENTITY = resolve("identity", 8)

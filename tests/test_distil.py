@@ -10,7 +10,7 @@ import torch
 from models import prompts, write_llama
 from torch import Tensor
 from torch.nn import functional
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from vllm_depthpar import distil, hf, refit
 from vllm_depthpar.distil import Distillation, Objective
@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def plain_losses(
-    teacher: LlamaForCausalLM, student: LlamaForCausalLM, ids: Tensor
+    teacher: PreTrainedModel, student: PreTrainedModel, ids: Tensor
 ) -> tuple[Tensor, Tensor]:
     """KL(teacher || student) and the student's loss on the text, by whole models and autograd."""
     with torch.no_grad():
@@ -87,6 +87,32 @@ def test_loss_and_gradients(
         torch.testing.assert_close(
             parameter.grad, expected[name].grad, rtol=1e-3, atol=1e-6, msg=name
         )
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"model_type": "mistral", "sliding_window": 8},
+        {"model_type": "qwen2", "tie": True},
+        {"model_type": "qwen3"},
+    ],
+    ids=str,
+)
+def test_other_families(tmp_path: Path, shape: dict[str, Any]) -> None:
+    """The loss is that of whole models, windows included, and a refit lowers it."""
+    path = write_llama(tmp_path, layers=LAYERS, **shape)
+    plan, ids = resolve(PLANS["pairs"], LAYERS), prompts(3, 24)
+    tested = Distillation(hf.load_unmodified(path), plan)
+    kl, nll = plain_losses(hf.load_unmodified(path), hf.load(path, plan), ids)
+    losses = tested.eval()(ids)
+    assert losses["kl"].item() == pytest.approx(kl.item(), rel=1e-4)
+    assert losses["nll"].item() == pytest.approx(nll.item(), rel=1e-5)
+    tested.unfreeze("norms")
+    trained = [name for name, p in tested.student.named_parameters() if p.requires_grad]
+    assert len(trained) == 4 * (4 if shape["model_type"] == "qwen3" else 2)
+    refit.refit(tested, prompts(64, 64))
+    with torch.no_grad():
+        assert float(tested(ids)["kl"]) < 0.95 * float(kl)
 
 
 def test_only_what_may_change_is_the_students_own(folder: Path) -> None:

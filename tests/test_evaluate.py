@@ -51,8 +51,20 @@ def logits_of(folder: Path, plan: Plan, tokens: Tensor) -> Tensor:
     return logits
 
 
-@pytest.mark.parametrize("spec", [None, {"ladder": 2}])
-def test_equals_the_reference(folder: Path, windows: Windows, spec: Any) -> None:
+@pytest.mark.parametrize(
+    ("shape", "spec"),
+    [
+        ({}, None),
+        ({}, {"ladder": 2}),
+        ({"model_type": "mistral", "sliding_window": 8}, None),
+        ({"model_type": "qwen3"}, None),
+    ],
+    ids=str,
+)
+def test_equals_the_reference(
+    tmp_path: Path, windows: Windows, shape: dict[str, Any], spec: Any
+) -> None:
+    folder = write_llama(tmp_path, layers=LAYERS, **shape)
     unmodified = resolve(spec or "identity", LAYERS)
     evaluator = Evaluator(hf.load_unmodified(folder), spec and unmodified, batch=2)
     found = evaluator.measure(PLANS, windows)

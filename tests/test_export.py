@@ -87,6 +87,20 @@ def test_served_without_a_flag(exported: dict[str, Path], model: Path) -> None:
         assert torch.equal(again, generated)
 
 
+@pytest.mark.parametrize("kind", ["mistral", "qwen3"])
+def test_other_families_are_served_without_a_flag(tmp_path: Path, kind: str) -> None:
+    source = write_llama(tmp_path / "source", layers=LAYERS, model_type=kind)
+    plan, ids = resolve({"blocks": [[0], [2, 1], [4]]}, LAYERS), prompts(2, 24)
+    export.export(str(source), plan, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == kind
+    (result,) = offline.run([offline.Case(tmp_path / "out", "plain", ids.tolist(), max_tokens=8)])
+    for folder, spec in ((source, plan), (tmp_path / "out", None)):
+        generated = hf.load(folder, spec).generate(
+            ids, max_new_tokens=8, do_sample=False, pad_token_id=0
+        )
+        assert result.tokens == generated[:, 24:].tolist()
+
+
 def test_changed_tensors_and_shards(model: Path, tmp_path: Path) -> None:
     """Each tensor stays in its file; a change is rounded to what it replaces."""
     tensors = load_file(model / "model.safetensors")

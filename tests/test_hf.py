@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from equations import plain_logits
 from models import LLAMA3_ROPE, prompts, write_llama
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.nn.functional import cross_entropy, embedding, linear, silu
+from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from vllm_depthpar import hf
-from vllm_depthpar.plan import Plan, PlanError, resolve
+from vllm_depthpar.plan import PlanError, resolve
 
 LAYERS = 6
 PLANS: dict[str, Any] = {
@@ -39,11 +40,18 @@ PLANS: dict[str, Any] = {
     "ladder with skips": {"skip": {"speedup": 1.5}, "ladder": "all"},
     "ladder out of order, skipping": {"blocks": [[4, 1], [0], [5, 2]], "ladder": [0, 2, 5]},
 }
+ALL_SLIDING = {"use_sliding_window": True, "max_window_layers": 0}
 MODELS: dict[str, dict[str, Any]] = {
     "GQA": {},
     "MHA, tied": {"kv_heads": 4, "tie": True},
     "biases": {"attention_bias": True, "mlp_bias": True},
     "llama3 rope": {"rope_scaling": LLAMA3_ROPE},
+    "Mistral": {"model_type": "mistral"},
+    "Mistral, sliding window": {"model_type": "mistral", "sliding_window": 8},
+    "Qwen2": {"model_type": "qwen2", "tie": True},
+    "Qwen2, sliding window": {"model_type": "qwen2", "sliding_window": 8, **ALL_SLIDING},
+    "Qwen3": {"model_type": "qwen3"},
+    "Qwen3, biases": {"model_type": "qwen3", "attention_bias": True},
 }
 
 # Written for this test, so that nothing needs to be downloaded to read it.
@@ -56,68 +64,6 @@ came back to take his place, and the first thing she did was to replace the lamp
 efficient one. Some people in the village complained that the new light was too bright. Others
 said that it made no difference at all. But when a thick fog covered the bay in October, and
 three boats found their way in without any trouble, nobody complained again."""
-
-
-def plain_logits(path: Path, plan: Plan, ids: Tensor) -> Tensor:
-    """A Llama in double precision on the checkpoint's tensors, block by block as the equations say.
-
-    Takes token ids (tokens,), returns logits (tokens, vocab).
-    """
-    config = json.loads((path / "config.json").read_text())
-    weights = {k: v.double() for k, v in load_file(path / "model.safetensors").items()}
-    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    width, tokens = config["head_dim"], len(ids)
-
-    def apply(name: str, x: Tensor) -> Tensor:
-        return linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
-
-    def norm(name: str, x: Tensor) -> Tensor:
-        rms = (x.pow(2).mean(-1, keepdim=True) + config["rms_norm_eps"]).sqrt()
-        return x / rms * weights[f"{name}.weight"]
-
-    frequency = config["rope_theta"] ** -(torch.arange(0, width, 2).double() / width)
-    if scaling := config["rope_scaling"]:
-        # Llama 3.1: slow waves by the factor, fast waves not at all, a ramp between.
-        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        turns = scaling["original_max_position_embeddings"] * frequency / (2 * torch.pi)
-        ramp = ((turns - low) / (high - low)).clamp(0, 1)
-        frequency = frequency * (ramp + (1 - ramp) / scaling["factor"])
-    turn = torch.polar(torch.ones(()).double(), torch.arange(tokens)[:, None] * frequency)
-
-    def rotate(x: Tensor) -> Tensor:
-        first, second = x.chunk(2, dim=-1)
-        turned = torch.complex(first, second) * turn
-        return torch.cat([turned.real, turned.imag], dim=-1)
-
-    def attention(layer: int, x: Tensor) -> Tensor:
-        name = f"model.layers.{layer}"
-        x = norm(f"{name}.input_layernorm", x)
-        q, k, v = (
-            apply(f"{name}.self_attn.{part}_proj", x).view(tokens, -1, width).transpose(0, 1)
-            for part in "qkv"
-        )
-        q = rotate(q).view(kv_heads, heads // kv_heads, tokens, width)
-        scores = q @ rotate(k)[:, None].mT / width**0.5
-        future = torch.ones(tokens, tokens).triu(1).bool()
-        mixed = scores.masked_fill(future, -torch.inf).softmax(-1) @ v[:, None]
-        merged = mixed.reshape(heads, tokens, width).transpose(0, 1).reshape(tokens, -1)
-        return apply(f"{name}.self_attn.o_proj", merged)
-
-    def mlp(layer: int, x: Tensor) -> Tensor:
-        name = f"model.layers.{layer}"
-        x = norm(f"{name}.post_attention_layernorm", x)
-        gate, up = apply(f"{name}.mlp.gate_proj", x), apply(f"{name}.mlp.up_proj", x)
-        return apply(f"{name}.mlp.down_proj", silu(gate) * up)
-
-    x = after_attention = embedding(ids, weights["model.embed_tokens.weight"])
-    for position, block in enumerate(plan.blocks):
-        ladder = position in plan.ladder
-        read = after_attention if ladder else x
-        after_attention = x + torch.stack([attention(layer, read) for layer in block]).sum(0)
-        read = x if ladder else after_attention
-        x = after_attention + torch.stack([mlp(layer, read) for layer in block]).sum(0)
-    head = "model.embed_tokens" if config["tie_word_embeddings"] else "lm_head"
-    return apply(head, norm("model.norm", x))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -167,6 +113,21 @@ def test_identity_is_the_unmodified_model(folder: Path) -> None:
     assert len(result.hidden_states) == len(expected.hidden_states) == LAYERS + 1
     for got, wanted in zip(result.hidden_states, expected.hidden_states, strict=True):
         assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("model", [name for name in MODELS if name[0] in "MQ"])
+def test_other_families_generate_and_learn(model: str, tmp_path: Path) -> None:
+    path = write_llama(tmp_path, layers=LAYERS, **MODELS[model])
+    restructured, ids = hf.load(path, PLANS["ladder over some pairs"]), prompts(2, 12)
+    options: dict[str, Any] = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
+    cached = restructured.generate(ids, use_cache=True, **options)
+    assert torch.equal(cached, restructured.generate(ids, use_cache=False, **options))
+    restructured.train()
+    restructured.gradient_checkpointing_enable()
+    output = restructured(ids, labels=ids, output_hidden_states=True)
+    output.loss.backward()
+    assert len(output.hidden_states) == 1 + len(restructured.model.layers)
+    assert all(parameter.grad is not None for parameter in restructured.parameters())
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -243,9 +204,23 @@ def test_errors(folder: Path, tmp_path: Path) -> None:
         hf.load(folder, {"blocks": [[6]]})
     other = write_llama(tmp_path, layers=2)
     config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps(config | {"model_type": "mistral"}))
-    with pytest.raises(PlanError, match="'mistral' is not supported; allowed: 'llama'"):
-        hf.load(other, "identity")
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"model_type": "gemma"}, "'gemma' is not supported; allowed: 'llama', .*'qwen3'"),
+        ({"model_type": "mixtral"}, "'mixtral' is not supported; allowed: 'llama'"),
+        (
+            {"model_type": "qwen2", "dual_chunk_attention_config": {"chunk_size": 8}},
+            "'dual_chunk_attention_config' is not supported; allowed: qwen2 models without it",
+        ),
+        (
+            {"model_type": "qwen3", "sliding_window": 8}
+            | {"use_sliding_window": True, "max_window_layers": 1},
+            "differ in their windows of attention; allowed: to serve the model",
+        ),
+    ]
+    for keys, message in wrong:
+        (other / "config.json").write_text(json.dumps(config | keys))
+        with pytest.raises(PlanError, match=message):
+            hf.load(other, "identity")
 
 
 def test_perplexity_of_a_real_model_grows_with_the_span(smollm2: Path) -> None:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from equations import plain_logits
 from models import LLAMA3_ROPE, prompts, quantize_int8, write_llama
 from offline import Case, Result, run
 from texts import TEXTS
 from transformers import AutoTokenizer
 
 from vllm_depthpar import hf
+from vllm_depthpar.plan import Plan, resolve
 
 # Of SmolLM2's 30 layers. TP 3 runs blocks of 2 folded, and blocks of 3 dealt out to the ranks.
 PLANS: dict[str, Any] = {
@@ -43,7 +47,7 @@ def spec_of(plan: Any) -> Any:
     return "identity" if plan == "plain" else plan
 
 
-def check(result: Result, case: Case, model: torch.nn.Module) -> None:
+def check(result: Result, case: Case, model: Callable[[torch.Tensor], Any]) -> None:
     """Prompt log-probabilities within the bound, and each generated token the reference's best.
 
     The second is the same as equal greedy continuations, by induction over the tokens.
@@ -124,7 +128,18 @@ LADDERS: list[Any] = [
     {"pair": [1, 5], "ladder": [3, 4, 5]},
     {"skip": {"speedup": 1.5}, "ladder": [0, 2]},
 ]
-# Shapes of the family, each with plans that exercise it. Six layers.
+# Every kind of block: TP 2 deals blocks of two out to the ranks, and cuts blocks of three where one
+# rank gets heads of two layers.
+FAMILY: list[Any] = [
+    {"pair": [1, 5]},
+    {"blocks": [[0, 3, 1], [4], [2, 5]], "ladder": [0, 1, 3, 4]},
+]
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Mistral": {"model_type": "mistral", "sliding_window": 8},
+    "Qwen2": {"model_type": "qwen2", "hidden": 128, "tie": True},
+    "Qwen3": {"model_type": "qwen3"},
+}
+# Shapes of the families, each with plans that exercise it. Six layers.
 RANDOM: dict[str, tuple[dict[str, Any], list[Any]]] = {
     "GQA, untied": ({}, [{"pair": [1, 5]}, {"pair": [0, 6], "group": 3}, {"pair": [0, 6]}]),
     "MHA, tied": ({"kv_heads": 4, "tie": True}, [{"pair": [2, 6]}, {"blocks": [[0], [2, 1], [5]]}]),
@@ -135,6 +150,7 @@ RANDOM: dict[str, tuple[dict[str, Any], list[Any]]] = {
     ),
     "llama3 rope": ({"rope_scaling": LLAMA3_ROPE}, [{"pair": [1, 5]}]),
     "ladders": ({"attention_bias": True, "mlp_bias": True}, LADDERS),
+    **{name: (shape, FAMILY) for name, shape in FAMILIES.items()},
     # 3 heads: TP 2 cuts no layer of it, but does cut a pair.
     "odd heads, in pairs": ({"hidden": 96, "heads": 3, "kv_heads": 3}, [{"pair": [0, 6]}]),
 }
@@ -209,13 +225,55 @@ def test_random_model_equals_reference(
     check(random_results[name], case, hf.load(case.model, case.plan))
 
 
+def test_identity_of_other_families_is_plain(tmp_path: Path) -> None:
+    """vLLM's own class of each family gives the same numbers, to the last bit."""
+    cases = [
+        Case(folder, plan, prompts(1, 40).tolist(), max_tokens=4)
+        for name, shape in FAMILIES.items()
+        for folder in [write_llama(tmp_path / name, layers=2, **shape)]
+        for plan in ("plain", "identity")
+    ]
+    results = iter(run(cases))
+    for plain, identity in zip(results, results, strict=True):
+        assert identity.tokens == plain.tokens
+        for ours, theirs in zip(identity.prompt_logprobs, plain.prompt_logprobs, strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_windows_of_some_layers(tmp_path: Path) -> None:
+    """Each block has the window of its layers, wherever it runs. Against the equations."""
+    kinds = ["full_attention", "sliding_attention"] * 3
+    some: dict[str, tuple[dict[str, Any], Any]] = {
+        "Mistral": ({"layer_types": kinds}, [[3, 1], [0, 2, 4], [5]]),
+        "Qwen2": ({"use_sliding_window": True, "max_window_layers": 3}, [[0, 2, 1], [3], [5, 4]]),
+        "Qwen3": ({"use_sliding_window": True, "layer_types": kinds}, [[3, 1], [0, 2, 4], [5]]),
+    }
+    cases = []
+    for name, (keys, blocks) in some.items():
+        folder = write_llama(tmp_path / name, **{**FAMILIES[name], "sliding_window": 8, **keys})
+        cases.append(Case(folder, {"blocks": blocks}, prompts(2, 40).tolist(), max_tokens=16))
+    for case, result in zip(cases, run(cases), strict=True):
+        plan = resolve(case.plan, len(kinds))
+
+        def reference(
+            texts: torch.Tensor, folder: Path = case.model, plan: Plan = plan
+        ) -> SimpleNamespace:
+            return SimpleNamespace(
+                logits=torch.stack([plain_logits(folder, plan, text) for text in texts]).float()
+            )
+
+        check(result, case, reference)
+
+
 def test_compiled_plans_of_one_shape(tmp_path: Path) -> None:
     """torch.compile, and vLLM's compile cache: plans whose graphs differ in order only.
 
     Compiled, a model of two blocks is one graph without a break, with plain vLLM's number of
     kernels for two layers.
     """
-    three, two = (write_llama(tmp_path / str(layers), layers=layers) for layers in (3, 2))
+    three, two = (
+        write_llama(tmp_path / str(layers), layers=layers, model_type="qwen3") for layers in (3, 2)
+    )
     cases = [
         Case(folder, plan, prompts(4, 40).tolist(), max_tokens=16)
         for folder, plan in (

@@ -25,7 +25,7 @@ from vllm_depthpar.tiling import Tile, Tiling, best_of_each_length, candidates, 
 LAYERS = 12
 SHAPE = ModelShape(
     layers=32, hidden=4096, heads=32, kv_heads=32, head_dim=128, intermediate=11008, vocab=32000,
-    tied=False, attention_bias=False, mlp_bias=False, dtype_bytes=2,
+    tied=False, qkv_bias=False, output_bias=False, mlp_bias=False, qk_norm=False, dtype_bytes=2,
 )  # fmt: skip
 
 

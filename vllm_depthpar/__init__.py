@@ -1,4 +1,4 @@
-"""vllm-depthpar: a vLLM plugin that serves Llama checkpoints with restructured depth.
+"""vllm-depthpar: a vLLM plugin that serves checkpoints with restructured depth.
 
 vLLM imports this package in every one of its processes, so importing it does nothing: no torch,
 no vLLM, no logging set-up. The version is written here and nowhere else.

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vllm_depthpar.ladder_checkpoint import MODEL_TYPE
+from vllm_depthpar.families import family_of
 from vllm_depthpar.plan import PlanError
 from vllm_depthpar.sources import KEY
 
@@ -19,7 +19,7 @@ def read_config(model: str) -> dict[str, Any]:
         model: its folder, or its name on the Hugging Face hub (cached or downloaded).
 
     Raises:
-        PlanError: there is none, or it is not a Llama's.
+        PlanError: there is none, or it is not of a family that can be restructured.
     """
     path = Path(model).expanduser() / "config.json"
     if not path.exists():
@@ -28,9 +28,7 @@ def read_config(model: str) -> dict[str, Any]:
         config = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise PlanError(f"{path} can't be read ({error}); allowed: a config.json") from None
-    if not isinstance(config, dict) or config.get("model_type") not in ("llama", MODEL_TYPE):
-        kind = config.get("model_type") if isinstance(config, dict) else None
-        raise PlanError(f"model_type {kind!r} of {model} is not supported; allowed: 'llama'")
+    family_of(config if isinstance(config, dict) else {})
     return config
 
 

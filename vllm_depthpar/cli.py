@@ -20,7 +20,7 @@ COMMANDS = (plan, predict, search, eval, study, recover, export, bundled)
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code (1, with one line on stderr, for wrong input)."""
     parser = argparse.ArgumentParser(
-        prog="depthpar", description="Restructure the depth of Llama models for vLLM."
+        prog="depthpar", description="Restructure the depth of models for vLLM."
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

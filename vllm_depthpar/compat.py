@@ -37,22 +37,27 @@ from vllm.forward_context import get_forward_context, is_forward_context_availab
 from vllm.logger import init_logger
 from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+from vllm.transformers_utils.repo_utils import is_mistral_model_repo
 
 from vllm_depthpar import __version__, ladder_checkpoint, ladder_config, sources
+from vllm_depthpar.families import FAMILIES
 from vllm_depthpar.plan import Plan, PlanError, resolve
 from vllm_depthpar.shape import ModelShape
-from vllm_depthpar.sources import ARCHITECTURE
+from vllm_depthpar.sources import ARCHITECTURE, OLD_ARCHITECTURE
 
 SUPPORTED = SpecifierSet(">=0.32,<0.34")
 
 MODEL_IMPL = "depthpar"
-# Architectures that vLLM itself serves with its Llama class and that have Llama's config keys.
-LLAMA_ARCHITECTURES = (
-    "LlamaForCausalLM",
-    "LLaMAForCausalLM",
-    "LlamaModel",
-    ladder_checkpoint.ARCHITECTURE,
+# What a config.json may name to be served with a plan.
+ARCHITECTURES = (
+    *dict.fromkeys(name for family in FAMILIES.values() for name in family.architectures),
     ARCHITECTURE,
+    OLD_ARCHITECTURE,
+)
+
+MISTRAL_FORMAT = (
+    "a checkpoint in Mistral's own format (params.json, consolidated.safetensors) is not "
+    "supported; allowed: --config-format hf --load-format hf, where it holds those files too"
 )
 
 # Speculation that takes nothing from inside the target model.
@@ -83,8 +88,9 @@ def install() -> None:
     """Teach this process's vLLM the architecture and `--model-impl depthpar`. Idempotent."""
     if ARCHITECTURE in MODELS_CONFIG_MAP:
         return
-    ModelRegistry.register_model(ARCHITECTURE, f"vllm_depthpar.vllm_model:{ARCHITECTURE}")
-    MODELS_CONFIG_MAP[ARCHITECTURE] = DepthParConfig
+    for name in (ARCHITECTURE, OLD_ARCHITECTURE):
+        ModelRegistry.register_model(name, f"vllm_depthpar.vllm_model:{ARCHITECTURE}")
+        MODELS_CONFIG_MAP[name] = DepthParConfig
     ladder_config.register()
     registry = type(ModelRegistry)
     for name in ("inspect_model_cls", "resolve_model_cls"):
@@ -111,10 +117,10 @@ def _with_model_impl(method: Callable[..., Any]) -> Callable[..., Any]:
 
 def _select(architectures: str | Sequence[str]) -> str:
     names = [architectures] if isinstance(architectures, str) else list(architectures)
-    if not any(name in LLAMA_ARCHITECTURES for name in names):
+    if not any(name in ARCHITECTURES for name in names):
         raise PlanError(
             f"--model-impl {MODEL_IMPL} can't serve the architecture {', '.join(names)}; "
-            f"allowed: {', '.join(LLAMA_ARCHITECTURES)}"
+            f"allowed: {', '.join(ARCHITECTURES)}"
         )
     return ARCHITECTURE
 
@@ -136,6 +142,9 @@ class DepthParConfig(VerifyAndUpdateConfig):
         config = model_config.hf_config
         if getattr(config, "depthpar_base_layers", None) is not None:
             return
+        # What vLLM makes of Mistral's params.json is of no class of transformers.
+        if type(config) is PreTrainedConfig:
+            raise PlanError(MISTRAL_FORMAT)
         overrides = model_config.hf_overrides
         plan, source = sources.choose(
             config.to_dict(),
@@ -155,6 +164,7 @@ class DepthParConfig(VerifyAndUpdateConfig):
         plan = plan_from(config)
         shape = base_shape(config)
         tp = vllm_config.parallel_config.tensor_parallel_size
+        _check_format(vllm_config)
         _check_shards(plan, shape, tp)
         _check_features(vllm_config, plan, tp)
         # vLLM asks that the model's head counts be divisible by TP. Blocks differ in theirs,
@@ -166,6 +176,18 @@ class DepthParConfig(VerifyAndUpdateConfig):
             total_num_kv_heads=common * shape.kv_heads,
         )
         logger.info("plan %s: %s (from %s)", plan.digest, plan.name, config.depthpar_source)
+
+
+def _check_format(vllm_config: VllmConfig) -> None:
+    """Refuse the tensor names of Mistral's own format.
+
+    Relies on: the loader takes `consolidated*.safetensors` by itself where they are.
+    """
+    model, load_format = vllm_config.model_config, vllm_config.load_config.load_format
+    if load_format == "mistral" or (
+        load_format == "auto" and is_mistral_model_repo(model.model, model.revision)
+    ):
+        raise PlanError(MISTRAL_FORMAT)
 
 
 def _check_shards(plan: Plan, shape: ModelShape, tp: int) -> None:

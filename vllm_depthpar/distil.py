@@ -13,8 +13,8 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from . import hf
 from .hf import ParallelBlock, Stream
@@ -49,7 +49,7 @@ class Distillation(nn.Module):
 
     def __init__(
         self,
-        model: LlamaForCausalLM,
+        model: PreTrainedModel,
         plan: Plan,
         everything: bool = False,
         objective: Objective = "distil",
@@ -98,7 +98,7 @@ class Distillation(nn.Module):
             self._adapt(rank, seed)
         for block in blocks:
             for name, parameter in block.named_parameters():
-                if what == "blocks" or (what == "norms" and "layernorm" in name):
+                if what == "blocks" or (what == "norms" and "norm" in name):
                     parameter.requires_grad_(True)
 
     def _adapt(self, rank: int, seed: int) -> None:
@@ -139,15 +139,13 @@ class Distillation(nn.Module):
         return [cast(ParallelBlock, block) for block in self.student.model.layers]
 
     @property
-    def teacher_layers(self) -> list[LlamaDecoderLayer]:
+    def teacher_layers(self) -> list[GradientCheckpointingLayer]:
         """The teacher's layers."""
-        return [cast(LlamaDecoderLayer, layer) for layer in self.teacher.model.layers]
+        return list(self.teacher.model.layers)
 
     def context(self, tokens: Tensor, stream: Tensor) -> dict[str, Any]:
         """What every layer's forward takes beside the stream, for (batch, tokens) whole windows."""
-        positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-        embedded = self.teacher.model.rotary_emb(stream, position_ids=positions)
-        return {"position_embeddings": embedded, "attention_mask": None}  # causal
+        return hf.context(self.teacher, stream)
 
     def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
         """The loss on a batch of windows.

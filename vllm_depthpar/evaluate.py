@@ -13,14 +13,14 @@ import math
 import statistics
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from . import __version__
+from . import __version__, hf
 from .hf import ParallelBlock
 from .journal import Journal
 from .plan import Plan, PlanError, resolve
@@ -82,14 +82,14 @@ class Evaluator:
 
     def __init__(
         self,
-        model: LlamaForCausalLM,
+        model: PreTrainedModel,
         unmodified: Plan | None = None,
         origin: object = None,
         batch: int = 2,
         absent: Collection[int] = (),
     ) -> None:
         self._model = model.eval()
-        self._layers = [cast(LlamaDecoderLayer, layer) for layer in model.model.layers]
+        self._layers: list[GradientCheckpointingLayer] = list(model.model.layers)
         self.unmodified = unmodified or resolve("identity", len(self._layers))
         self._origin = origin
         self._batch = batch
@@ -164,11 +164,7 @@ class Evaluator:
         tokens = tokens.to(self._model.device)
         targets = tokens[:, -counted:]
         stream = self._model.model.embed_tokens(tokens)
-        positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-        context = {
-            "position_embeddings": self._model.model.rotary_emb(stream, position_ids=positions),
-            "attention_mask": None,  # causal
-        }
+        context = hf.context(self._model, stream)
         # The unmodified model's distribution is what the others are compared with, hence first.
         unmodified = steps(self.unmodified)
         # streams[i] is (x, y) after i steps: the stream, and what it was before the last MLP.
@@ -229,7 +225,7 @@ class _Notes(dict[str, Any]):
     add = dict.update
 
 
-def _mean(layers: list[LlamaDecoderLayer]) -> LlamaDecoderLayer:
+def _mean(layers: list[GradientCheckpointingLayer]) -> GradientCheckpointingLayer:
     """A new layer whose weights are the mean of the layers'."""
     merged = copy.deepcopy(layers[0])
     others = [dict(layer.named_parameters()) for layer in layers]

@@ -87,11 +87,12 @@ def export(
 
 def exported_config(config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
     """A checkpoint's config.json, restructured: the plan says all, a ladder checkpoint's too."""
+    ladder = config["model_type"] == ladder_checkpoint.MODEL_TYPE
     rest = {key: value for key, value in config.items() if key != ladder_checkpoint.KEY}
     return {
         **rest,
         "architectures": [ARCHITECTURE],
-        "model_type": "llama",
+        "model_type": "llama" if ladder else config["model_type"],
         KEY: plan.to_spec(),
     }
 

@@ -7,7 +7,7 @@ each with its own RMSNorm inside, a block of layers i runs
     x <- x + sum_i A_i(x)
     x <- x + sum_i F_i(x)
 
-A block of one layer is a standard Llama layer; a block of two is Layer Parallelism's pair
+A block of one layer is a standard layer; a block of two is Layer Parallelism's pair
 (arXiv 2502.02790, section 4). A layer in no block is absent, with its cache (Unified Layer
 Skipping, arXiv 2404.06954).
 
@@ -29,34 +29,31 @@ from os import PathLike
 from typing import Any, TypeAlias, cast
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from . import ladder_config
+from .families import family_of, windows
 from .plan import Plan, PlanError, resolve
 from .sources import KEY
 
 Stream: TypeAlias = Tensor | tuple[Tensor, Tensor]
 
 
-class ParallelBlock(LlamaDecoderLayer):
-    """Layers that run side by side.
-
-    To transformers it is one decoder layer: subclassing makes gradient checkpointing, the recording
-    of hidden states and device maps treat it as such. `attend` and `feed` are the two sums of the
-    equations.
+class ParallelBlock(GradientCheckpointingLayer):
+    """Layers that run side by side. `attend` and `feed` are the two sums of the equations.
 
     Attributes:
-        members: the original decoder layers, by their index in the checkpoint.
+        members: transformers' own decoder layers, by their index in the checkpoint.
         ladder: whether this is a ladder block.
         before_ladder: whether the next block is one.
     """
 
-    def __init__(
-        self, members: dict[int, LlamaDecoderLayer], ladder: bool, before_ladder: bool
-    ) -> None:
-        # Not LlamaDecoderLayer's own constructor: it would make one more layer's weights.
+    def __init__(self, members: Mapping[int, nn.Module], ladder: bool, before_ladder: bool) -> None:
+        # Not a decoder layer's own constructor (see `restructure`), which would make its weights.
         nn.Module.__init__(self)
         self.members = nn.ModuleDict({str(index): layer for index, layer in members.items()})
         self.ladder = ladder
@@ -89,9 +86,9 @@ class ParallelBlock(LlamaDecoderLayer):
         return _total(layer.mlp(layer.post_attention_layernorm(stream)) for layer in self.layers)
 
     @property
-    def layers(self) -> list[LlamaDecoderLayer]:
+    def layers(self) -> list[GradientCheckpointingLayer]:
         """The original decoder layers."""
-        return [cast(LlamaDecoderLayer, layer) for layer in self.members.values()]
+        return list(self.members.values())
 
 
 def load(
@@ -99,8 +96,8 @@ def load(
     spec: object = None,
     dtype: torch.dtype = torch.float32,
     **kwargs: Any,
-) -> LlamaForCausalLM:
-    """Load a Llama checkpoint and restructure it.
+) -> PreTrainedModel:
+    """Load a checkpoint and restructure it.
 
     Args:
         path: folder of the checkpoint.
@@ -113,7 +110,8 @@ def load(
         The model, in evaluation mode.
 
     Raises:
-        PlanError: the plan is wrong, or the checkpoint is not a Llama; before weights load.
+        PlanError: the plan is wrong, or the checkpoint of no family that can be restructured, or
+            its layers differ in their windows of attention; before weights load.
         OSError: there is no checkpoint at `path`.
     """
     config = _config(path)
@@ -130,8 +128,8 @@ def load_unmodified(
     dtype: torch.dtype = torch.float32,
     absent: Sequence[int] = (),
     **kwargs: Any,
-) -> LlamaForCausalLM:
-    """Load a Llama checkpoint as transformers does; arguments and errors as `load`.
+) -> PreTrainedModel:
+    """Load a checkpoint as transformers does; arguments and errors as `load`.
 
     Args:
         absent: layers that the checkpoint may lack; what they then hold means nothing.
@@ -139,23 +137,29 @@ def load_unmodified(
     return _weights(path, _config(path), dtype, absent, **kwargs)
 
 
-def _config(path: str | PathLike[str]) -> LlamaConfig:
+def _config(path: str | PathLike[str]) -> PreTrainedConfig:
     ladder_config.register()
     config = AutoConfig.from_pretrained(path)
-    if not isinstance(config, LlamaConfig):
-        raise PlanError(f"model_type {config.model_type!r} is not supported; allowed: 'llama'")
+    family_of(config.to_dict())
+    if len(set(windows(config.to_dict()))) > 1:
+        # transformers would give each block the mask of the layer that was in its place.
+        raise PlanError(
+            "the layers differ in their windows of attention; allowed: to serve the model, or "
+            "models whose layers have the same"
+        )
     return config
 
 
 def _weights(
     path: str | PathLike[str],
-    config: LlamaConfig,
+    config: PreTrainedConfig,
     dtype: torch.dtype,
     absent: Sequence[int] = (),
     **kwargs: Any,
-) -> LlamaForCausalLM:
+) -> PreTrainedModel:
     """Load all layers. Those `absent` need not be in the checkpoint: exported ones lack them."""
-    model, report = LlamaForCausalLM.from_pretrained(
+    model_type = getattr(transformers, family_of(config.to_dict()).architectures[0])
+    model, report = model_type.from_pretrained(
         path, config=config, dtype=dtype, output_loading_info=True, **kwargs
     )
     missing = {int(name.split(".")[2]) for name in report["missing_keys"] if ".layers." in name}
@@ -163,10 +167,10 @@ def _weights(
         raise PlanError(
             f"weights of layer {lost[0]} are not in {path}; allowed: plans of its other layers"
         )
-    return cast(LlamaForCausalLM, model)
+    return cast(PreTrainedModel, model)
 
 
-def restructure(model: LlamaForCausalLM, plan: Plan) -> LlamaForCausalLM:
+def restructure(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     """Apply a plan to a model, in place.
 
     The kept layers stay the modules they were. They are renumbered in the order they run, and the
@@ -188,8 +192,11 @@ def restructure(model: LlamaForCausalLM, plan: Plan) -> LlamaForCausalLM:
     _check_layers(plan, len(layers))
     for slot, index in enumerate(index for block in plan.blocks for index in block):
         layers[index].self_attn.layer_idx = slot
+    # Decoder layers to transformers: gradient checkpointing, the recording of hidden states and
+    # device maps treat them as such.
+    block_type = type("ParallelBlock", (ParallelBlock, type(layers[0])), {})
     model.model.layers = nn.ModuleList(
-        ParallelBlock(
+        block_type(
             {index: layers[index] for index in block},
             ladder=plan.is_ladder(position),
             before_ladder=plan.is_ladder(position + 1),
@@ -197,10 +204,28 @@ def restructure(model: LlamaForCausalLM, plan: Plan) -> LlamaForCausalLM:
         for position, block in enumerate(plan.blocks)
     )
     model.config.num_hidden_layers = len(plan.kept)
+    if getattr(model.config, "layer_types", None):  # all alike, see `_config`
+        model.config.layer_types = model.config.layer_types[: len(plan.kept)]
     return model
 
 
-def checkpoint_state_dict(model: LlamaForCausalLM) -> dict[str, Tensor]:
+def context(model: PreTrainedModel, stream: Tensor) -> dict[str, Any]:
+    """What every layer's forward takes beside the stream, for whole texts without padding.
+
+    Args:
+        model: restructured or not.
+        stream: what the layers are to run on, (batch, tokens, hidden).
+    """
+    positions = torch.arange(stream.shape[1], device=stream.device)[None]
+    windowed = any(windows(model.config.to_dict()))
+    mask = create_sliding_window_causal_mask if windowed else create_causal_mask
+    return {
+        "position_embeddings": model.model.rotary_emb(stream, position_ids=positions),
+        "attention_mask": mask(model.config, stream, attention_mask=None, past_key_values=None),
+    }
+
+
+def checkpoint_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
     """A restructured model's tensors under the names they had in the checkpoint."""
     return checkpoint_names(model.state_dict())
 

@@ -129,7 +129,7 @@ def open_model(model: str, dtype: str = "auto", batch: int = 2) -> Evaluator:
         dtype: a name of torch; "auto" is bfloat16 where the hardware multiplies it, else float32.
 
     Raises:
-        PlanError: there is no such checkpoint, or it is not a Llama's.
+        PlanError: there is no such checkpoint, or it is of no family that can be restructured.
     """
     config = read_config(model)
     device = "cuda" if torch.cuda.is_available() else "cpu"

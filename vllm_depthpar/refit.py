@@ -6,7 +6,7 @@ student's after the block, ridge regression
 
     D = argmin_D  sum_tokens |r - D h|^2 / |teacher|^2  +  ridge |D|^2
 
-has a closed form, and W + D is still a Llama's weight. Errors count relative to the stream, because
+has a closed form, and W + D has the shape of W. Errors count relative to the stream, because
 whatever reads the stream normalizes it first. Block by block in the order they run, so that a block
 is fitted to what the ones before it left undone. As layer-wise reconstruction in pruning does
 (SparseGPT, arXiv 2301.00774, section 3), but towards layers that are gone or came too late.

@@ -1,4 +1,4 @@
-"""Sizes of a Llama checkpoint, and what a plan makes of them on each tensor-parallel rank."""
+"""Sizes of a checkpoint, and what a plan makes of them on each tensor-parallel rank."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_depthpar.families import family_of
 from vllm_depthpar.plan import Plan, PlanError
 
 _DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -13,7 +14,7 @@ _DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The numbers of a Llama config.json that decide bytes, shards and reductions."""
+    """The numbers of a config.json that decide bytes, shards and reductions."""
 
     layers: int
     hidden: int
@@ -23,8 +24,10 @@ class ModelShape:
     intermediate: int
     vocab: int
     tied: bool
-    attention_bias: bool
+    qkv_bias: bool
+    output_bias: bool
     mlp_bias: bool
+    qk_norm: bool
     dtype_bytes: int
 
     @classmethod
@@ -32,8 +35,10 @@ class ModelShape:
         """Read the sizes from a parsed config.json.
 
         Raises:
-            PlanError: a needed key is missing.
+            PlanError: a needed key is missing, or see `families.family_of`.
         """
+        family = family_of({"model_type": "llama", **config})
+        attention_bias = bool(config.get("attention_bias", False))
         try:
             heads, hidden = config["num_attention_heads"], config["hidden_size"]
             return cls(
@@ -45,15 +50,17 @@ class ModelShape:
                 intermediate=config["intermediate_size"],
                 vocab=config["vocab_size"],
                 tied=bool(config.get("tie_word_embeddings", False)),
-                attention_bias=bool(config.get("attention_bias", False)),
+                qkv_bias=attention_bias or family.qkv_bias,
+                output_bias=attention_bias and not family.qkv_bias,
                 mlp_bias=bool(config.get("mlp_bias", False)),
+                qk_norm=family.qk_norm,
                 dtype_bytes=_DTYPE_BYTES.get(
                     str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch."), 2
                 ),
             )
         except KeyError as error:
             raise PlanError(
-                f"config.json lacks the key {error}; allowed: a Llama checkpoint's config.json"
+                f"config.json lacks the key {error}; allowed: a checkpoint's config.json"
             ) from None
 
     def fits(self, width: int, tp: int) -> bool:
@@ -74,14 +81,16 @@ class ModelShape:
         return [tp for tp in range(1, limit + 1) if all(self.fits(w, tp) for w in widths)]
 
     def layer_parameters(self) -> int:
-        """Parameters of one decoder layer, its two norms included."""
+        """Parameters of one decoder layer, its norms included."""
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         attention = self.hidden * (2 * q + 2 * kv)
         mlp = 3 * self.hidden * self.intermediate
-        biases = self.attention_bias * (q + 2 * kv + self.hidden) + self.mlp_bias * (
-            2 * self.intermediate + self.hidden
+        biases = (
+            self.qkv_bias * (q + 2 * kv)
+            + self.output_bias * self.hidden
+            + self.mlp_bias * (2 * self.intermediate + self.hidden)
         )
-        return attention + mlp + biases + 2 * self.hidden
+        return attention + mlp + biases + 2 * self.hidden + self.qk_norm * 2 * self.head_dim
 
     def weight_bytes(self, plan: Plan, tp: int = 1) -> int:
         """Bytes of weights on one rank (norms and biases counted as if they were cut, too)."""

@@ -6,14 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllm_depthpar import plan as plans
+from vllm_depthpar.families import check_windows
 from vllm_depthpar.ladder_checkpoint import ladder_of
 from vllm_depthpar.plan import Plan
 from vllm_depthpar.presets import auto_spec
 from vllm_depthpar.shape import ModelShape
 
 KEY = "depthpar"
-# What a checkpoint that carries its plan names in config.json.
-ARCHITECTURE = "DepthParLlamaForCausalLM"
+# What a checkpoint that carries its plan names in config.json, of whatever family it is.
+ARCHITECTURE = "DepthParForCausalLM"
+# What the first ones named.
+OLD_ARCHITECTURE = "DepthParLlamaForCausalLM"
 ENV = "DEPTHPAR_PLAN"
 
 
@@ -56,4 +59,6 @@ def choose(
     if spec == "auto":
         spec, reason = auto_spec(shape)
         source = f"{source}: auto, {reason}"
-    return plans.resolve(spec, shape.layers), source
+    plan = plans.resolve(spec, shape.layers)
+    check_windows(plan, config)
+    return plan, source

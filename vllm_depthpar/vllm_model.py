@@ -1,10 +1,11 @@
-"""Restructured Llama on vLLM's own layers.
+"""Restructured models on vLLM's own layers.
 
 A block of m layers is *one* decoder layer with m times the heads, KV heads and intermediate size
 (see `vllm_depthpar.fold`), or, where m divides the tensor-parallel size, one member layer per
 group of ranks. Either way vLLM's kernels, sharding, KV cache, batching and compilation apply as
 they are: these classes only decide what a block holds, how its weights arrive, what it reads, and
-when its all-reduces run.
+when its all-reduces run. All families' layers are Llama's but for their attention, which is in
+`vllm_depthpar.vllm_attention`, and so is the shell around the layers.
 
 Layer Parallelism: arXiv 2502.02790, equation 2. Ladder Residual: arXiv 2501.06589, section 3.
 Unified Layer Skipping: arXiv 2404.06954.
@@ -19,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from transformers import LlamaConfig
+from transformers import PreTrainedConfig
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size, is_global_first_rank
 from vllm.model_executor.layers.layernorm import RMSNorm
@@ -33,9 +34,11 @@ from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
 from vllm.model_executor.models.utils import AutoWeightsLoader, extract_layer_index
 
 from vllm_depthpar.compat import logger, member_of_this_rank, narrowed_tensor_parallel, plan_of
+from vllm_depthpar.families import family_of
 from vllm_depthpar.fold import fold_gain_, shard_of
 from vllm_depthpar.plan import Plan
 from vllm_depthpar.reductions import InFlight, Reductions
+from vllm_depthpar.vllm_attention import HeadNorm, attention_of
 
 Weights = Iterable[tuple[str, torch.Tensor]]
 
@@ -88,6 +91,12 @@ class BlockDecoderLayer(LlamaDecoderLayer):
     layer's norm adds it to. So do these; to a ladder block the term is a `Pending`. Either kind of
     block adds inside its two norms and nowhere else, as a plain layer does.
     """
+
+    def __init__(
+        self, vllm_config: VllmConfig, prefix: str, config: PreTrainedConfig | None = None
+    ) -> None:
+        family = family_of(vllm_config.model_config.hf_config.to_dict())
+        super().__init__(vllm_config, prefix, config, attn_layer_type=attention_of(family))
 
     def join(self, ladder: bool, before_ladder: bool) -> None:
         """Say whether this is a ladder block, and whether the next block is."""
@@ -198,6 +207,11 @@ class WideDecoderLayer(BlockDecoderLayer):
             vllm_config, prefix, config=widened(vllm_config.model_config.hf_config, members)
         )
         self.members = members
+        attention = self.self_attn
+        # TP that is no multiple of the members deals out KV heads, and copies none.
+        for name, heads in (("q_norm", attention.num_heads), ("k_norm", attention.num_kv_heads)):
+            if norm := getattr(attention, name, None):
+                setattr(attention, name, HeadNorm(norm, heads))
         self._reset()
 
     def _reset(self) -> None:
@@ -221,6 +235,9 @@ class WideDecoderLayer(BlockDecoderLayer):
             self._gains[module_name, member] = tensor.to(torch.float32, copy=True)
             return
         linear = self.get_submodule(module_name)
+        if isinstance(linear, HeadNorm):
+            self._loaded[name, None, member] = self._load_gains(linear, member, tensor)
+            return
         param = getattr(linear, leaf, None)
         if not isinstance(linear, LinearBase) or not isinstance(param, nn.Parameter):
             raise ValueError(f"checkpoint tensor {name!r} has no place in a wide layer")
@@ -242,6 +259,12 @@ class WideDecoderLayer(BlockDecoderLayer):
             param.data.narrow(0, offset, size), 0, tensor, member, linear.tp_rank, offset
         )
         self._loaded[name, shard_id, member] = where
+
+    def _load_gains(self, norm: HeadNorm, member: int, tensor: torch.Tensor) -> slice | None:
+        """Give the gain of a member, (head_dim,), to its heads on this rank."""
+        qkv, gains = self.self_attn.qkv_proj, norm.weight.data
+        heads = len(gains) * qkv.tp_size // self.members
+        return self._place(gains, 0, tensor.expand(heads, -1), member, qkv.tp_rank)
 
     @staticmethod
     def _place(
@@ -291,6 +314,10 @@ class WideDecoderLayer(BlockDecoderLayer):
                 for shard_id in ids:
                     for member in range(self.members):
                         yield f"{projection}.{leaf}", shard_id, member
+        for name, module in self.named_modules():
+            if isinstance(module, HeadNorm):
+                for member in range(self.members):
+                    yield f"{name}.weight", None, member
 
 
 def _rows_of(linear: ColumnParallelLinear, shard_id: object) -> tuple[int, int]:
@@ -303,7 +330,7 @@ def _rows_of(linear: ColumnParallelLinear, shard_id: object) -> tuple[int, int]:
     return int(str(shard_id)) * size, size
 
 
-def widened(config: LlamaConfig, members: int) -> LlamaConfig:
+def widened(config: PreTrainedConfig, members: int) -> PreTrainedConfig:
     """The config of one decoder layer as wide as `members` layers of `config`."""
     wide = copy.copy(config)
     wide.head_dim = getattr(config, "head_dim", None) or (
@@ -317,8 +344,8 @@ def widened(config: LlamaConfig, members: int) -> LlamaConfig:
     return wide
 
 
-class DepthParLlamaModel(LlamaModel):
-    """Llama whose `layers` are the blocks of a plan."""
+class DepthParModel(LlamaModel):
+    """A model whose `layers` are the blocks of a plan."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: object) -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=make_decoder_layer)
@@ -341,15 +368,15 @@ class DepthParLlamaModel(LlamaModel):
         return loaded
 
 
-class DepthParLlamaForCausalLM(LlamaForCausalLM):
-    """`LlamaForCausalLM` that runs the plan in its config's key `depthpar`."""
+class DepthParForCausalLM(LlamaForCausalLM):
+    """Any family's causal model, run by the plan in its config's key `depthpar`."""
 
     supports_lora = False
 
     def _init_model(
         self, vllm_config: VllmConfig, prefix: str = "", layer_type: object = None
-    ) -> DepthParLlamaModel:
-        return DepthParLlamaModel(vllm_config=vllm_config, prefix=prefix)
+    ) -> DepthParModel:
+        return DepthParModel(vllm_config=vllm_config, prefix=prefix)
 
     def is_unused_checkpoint_weight(self, name: str) -> bool:
         """True for the weights of skipped layers: files that hold nothing else are not read."""

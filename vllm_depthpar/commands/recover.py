@@ -167,7 +167,7 @@ def _check(args: argparse.Namespace, processes: int) -> Plan:
     """Refuse what is wrong before anything long begins; returns the plan."""
     config = checkpoint.read_original_config(args.model)
     if ladder_of(config):
-        raise PlanError("the model is a ladder checkpoint; allowed: a Llama that runs every layer")
+        raise PlanError("the model is a ladder checkpoint; allowed: a model that runs every layer")
     chosen, _ = sources.choose(config, plan.load(args.plan), override_name="--plan")
     if chosen.is_identity:
         raise PlanError("the plan changes nothing, and nothing is lost; allowed: another --plan")

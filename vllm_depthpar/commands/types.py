@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-MODEL_HELP = "folder or hub name of a Llama checkpoint"
+MODEL_HELP = "folder or hub name of a checkpoint"
 # "auto": bfloat16 where the hardware multiplies it, else float32.
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PLAN_HELP = "JSON, a plan file, 'auto' or 'identity'"

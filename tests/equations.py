@@ -1,0 +1,86 @@
+"""The equations that a plan stands for, on plain tensors: what the reference is compared with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn.functional import embedding, linear, silu
+
+from vllm_depthpar.plan import Plan
+
+
+def plain_logits(path: Path, plan: Plan, ids: Tensor) -> Tensor:
+    """A model of any family in double precision, block by block as the equations say.
+
+    Every layer sees as far as its kind in the config's `layer_types` says, or, without these, those
+    from `max_window_layers` on see `sliding_window` tokens.
+    Takes token ids (tokens,), returns logits (tokens, vocab).
+    """
+    config = json.loads((path / "config.json").read_text())
+    weights = {k: v.double() for k, v in load_file(path / "model.safetensors").items()}
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    width = len(weights["model.layers.0.self_attn.k_proj.weight"]) // kv_heads
+    tokens, window = len(ids), config.get("sliding_window") or len(ids)
+    layers, begin = range(config["num_hidden_layers"]), config.get("max_window_layers", 0)
+    kinds = config.get("layer_types") or [
+        "sliding_attention" if layer >= begin else "full_attention" for layer in layers
+    ]
+
+    def apply(name: str, x: Tensor) -> Tensor:
+        return linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+
+    def norm(name: str, x: Tensor) -> Tensor:
+        rms = (x.pow(2).mean(-1, keepdim=True) + config["rms_norm_eps"]).sqrt()
+        return x / rms * weights[f"{name}.weight"]
+
+    frequency = config["rope_theta"] ** -(torch.arange(0, width, 2).double() / width)
+    if scaling := config["rope_scaling"]:
+        # Llama 3.1: slow waves by the factor, fast waves not at all, a ramp between.
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        turns = scaling["original_max_position_embeddings"] * frequency / (2 * torch.pi)
+        ramp = ((turns - low) / (high - low)).clamp(0, 1)
+        frequency = frequency * (ramp + (1 - ramp) / scaling["factor"])
+    turn = torch.polar(torch.ones(()).double(), torch.arange(tokens)[:, None] * frequency)
+
+    def rotate(x: Tensor) -> Tensor:
+        first, second = x.chunk(2, dim=-1)
+        turned = torch.complex(first, second) * turn
+        return torch.cat([turned.real, turned.imag], dim=-1)
+
+    def attention(layer: int, x: Tensor) -> Tensor:
+        name = f"model.layers.{layer}"
+        x = norm(f"{name}.input_layernorm", x)
+        q, k, v = (
+            apply(f"{name}.self_attn.{part}_proj", x).view(tokens, -1, width).transpose(0, 1)
+            for part in "qkv"
+        )
+        if f"{name}.self_attn.q_norm.weight" in weights:
+            q, k = norm(f"{name}.self_attn.q_norm", q), norm(f"{name}.self_attn.k_norm", k)
+        q = rotate(q).view(kv_heads, heads // kv_heads, tokens, width)
+        scores = q @ rotate(k)[:, None].mT / width**0.5
+        seen = torch.ones(tokens, tokens).tril()
+        if kinds[layer] == "sliding_attention":
+            seen = seen.triu(1 - window)
+        mixed = scores.masked_fill(seen == 0, -torch.inf).softmax(-1) @ v[:, None]
+        merged = mixed.reshape(heads, tokens, width).transpose(0, 1).reshape(tokens, -1)
+        return apply(f"{name}.self_attn.o_proj", merged)
+
+    def mlp(layer: int, x: Tensor) -> Tensor:
+        name = f"model.layers.{layer}"
+        x = norm(f"{name}.post_attention_layernorm", x)
+        gate, up = apply(f"{name}.mlp.gate_proj", x), apply(f"{name}.mlp.up_proj", x)
+        return apply(f"{name}.mlp.down_proj", silu(gate) * up)
+
+    x = after_attention = embedding(ids, weights["model.embed_tokens.weight"])
+    for position, block in enumerate(plan.blocks):
+        ladder = position in plan.ladder
+        read = after_attention if ladder else x
+        after_attention = x + torch.stack([attention(layer, read) for layer in block]).sum(0)
+        read = x if ladder else after_attention
+        x = after_attention + torch.stack([mlp(layer, read) for layer in block]).sum(0)
+    head = "model.embed_tokens" if config["tie_word_embeddings"] else "lm_head"
+    return apply(head, norm("model.norm", x))
