@@ -99,7 +99,7 @@ def run(
     """
     on_gpu = "gpus" in record["hardware"]
     config = read_config(model)
-    with progress.counted() as bar:
+    with progress.step_bar() as bar:
         task = bar.add_task("", total=None)
 
         @contextmanager

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 _ENV = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
 _PLAIN = {"VLLM_PLUGINS": ""}
 _LAST_LINES = 20
-_STOP_SECONDS = 10
+# vLLM gives its workers ten seconds to end.
+_STOP_SECONDS = 30
 _PR_SET_PDEATHSIG = 1
 
 

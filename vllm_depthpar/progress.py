@@ -32,7 +32,7 @@ def bar(what: str) -> Iterator[Callable[[float], None]]:
         progress.update(task, completed=1)
 
 
-def counted() -> Progress:
+def step_bar() -> Progress:
     """A bar for work in steps: what is being done, counts and time; none without a terminal."""
     console = Console(stderr=True)
     return Progress(
