@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_depthpar import files, hardware, progress
-from vllm_depthpar.bench_settings import ENGINES, STAGES, Load, Settings
+from vllm_depthpar.bench_settings import ENGINES, STAGES, Load, Settings, Setup
 from vllm_depthpar.bench_stages import Engines, Running, Servers, Stage
 from vllm_depthpar.checkpoint import fingerprint, read_config
 from vllm_depthpar.contenders import Contender
@@ -26,6 +26,10 @@ from vllm_depthpar.rounds import in_turn
 # {contender's label: {load's key: {figure: value}}}
 Round = dict[str, dict[str, dict[str, float]]]
 Doing = Callable[[str], AbstractContextManager[None]]
+
+
+# vLLM's own default is 0.92.
+_GPU_SHARE = 0.9
 
 
 class BenchError(Exception):
@@ -98,6 +102,8 @@ def run(
         BenchError: vLLM did not start, or ended.
     """
     on_gpu = "gpus" in record["hardware"]
+    alive = 1 if settings.one_at_a_time else len(contenders)
+    gpu_share = _GPU_SHARE / alive if on_gpu else None
     config = read_config(model)
     with progress.step_bar() as bar:
         task = bar.add_task("", total=None)
@@ -120,12 +126,14 @@ def run(
         bar.update(task, total=sum(_steps(len(contenders), settings, *one[1:]) for one in work))
         for name, loads, missing in work:
             known = record["stages"][name]
-            given = (model, settings, loads, config, on_gpu)
+            setup = Setup(model, config, settings, loads, gpu_share)
             play = _one_at_a_time if settings.one_at_a_time else _at_once
             numbers = range(rounds - missing, rounds)
             with ExitStack() as stack:
                 begun = time.monotonic()
-                stage: Stage = Engines(*given) if name == ENGINES else Servers(*given, stack)
+                stage: Stage
+                with doing(f"starting {name}"):
+                    stage = Engines(setup) if name == ENGINES else Servers(setup, stack)
                 starts = known["starts"]
                 played = play(stage, contenders, loads, numbers, starts, not on_gpu, doing)
                 for found in stack.enter_context(closing(played)):
@@ -138,8 +146,8 @@ def run(
 
 def _steps(contenders: int, settings: Settings, loads: Sequence[Load], rounds: int) -> int:
     if settings.one_at_a_time:
-        return contenders * rounds * (1 + 2 * len(loads))
-    return contenders * (1 + (1 + rounds) * len(loads))
+        return 1 + contenders * rounds * (1 + 2 * len(loads))
+    return 1 + contenders * (1 + (1 + rounds) * len(loads))
 
 
 def _at_once(

@@ -125,42 +125,54 @@ def check(settings: Settings, contenders: Sequence[Contender], config: dict[str,
         )
 
 
-def flags(
-    settings: Settings, loads: Sequence[Load], contender: Contender, config: dict[str, Any]
-) -> list[str]:
-    """The flags with which vLLM serves a contender, as an engine or as a server.
+@dataclass(frozen=True)
+class Setup:
+    """How the contenders of a stage are set up.
 
-    Args:
-        loads: what it will get: it has the KV cache and the length for the largest.
-        config: the checkpoint's config.json.
+    Attributes:
+        model: folder or hub name.
+        config: its config.json.
+        loads: what they will get: they have KV cache and length for the largest.
+        gpu_share: of a GPU's memory, what each may take; None on a CPU.
     """
-    longest = max(load.longest for load in loads)
-    if loads[0].stage == SERVERS:
-        # Random tokens that become text and tokens again are rarely as many.
-        longest = min(longest + longest // 4 + 64, config.get("max_position_embeddings", math.inf))
-    shape = ModelShape.from_config(config)
-    options: dict[str, object] = {
-        "dtype": settings.dtype,
-        "load_format": settings.load_format,
-        "enforce_eager": settings.eager,
-        "tensor_parallel_size": settings.tp,
-        "max_model_len": longest,
-        # Not all memory, so that contenders fit side by side.
-        "kv_cache_memory_bytes": max(_kv_bytes(settings, one, contender, shape) for one in loads),
-        "no_enable_prefix_caching": True,
-        "seed": 0,
-    }
-    if loads[0].stage == ENGINES:
-        most = max(load.batch for load in loads)
-        tokens = max(load.batch * load.prompt_tokens for load in loads)
-        options["max_num_seqs"] = most
-        options["max_num_batched_tokens"] = max(most, min(tokens, BUDGET))
-    return [*contender.flags, *flags_of(options), *settings.engine_args]
 
+    model: str
+    config: dict[str, Any]
+    settings: Settings
+    loads: Sequence[Load]
+    gpu_share: float | None
 
-def _kv_bytes(settings: Settings, load: Load, contender: Contender, shape: ModelShape) -> int:
-    """KV cache on one rank for all sequences of a load at once."""
-    plan = resolve(contender.spec or "identity", shape.layers)
-    of_token = shape.kv_bytes_per_token(plan, settings.tp) / shape.dtype_bytes
-    width = _BYTES.get(settings.dtype, shape.dtype_bytes)
-    return int(_KV_SLACK * load.batch * (load.longest + _KV_BLOCKS) * of_token * width)
+    def flags(self, contender: Contender) -> list[str]:
+        """With which vLLM serves a contender, as an engine or as a server."""
+        settings, loads = self.settings, self.loads
+        longest = max(load.longest for load in loads)
+        if loads[0].stage == SERVERS:
+            # Random tokens that become text and tokens again are rarely as many.
+            positions = self.config.get("max_position_embeddings", math.inf)
+            longest = min(longest + longest // 4 + 64, positions)
+        options: dict[str, object] = {
+            "dtype": settings.dtype,
+            "load_format": settings.load_format,
+            "enforce_eager": settings.eager,
+            "tensor_parallel_size": settings.tp,
+            "max_model_len": longest,
+            # Not all memory, so that contenders fit side by side.
+            "kv_cache_memory_bytes": max(self._kv_bytes(load, contender) for load in loads),
+            "gpu_memory_utilization": self.gpu_share,
+            "no_enable_prefix_caching": True,
+            "seed": 0,
+        }
+        if loads[0].stage == ENGINES:
+            most = max(load.batch for load in loads)
+            tokens = max(load.batch * load.prompt_tokens for load in loads)
+            options["max_num_seqs"] = most
+            options["max_num_batched_tokens"] = max(most, min(tokens, BUDGET))
+        return [*contender.flags, *flags_of(options), *settings.engine_args]
+
+    def _kv_bytes(self, load: Load, contender: Contender) -> int:
+        """KV cache on one rank for all sequences of a load at once."""
+        shape = ModelShape.from_config(self.config)
+        plan = resolve(contender.spec or "identity", shape.layers)
+        of_token = shape.kv_bytes_per_token(plan, self.settings.tp) / shape.dtype_bytes
+        width = _BYTES.get(self.settings.dtype, shape.dtype_bytes)
+        return int(_KV_SLACK * load.batch * (load.longest + _KV_BLOCKS) * of_token * width)

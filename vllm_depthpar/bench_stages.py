@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vllm_depthpar import engine_load, hardware, server_load
-from vllm_depthpar.bench_settings import LATENCY, Load, Settings, flags
+from vllm_depthpar.bench_settings import LATENCY, Load, Setup
 from vllm_depthpar.contenders import Contender
 from vllm_depthpar.engine_process import Worker
 from vllm_depthpar.memory import GroupPeak
@@ -69,38 +69,25 @@ def started(running: Running, wait: Callable[[], object]) -> dict[str, Any]:
 class Engines:
     """vLLM's engine for each, in a process of its own."""
 
-    def __init__(
-        self,
-        model: str,
-        settings: Settings,
-        loads: list[Load],
-        config: dict[str, Any],
-        on_gpu: bool,
-    ) -> None:
-        self._model, self._settings, self._loads, self._config = model, settings, loads, config
-        self._env = hardware.environment(settings.tp, on_gpu)
+    def __init__(self, setup: Setup) -> None:
+        self._setup = setup
 
     def start(self, contender: Contender, stack: ExitStack) -> tuple[Worker, dict[str, Any]]:
         """See `Stage`."""
-        engine = Worker(
-            contender.label,
-            engine_load.serve,
-            self._model,
-            flags(self._settings, self._loads, contender, self._config),
-            env={**self._env, **contender.env},
-        )
+        setup = self._setup
+        flags, env = setup.flags(contender), _environment(setup, contender)
+        engine = Worker(contender.label, engine_load.serve, setup.model, flags, env=env)
         stack.callback(engine.stop)
         return engine, started(engine, engine.receive)
 
     def measure(self, running: Worker, load: Load, seed: int) -> dict[str, float]:
         """TTFT and time per token of one sequence; or tokens per second of many."""
-        sizes = {"batch": load.batch, "prompt_tokens": load.prompt_tokens}
-        more = {
-            "tokens": self._settings.output_len,
-            "vocab": self._config["vocab_size"],
-            "seed": seed,
+        job = {"batch": load.batch, "prompt_tokens": load.prompt_tokens, "seed": seed}
+        job |= {
+            "tokens": self._setup.settings.output_len,
+            "vocab": self._setup.config["vocab_size"],
         }
-        found = running.ask({**sizes, **more})
+        found = running.ask(job)
         prefill, decoding = found["prefill_seconds"], found["decode_seconds"]
         gpu = {"gpu_bytes": found["gpu_bytes"]} if found["gpu_bytes"] else {}
         if load.part == LATENCY:
@@ -120,21 +107,13 @@ class Servers:
         stack: ends the load generator.
     """
 
-    def __init__(
-        self,
-        model: str,
-        settings: Settings,
-        loads: list[Load],
-        config: dict[str, Any],
-        on_gpu: bool,
-        stack: ExitStack,
-    ) -> None:
-        self._model, self._settings, self._loads, self._config = model, settings, loads, config
-        self._env = hardware.environment(settings.tp, on_gpu)
-        self._tokenizer, self._more = model, list[str]()
-        if not server_load.has_tokenizer(model):
+    def __init__(self, setup: Setup, stack: ExitStack) -> None:
+        self._setup, self._tokenizer = setup, setup.model
+        self._more: list[str] = []
+        if not server_load.has_tokenizer(setup.model):
             self._tokenizer = stack.enter_context(tempfile.TemporaryDirectory(prefix="tokenizer-"))
-            self._more = server_load.write_tokenizer(Path(self._tokenizer), config["vocab_size"])
+            vocab = setup.config["vocab_size"]
+            self._more = server_load.write_tokenizer(Path(self._tokenizer), vocab)
         # Nothing of the environment's lies between it and a server on this machine.
         env = {"VLLM_PLUGINS": "", "NO_PROXY": "*", "no_proxy": "*"}
         self._client = Worker("the load generator", server_load.serve, env=env)
@@ -143,8 +122,9 @@ class Servers:
 
     def start(self, contender: Contender, stack: ExitStack) -> tuple[Server, dict[str, Any]]:
         """See `Stage`."""
-        given = flags(self._settings, self._loads, contender, self._config)
-        server = Server(self._model, *given, *self._more, env={**self._env, **contender.env})
+        setup = self._setup
+        flags, env = setup.flags(contender), _environment(setup, contender)
+        server = Server(setup.model, *flags, *self._more, env=env)
 
         def end(error: type[BaseException] | None, *_: object) -> None:
             server.stop()
@@ -159,13 +139,18 @@ class Servers:
         found: dict[str, float] = self._client.ask(
             server_load.job(
                 running.url,
-                self._model,
+                self._setup.model,
                 self._tokenizer,
                 rate=load.rate,
                 requests=load.batch,
                 prompt_tokens=load.prompt_tokens,
-                tokens=self._settings.output_len,
+                tokens=self._setup.settings.output_len,
                 seed=seed,
             )
         )
         return found
+
+
+def _environment(setup: Setup, contender: Contender) -> dict[str, str]:
+    on_gpu = setup.gpu_share is not None
+    return {**hardware.environment(setup.settings.tp, on_gpu), **contender.env}
