@@ -170,7 +170,7 @@ def _engine_parser() -> Any:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    return EngineArgs.add_cli_args(FlexibleArgumentParser())
+    return EngineArgs.add_cli_args(FlexibleArgumentParser(prog="vllm"))
 
 
 def flags_of(options: Mapping[str, object]) -> list[str]:

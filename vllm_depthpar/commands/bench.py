@@ -171,7 +171,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         try:
             engine_process.check_flags(flags)
         except engine_process.EngineError as error:
-            raise BenchError(f"--engine-args: {error}") from None
+            raise BenchError(f"--engine-args: {error.last.removeprefix('vllm: error: ')}") from None
     given = {field.name: getattr(args, field.name) for field in fields(Settings)}
     return Settings(**{**given, "engine_args": flags})
 
