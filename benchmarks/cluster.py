@@ -35,6 +35,8 @@ import common
 from two_hosts import Link, NotPossible, TwoHosts, exit_on_sigterm
 
 from vllm_depthpar import bundled, plan, shape
+from vllm_depthpar.progress import step_bar
+from vllm_depthpar.rounds import in_turn, summary, written
 
 HERE = Path(__file__).parent
 NONE = "no communication"
@@ -166,7 +168,7 @@ def measure(args: argparse.Namespace, link: Link | None) -> dict[str, Any]:
     """All contenders on one link (None: on one host): the report."""
     start, link_name = time.monotonic(), SHARED_MEMORY if link is None else str(link)
     config = {**MODEL, "torch_dtype": args.dtype}
-    with ExitStack() as stack, common.progress() as progress:
+    with ExitStack() as stack, step_bar() as progress:
         hosts = stack.enter_context(TwoHosts(link or Link()))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cluster-")))
         model = write_model(folder / "model", config)
@@ -194,9 +196,8 @@ def measure(args: argparse.Namespace, link: Link | None) -> dict[str, Any]:
             one.label: {load: [] for load in LOADS} for one in running
         }
         for number in range(-1, args.rounds):
-            first = max(number, 0) % len(running)
             for load, (batch, prompt_tokens, tokens, counted) in LOADS.items():
-                for one in running[first:] + running[:first]:
+                for one in in_turn(running, number):
                     progress.update(task, description=f"{link_name}: {one.label}, {load}")
                     with resumed(one):
                         result = clients[0].ask(
@@ -245,9 +246,9 @@ def figures(load: str, label: str, speeds: dict[str, dict[str, list[float]]]) ->
     mine, plain, none = (speeds[name][load] for name in (label, common.PLAIN, NONE))
     removed = [(1 / b - 1 / a) / (1 / b - 1 / c) for a, b, c in zip(mine, plain, none, strict=True)]
     return {
-        "tokens_per_second": common.summary(mine),
-        "ratio_to_plain": common.summary([a / b for a, b in zip(mine, plain, strict=True)]),
-        "communication_removed": common.summary(removed),
+        "tokens_per_second": summary(mine),
+        "ratio_to_plain": summary([a / b for a, b in zip(mine, plain, strict=True)]),
+        "communication_removed": summary(removed),
         "rounds": mine,
     }
 
@@ -382,10 +383,8 @@ def table(report: dict[str, Any]) -> str:
         row = [f"`{one['label']}`", f"{one['all_reduces']} ({one['hidden']})"]
         for load in LOADS:
             numbers = one["loads"][load]
-            row.append(common.written(numbers["tokens_per_second"], ".1f"))
-            row.append(
-                "" if one["label"] == common.PLAIN else common.written(numbers["ratio_to_plain"])
-            )
+            row.append(written(numbers["tokens_per_second"], ".1f"))
+            row.append("" if one["label"] == common.PLAIN else written(numbers["ratio_to_plain"]))
             of_plan = one["label"] not in (common.PLAIN, NONE)
             row.append(f"{numbers['communication_removed']['median']:.0%}" if of_plan else "")
         rows.append(row)

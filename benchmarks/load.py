@@ -27,12 +27,16 @@ from typing import Any
 
 import common
 
-from vllm_depthpar import bundled
+from vllm_depthpar import bundled, memory
 from vllm_depthpar.checkpoint import read_config
+from vllm_depthpar.contenders import Contender
+from vllm_depthpar.engine_process import Worker, flags_of, make_engine
+from vllm_depthpar.memory import MIB
+from vllm_depthpar.progress import step_bar
+from vllm_depthpar.rounds import in_turn, spread, summary
 from vllm_depthpar.shape import ModelShape
 
 SAMPLE_SECONDS = 0.005
-MIB = 2**20
 # The whole step, and from its start to the last weight read.
 PARTS = ("load", "reading")
 # What the plugin promises, beside plain vLLM.
@@ -68,16 +72,16 @@ def main() -> None:
                 ],
             }
             entry[part] = {
-                **{key: common.summary(each) for key, each in (values | against).items()},
+                **{key: summary(each) for key, each in (values | against).items()},
                 "rounds": values,
             }
             peak, resident = (
-                common.spread([each / MIB for each in values[key]], ".0f")
+                spread([each / MIB for each in values[key]], ".0f")
                 for key in ("peak", "resident_peak")
             )
-            ratio, above = (common.spread(each) if one.spec else "" for each in against.values())
+            ratio, above = (spread(each) if one.spec else "" for each in against.values())
             name = f"`{one.label}`"
-            rows.append([name, one.plan, common.spread(values["seconds"]), ratio, peak, above])
+            rows.append([name, one.plan, spread(values["seconds"]), ratio, peak, above])
             rows[-1].append(resident)
         header = [part, "blocks", "s", "ratio", "peak, MiB", "layers above plain"]
         print(common.markdown([*header, "resident peak, MiB"], rows), end="\n\n")
@@ -107,34 +111,36 @@ def _values(rounds: list[dict[str, float]]) -> dict[str, list[float]]:
 
 
 def _measure(
-    model: str, contenders: list[common.Contender], rounds: int, options: dict[str, Any]
+    model: str, contenders: list[Contender], rounds: int, options: dict[str, Any]
 ) -> dict[str, list[Measurement]]:
     """Label -> the measurement of each round."""
     measured: dict[str, list[Measurement]] = {one.label: [] for one in contenders}
-    with common.progress() as progress:
+    with step_bar() as progress:
         task = progress.add_task("reading the files once", total=1 + rounds * len(contenders))
         measure(contenders[0], model, options)  # not counted: brings the files into the cache
         progress.advance(task)
         for number in range(rounds):
-            for one in common.in_turn(contenders, number):
+            for one in in_turn(contenders, number):
                 progress.update(task, description=one.label)
                 measured[one.label].append(measure(one, model, options))
                 progress.advance(task)
     return measured
 
 
-def measure(contender: common.Contender, model: str, options: dict[str, Any]) -> Measurement:
+def measure(contender: Contender, model: str, options: dict[str, Any]) -> Measurement:
     """Load once, in a new process: seconds, and bytes of memory above those before the load.
 
     `peak` is anonymous memory, `resident_peak` all resident memory.
     """
-    worker = common.Worker(contender, load, model, options)
+    env = common.environment(contender)
+    flags = [*contender.flags, *flags_of(options), "--enforce-eager", "--max-model-len", "256"]
+    worker = Worker(contender.label, load, model, flags, env=env)
     try:
         _, before = worker.receive()
         result, peak = {}, 0
         for part in reversed(PARTS):  # the shorter one ends first
             while not worker.connection.poll(SAMPLE_SECONDS):
-                peak = max(peak, memory(worker.process.pid)["RssAnon"])
+                peak = max(peak, memory.of_process(worker.process.pid)["RssAnon"])
             seconds, after = worker.receive()
             peak = max(peak, after["RssAnon"])
             result[part] = {
@@ -147,7 +153,7 @@ def measure(contender: common.Contender, model: str, options: dict[str, Any]) ->
         worker.stop()
 
 
-def load(connection: Connection, spec: object, model: str, options: dict[str, Any]) -> None:
+def load(connection: Connection, model: str, flags: list[str]) -> None:
     """Load a model; send (seconds, memory) before it, after reading weights, and at the end."""
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
@@ -157,27 +163,20 @@ def load(connection: Connection, spec: object, model: str, options: dict[str, An
 
     def load_weights(*args: Any, **kwargs: Any) -> None:
         inner_read(*args, **kwargs)
-        connection.send((time.perf_counter() - start, memory("self")))
+        connection.send((time.perf_counter() - start, memory.of_process("self")))
 
     def load_model(*args: Any, **kwargs: Any) -> None:
         nonlocal start
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-        connection.send((0.0, memory("self")))
+        connection.send((0.0, memory.of_process("self")))
         start = time.perf_counter()
         inner(*args, **kwargs)
-        connection.send((time.perf_counter() - start, memory("self")))
+        connection.send((time.perf_counter() - start, memory.of_process("self")))
         sys.exit()  # the engine is of no use here
 
     BaseModelLoader.load_model = load_model
     DefaultModelLoader.load_weights = load_weights
-    common.make_engine(model, spec, enforce_eager=True, max_model_len=256, **options)
-
-
-def memory(pid: int | str | None) -> dict[str, int]:
-    """RssAnon, VmRSS and VmHWM of a process, in bytes."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    pairs = (line.split(":") for line in lines if line.endswith("kB"))
-    return {key: int(value.split()[0]) * 1024 for key, value in pairs}
+    make_engine(model, flags)
 
 
 def _write_random(folder: Path) -> Path:

@@ -1,7 +1,7 @@
 """The unmodified model, with a restructured one as its draft: what speculation gains.
 
 Verified tokens are the unmodified model's own, so that whatever is gained loses no quality. Plain
-vLLM and every (draft, tokens ahead) have an engine each and take turns, as in throughput.py.
+vLLM and every (draft, tokens ahead) have an engine each and take turns, as in `depthpar bench`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ import common
 
 from vllm_depthpar import bundled, texts
 from vllm_depthpar.contenders import Contender
+from vllm_depthpar.engine_process import Worker, flags_of, make_engine
+from vllm_depthpar.progress import step_bar
+from vllm_depthpar.rounds import in_turn, spread, summary
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -55,24 +58,20 @@ def main() -> None:
             config = {"method": "draft_model", "model": folder, "num_speculative_tokens": ahead}
             setups.append((f"{Path(draft).name}, {ahead} ahead", {"speculative_config": config}))
     found: dict[str, list[dict[str, float]]] = {label: [] for label, _ in setups}
-    with ExitStack() as stack, common.progress() as progress:
+    with ExitStack() as stack, step_bar() as progress:
         task = progress.add_task("", total=len(setups) * (args.rounds + 2))
         workers = []
         for label, config in setups:
             progress.update(task, description=f"starting {label}")
-            worker = common.Worker(
-                # A spec of any kind: the draft needs the plugin.
-                Contender(label, spec={} if config else None),
-                serve,
-                model,
-                {**options, **config},
-            )
+            # A spec of any kind: the draft needs the plugin.
+            env = common.environment(Contender(label, spec={} if config else None))
+            worker = Worker(label, serve, model, flags_of({**options, **config}), env=env)
             stack.callback(worker.stop)
             worker.receive()
             workers.append(worker)
             progress.advance(task)
         for number in range(-1, args.rounds):
-            for worker in common.in_turn(workers, number):
+            for worker in in_turn(workers, number):
                 progress.update(task, description=worker.label)
                 answer = worker.ask((prompts, args.tokens))
                 if number >= 0:
@@ -95,10 +94,10 @@ def _prompts(model: str, args: argparse.Namespace) -> list[list[int]]:
     return prompts
 
 
-def serve(connection: Connection, _: object, model: str, options: dict[str, Any]) -> None:
+def serve(connection: Connection, model: str, flags: list[str]) -> None:
     """One engine: answer each job with its figures."""
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    engine = common.make_engine(model, None, **options)
+    engine = make_engine(model, flags)
     connection.send("ready")
     while True:
         try:
@@ -153,11 +152,11 @@ def _report(
                 label,
                 f"{per_step:.2f}",
                 accepted,
-                common.spread(speeds, ".1f"),
-                common.spread(ratios) if ahead.isdigit() else "",
+                spread(speeds, ".1f"),
+                spread(ratios) if ahead.isdigit() else "",
             ]
         )
-        results[label] = {"rounds": rounds, "ratio_to_plain": common.summary(ratios)}
+        results[label] = {"rounds": rounds, "ratio_to_plain": summary(ratios)}
     header = ["draft", "tokens a step", "of the drafted accepted", "tokens/s", "to plain"]
     print(common.markdown(header, rows))
     if args.out:

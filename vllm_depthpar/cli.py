@@ -8,13 +8,24 @@ import signal
 import sys
 
 from vllm_depthpar import __version__
+from vllm_depthpar.bench import BenchError
 from vllm_depthpar.bundled import BundledModelError
-from vllm_depthpar.commands import bundled, eval, export, plan, predict, recover, search, study
+from vllm_depthpar.commands import (
+    bench,
+    bundled,
+    eval,
+    export,
+    plan,
+    predict,
+    recover,
+    search,
+    study,
+)
 from vllm_depthpar.plan import PlanError
 from vllm_depthpar.tasks import TaskError
 from vllm_depthpar.texts import TextError
 
-COMMANDS = (plan, predict, search, eval, study, recover, export, bundled)
+COMMANDS = (plan, predict, bench, search, eval, study, recover, export, bundled)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         print(args.run(args))
-    except (PlanError, TextError, TaskError, BundledModelError) as error:
+    except (PlanError, TextError, TaskError, BenchError, BundledModelError) as error:
         print(f"depthpar: error: {error}", file=sys.stderr)
         return 1
     except BrokenPipeError:

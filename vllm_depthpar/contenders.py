@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,19 @@ class Contender:
     plan: str = "vLLM's own model"
     spec: dict[str, Any] | None = None
     digest: str = PLAIN
+
+    @property
+    def flags(self) -> list[str]:
+        """What ``vllm serve`` has to be told."""
+        if self.spec is None:
+            return []
+        overrides = json.dumps({sources.KEY: self.spec})
+        return ["--model-impl", "depthpar", "--hf-overrides", overrides]
+
+    @property
+    def env(self) -> dict[str, str]:
+        """Its environment: vLLM's own model runs without the plugin, not with an idle one."""
+        return {"VLLM_PLUGINS": "" if self.spec is None else "depthpar"}
 
 
 def usual(config: Mapping[str, Any]) -> list[str]:

@@ -84,6 +84,47 @@ def heat_maps(
     _save(figure, path)
 
 
+def bars(
+    path: Path,
+    panels: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]],
+    baseline: str,
+    title: str,
+) -> None:
+    """Speed-ups as bars with their spread, a panel for each thing that was measured: a PNG.
+
+    Args:
+        panels: {panel: {group of bars: {contender: its "median", "min" and "max"}}}.
+        baseline: the contender that is 1 everywhere, and has no bar.
+    """
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(5.2 * columns, 3.6 * rows), layout="constrained")
+    for place, (name, groups) in enumerate(panels.items(), start=1):
+        axis = figure.add_subplot(rows, columns, place)
+        contenders = [label for label in next(iter(groups.values())) if label != baseline]
+        width = 0.8 / len(contenders)
+        for at, label in enumerate(contenders):
+            found = [group[label] for group in groups.values()]
+            medians = np.array([one["median"] for one in found])
+            low, high = (np.array([one[end] for one in found]) for end in ("min", "max"))
+            axis.bar(
+                np.arange(len(found)) + (at - (len(contenders) - 1) / 2) * width,
+                medians,
+                width,
+                yerr=(medians - low, high - medians),
+                capsize=2,
+                label=label,
+            )
+        axis.axhline(1, color="gray", linewidth=1)
+        axis.set_xticks(range(len(groups)), list(groups), rotation=20, ha="right")
+        axis.set_ylabel(f"speed-up over {baseline}")
+        axis.set_title(name)
+        axis.grid(alpha=0.3, axis="y")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center")
+    figure.suptitle(title)
+    _save(figure, path)
+
+
 def _save(figure: Figure, path: Path) -> None:
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=110)

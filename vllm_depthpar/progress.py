@@ -6,7 +6,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 
 @contextmanager
@@ -23,3 +30,15 @@ def bar(what: str) -> Iterator[Callable[[float], None]]:
         task = progress.add_task(what, total=1)
         yield lambda share: progress.advance(task, share)
         progress.update(task, completed=1)
+
+
+def step_bar() -> Progress:
+    """A bar for work in steps: what is being done, counts and time; none without a terminal."""
+    console = Console(stderr=True)
+    return Progress(
+        *Progress.get_default_columns()[:-1],
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )

@@ -12,7 +12,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -89,14 +89,18 @@ class Server:
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         return opener.open(f"{self.url}{path}", timeout=5)
 
+    def signal(self, number: signal.Signals) -> None:
+        """Signal the server and all processes it started."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
+
     def stop(self) -> None:
         """End the server and all processes it started; harmless when it has ended already."""
+        self.signal(signal.SIGCONT)
         for sent in (signal.SIGTERM, signal.SIGKILL):
-            try:
-                os.killpg(self.process.pid, sent)
+            self.signal(sent)
+            with suppress(subprocess.TimeoutExpired):
                 self.process.wait(SHUTDOWN_SECONDS)
-            except (ProcessLookupError, subprocess.TimeoutExpired):
-                continue
 
     def log_text(self) -> str:
         """All that the server has written so far."""

@@ -24,7 +24,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from vllm_depthpar import __version__, files, sources
+from vllm_depthpar import __version__, files
 from vllm_depthpar.checkpoint import fingerprint
 from vllm_depthpar.contenders import Contender
 from vllm_depthpar.server_process import Server, serve
@@ -232,16 +232,10 @@ def _evaluate(
 def _start(
     stack: contextlib.ExitStack, model: str, contender: Contender, settings: Settings
 ) -> Server:
-    flags, env = list(settings.server_args), {}
-    if contender.spec is None:
-        env["VLLM_PLUGINS"] = ""  # plain vLLM, without even an idle plugin
-    else:
-        flags += ["--model-impl", "depthpar"]
-        flags += ["--hf-overrides", json.dumps({sources.KEY: contender.spec})]
-    flags += ["--seed", str(settings.seed)]
+    flags = [*settings.server_args, *contender.flags, "--seed", str(settings.seed)]
     _say("starting vllm serve ...")
     try:
-        return stack.enter_context(serve(model, *flags, env=env, timeout=START_SECONDS))
+        return stack.enter_context(serve(model, *flags, env=contender.env, timeout=START_SECONDS))
     except RuntimeError as error:
         raise TaskError(f"plan {contender.label}: {error}") from error
 
