@@ -181,7 +181,7 @@ def quantize_int8(source: Path, folder: Path) -> tuple[Path, Path]:
     quantized, dequantized = {}, {}
     for name, tensor in load_file(source / "model.safetensors").items():
         if name.endswith("proj.weight"):
-            # Half of int8's range: CPUs without VNNI add two products of 8 bits in 16, and saturate.
+            # Half of int8's range: a CPU without VNNI adds two products in 16 bits, and saturates.
             scale = tensor.abs().amax(1, keepdim=True) / 63
             codes = (tensor / scale).round()
             quantized[name] = codes.to(torch.int8)
