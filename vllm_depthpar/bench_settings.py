@@ -156,8 +156,8 @@ class Setup:
             "enforce_eager": settings.eager,
             "tensor_parallel_size": settings.tp,
             "max_model_len": longest,
-            # Not all memory, so that contenders fit side by side.
-            "kv_cache_memory_bytes": max(self._kv_bytes(load, contender) for load in loads),
+            # Not all memory, so that contenders fit side by side. On a CPU the environment has it.
+            "kv_cache_memory_bytes": self.gpu_share and self.kv_bytes(contender),
             "gpu_memory_utilization": self.gpu_share,
             "no_enable_prefix_caching": True,
             "seed": 0,
@@ -169,10 +169,11 @@ class Setup:
             options["max_num_batched_tokens"] = max(most, min(tokens, BUDGET))
         return [*contender.flags, *flags_of(options), *settings.engine_args]
 
-    def _kv_bytes(self, load: Load, contender: Contender) -> int:
-        """KV cache on one rank for all sequences of a load at once."""
+    def kv_bytes(self, contender: Contender) -> int:
+        """KV cache on one rank for all sequences of the largest load at once."""
         shape = ModelShape.from_config(self.config)
         plan = resolve(contender.spec or "identity", shape.layers)
         of_token = shape.kv_bytes_per_token(plan, self.settings.tp) / shape.dtype_bytes
         width = _BYTES.get(self.settings.dtype, shape.dtype_bytes)
-        return int(_KV_SLACK * load.batch * (load.longest + _KV_BLOCKS) * of_token * width)
+        tokens = max(load.batch * (load.longest + _KV_BLOCKS) for load in self.loads)
+        return int(_KV_SLACK * tokens * of_token * width)

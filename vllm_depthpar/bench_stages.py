@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import re
 import signal
 import tempfile
@@ -152,5 +154,7 @@ class Servers:
 
 
 def _environment(setup: Setup, contender: Contender) -> dict[str, str]:
-    on_gpu = setup.gpu_share is not None
-    return {**hardware.environment(setup.settings.tp, on_gpu), **contender.env}
+    env = hardware.environment(setup.settings.tp, setup.gpu_share is not None)
+    if (space := "VLLM_CPU_KVCACHE_SPACE") not in os.environ:
+        env[space] = str(math.ceil(setup.kv_bytes(contender) / 2**30))
+    return {**env, **contender.env}

@@ -87,7 +87,8 @@ def run_batch(
         if finished and not ended:
             raise RuntimeError(
                 f"{batch} sequences of {prompt_tokens} + {tokens} tokens do not fit into the KV "
-                "cache at once; allowed: more of it with --engine-args='--kv-cache-memory-bytes N'"
+                "cache at once; allowed: a larger VLLM_CPU_KVCACHE_SPACE, or on a GPU "
+                "--engine-args='--kv-cache-memory-bytes N'"
             )
     return {
         "prefill_seconds": started - begun,
