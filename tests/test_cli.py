@@ -13,6 +13,7 @@ import torch
 from models import write_llama
 
 from vllm_depthpar import plan as plans
+from vllm_depthpar import sources
 from vllm_depthpar.cli import main
 from vllm_depthpar.shape import ModelShape
 
@@ -71,6 +72,26 @@ def test_show_json_counts_bytes(model: Path, capsys: pytest.CaptureFixture[str])
     # 2 (K, V) x 2 KV heads x 32 x 2 bytes for each layer that is kept
     assert facts["kv_bytes_per_token_per_rank"] == {"before": 8 * 256, "after": 6 * 256}
     assert plans.resolve(facts["plan"], 8).digest == facts["digest"]
+
+
+@pytest.mark.parametrize("kind", ["mistral", "qwen2", "qwen3"])
+def test_bytes_of_other_families(
+    tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_llama(tmp_path, layers=32, hidden=64, model_type=kind)
+    assert main(["plan", "show", str(tmp_path), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    content = (tmp_path / "model.safetensors").read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    assert facts["weight_bytes_per_rank"]["before"] == len(content) - header
+
+
+def test_presets_are_of_llamas() -> None:
+    shape = {"num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 11008}
+    config = {**shape, "num_attention_heads": 32, "vocab_size": 32000}
+    assert "preset for Llama 2 7B" in sources.choose({**config, "model_type": "llama"})[1]
+    # Qwen 1.5 7B is of the same shape.
+    assert "conservative rule" in sources.choose({**config, "model_type": "qwen2"})[1]
 
 
 def test_show_says_when_tp_does_not_fit(model: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -141,13 +141,17 @@ def _config(path: str | PathLike[str]) -> PreTrainedConfig:
     ladder_config.register()
     config = AutoConfig.from_pretrained(path)
     family_of(config.to_dict())
+    _check_windows(config)
+    return config
+
+
+def _check_windows(config: PreTrainedConfig) -> None:
+    """transformers gives each block the mask of the layer that was in its place."""
     if len(set(windows(config.to_dict()))) > 1:
-        # transformers would give each block the mask of the layer that was in its place.
         raise PlanError(
             "the layers differ in their windows of attention; allowed: to serve the model, or "
             "models whose layers have the same"
         )
-    return config
 
 
 def _weights(
@@ -184,12 +188,14 @@ def restructure(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
         The same model.
 
     Raises:
-        PlanError: the plan is for another number of layers, or the model was restructured before.
+        PlanError: the plan is for another number of layers, or the model was restructured before,
+            or its layers differ in their windows of attention.
     """
     layers = model.model.layers
     if any(isinstance(layer, ParallelBlock) for layer in layers):
         raise PlanError("the model is already restructured; allowed: a model as loaded")
     _check_layers(plan, len(layers))
+    _check_windows(model.config)
     for slot, index in enumerate(index for block in plan.blocks for index in block):
         layers[index].self_attn.layer_idx = slot
     # Decoder layers to transformers: gradient checkpointing, the recording of hidden states and
@@ -204,7 +210,7 @@ def restructure(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
         for position, block in enumerate(plan.blocks)
     )
     model.config.num_hidden_layers = len(plan.kept)
-    if getattr(model.config, "layer_types", None):  # all alike, see `_config`
+    if getattr(model.config, "layer_types", None):  # all alike
         model.config.layer_types = model.config.layer_types[: len(plan.kept)]
     return model
 

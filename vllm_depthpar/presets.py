@@ -43,14 +43,15 @@ PRESETS = (
 )
 
 
-def auto_spec(shape: ModelShape) -> tuple[dict[str, object], str]:
+def auto_spec(shape: ModelShape, model_type: str = "llama") -> tuple[dict[str, object], str]:
     """The plan for a model nobody wrote one for, and one line on where it comes from.
 
-    Rule for models with no preset: run one layer in four in pairs, in one span that ends two
-    layers before the last.
+    Presets are of Llamas; models of other families share shapes with them. Rule for models with no
+    preset: run one layer in four in pairs, in one span that ends two layers before the last.
     """
     for preset in PRESETS:
-        if (shape.layers, shape.hidden, shape.intermediate) == (
+        if (model_type, shape.layers, shape.hidden, shape.intermediate) == (
+            "llama",
             preset.layers,
             preset.hidden,
             preset.intermediate,

@@ -57,7 +57,7 @@ def choose(
     elif ladder is not None and isinstance(spec, dict) and spec.get("ladder") is None:
         spec = {**spec, "ladder": ladder}
     if spec == "auto":
-        spec, reason = auto_spec(shape)
+        spec, reason = auto_spec(shape, config.get("model_type", "llama"))
         source = f"{source}: auto, {reason}"
     plan = plans.resolve(spec, shape.layers)
     check_windows(plan, config)
