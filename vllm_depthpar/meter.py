@@ -2,8 +2,7 @@
 
 Gauges of the plan, once; and of every n-th forward pass (`DEPTHPAR_METRICS`) its time and that of
 its all-reduces. Times are taken on CPUs only, where a forward pass is over when it returns: on GPUs
-Python runs ahead of the device, and in CUDA graphs it does not run at all. For `--worker-cls` or a
-profiler nothing is changed: these are hooks of the module that vLLM calls for a step.
+Python runs ahead of the device, and in CUDA graphs it does not run at all.
 """
 
 from __future__ import annotations

@@ -40,6 +40,7 @@ ENV = "DEPTHPAR_METRICS"
 EVERY = 8
 FOLDER_ENV = "DEPTHPAR_METRICS_DIR"
 VLLM_FOLDER_ENV = "PROMETHEUS_MULTIPROC_DIR"
+NAME, MEMORY = "depthpar-metrics", Path("/dev/shm")
 PREFIX = "vllm:depthpar_"
 
 
@@ -70,9 +71,9 @@ def prepare() -> None:
     inherited = multiprocessing.parent_process() is not None and FOLDER_ENV in os.environ
     if every() == 0 or VLLM_FOLDER_ENV in os.environ or inherited:
         return
-    memory = Path("/dev/shm")
-    path = tempfile.mkdtemp(prefix="depthpar-metrics-", dir=memory if memory.is_dir() else None)
-    os.environ[FOLDER_ENV] = path
+    os.environ[FOLDER_ENV] = path = tempfile.mkdtemp(
+        prefix=f"{NAME}-{os.getpid()}-", dir=MEMORY if MEMORY.is_dir() else None
+    )
     # At the end of this process and of no fork of it; atexit would not run in one of
     # multiprocessing's.
     Finalize(None, shutil.rmtree, args=(path, True), exitpriority=0)
