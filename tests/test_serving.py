@@ -137,16 +137,17 @@ def test_counters_count_the_requests(run: Run) -> None:
     timed = {"phase": "decode"}
     more = value(after, "all_reduces_total", **timed) - value(before, "all_reduces_total", **timed)
     assert more == 8 * (all_reduces(PLAN) - 1)
-    exposed, whole = (
+    exposed, hidden, whole = (
         value(after, name, **timed, **labels) - value(before, name, **timed, **labels)
         for name, labels in (
             ("all_reduce_seconds_total", {"kind": "exposed"}),
+            ("all_reduce_seconds_total", {"kind": "hidden"}),
             ("forward_seconds_sum", {"batch_size": "1"}),
         )
     )
-    assert 0 < exposed < whole < 60
-    # Over shared memory nothing runs behind anything.
-    assert value(after, "all_reduce_seconds_total", **timed, kind="hidden") == 0
+    assert 0 < exposed <= exposed + hidden < whole
+    # Over shared memory, which some CPUs have, nothing runs behind anything.
+    assert (hidden == 0) == ("gain no speed here" in run.server.log_text())
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(lambda n: complete(run.server, f"request {n}", 24), range(3)))
     assert passes(samples(run.server))["decode", "3-4"] > 0
@@ -246,17 +247,19 @@ EXACT_GAUGES = (
 
 
 def test_stopwatch_times_only_while_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = iter([10.0, 11.0, 15.0, 17.0])
+    now = iter([10.0, 11.0, 15.0, 16.0, 16.0, 18.0, 19.0, 20.0])
     monkeypatch.setattr("vllm_depthpar.stopwatch.perf_counter", lambda: next(now))
     stopwatch, ended = Stopwatch(), []
     start: Any = stopwatch.apart(lambda term: (term, lambda: ended.append(term)))
     start("untimed")[1]()
     assert stopwatch.count == 0
     stopwatch.begin()
-    arrived, finish = start("timed")  # 1 s to start; then 4 s of computation, and 2 s of waiting
-    finish()
-    assert (arrived, ended) == ("timed", ["untimed", "timed"])
-    assert (stopwatch.count, stopwatch.exposed, stopwatch.hidden) == (1, 3.0, 4.0)
+    finish_first = start("first")[1]  # takes 1 s; 4 s of computation
+    finish_second = start("second")[1]  # 1 s
+    finish_first()  # 2 s, then 1 s of computation
+    finish_second()  # 1 s
+    assert ended == ["untimed", "first", "second"]
+    assert (stopwatch.count, stopwatch.exposed, stopwatch.hidden) == (2, 5.0, 5.0)
 
 
 def test_batch_sizes_are_powers_of_two() -> None:

@@ -24,8 +24,8 @@ class Stopwatch:
         running: whether they are timed.
         count: how many ended.
         exposed: seconds that the rank spent in them: starting, waiting and adding terms.
-        hidden: seconds between start and wait, while the rank computed: the most that can have been
-            hidden, since an all-reduce may be over before it is waited for.
+        hidden: seconds between start and wait in which the rank computed: the most that can have
+            been hidden, since an all-reduce may be over before it is waited for.
     """
 
     def __init__(self) -> None:
@@ -64,12 +64,15 @@ class Stopwatch:
             begun = perf_counter()
             arrived, finish = start(*args)
             started = perf_counter()
+            self.exposed += started - begun
+            before = self.exposed
 
             def timed_finish() -> None:
                 waited = perf_counter()
+                # Less what the rank spent in another all-reduce, if one was in flight, too.
+                self.hidden += waited - started - (self.exposed - before)
                 finish()
-                self.exposed += started - begun + perf_counter() - waited
-                self.hidden += waited - started
+                self.exposed += perf_counter() - waited
                 self.count += 1
 
             return arrived, timed_finish
