@@ -8,18 +8,22 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import httpx
 import jsonschema
 import pytest
+import torch
 from models import write_llama, write_tokenizer
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
+from vllm.config import VllmConfig
+from vllm.forward_context import set_forward_context
 
 from vllm_depthpar import metric_files
-from vllm_depthpar.meter import bucket_of, layers_by_kind
+from vllm_depthpar.meter import Meter, bucket_of, layers_by_kind
 from vllm_depthpar.metric_files import Metric, MetricFiles
 from vllm_depthpar.picture import draw
 from vllm_depthpar.plan import PlanError, resolve
@@ -244,6 +248,23 @@ EXACT_GAUGES = (
     "kv_bytes_per_token_saved",
     "timed_every",
 )
+
+
+def test_every_third_forward_pass_is_timed(tmp_path: Path) -> None:
+    """On one rank: no all-reduces. Passes without sequences, vLLM's warm-up, don't count."""
+    labels = {"model_name": "m", "engine": "0"}
+    meter = Meter(MetricFiles(tmp_path, "worker", labels), every=3, ranks=1, decode_tokens=1)
+    model = torch.nn.Identity()
+    model.register_forward_pre_hook(meter.begin)
+    model.register_forward_hook(meter.end)
+    batch = SimpleNamespace(query_start_loc=torch.arange(5), max_query_len=1)
+    for metadata in [None, None, *[{"layer": batch}] * 7]:
+        with set_forward_context(metadata, VllmConfig()):
+            model(torch.ones(4))
+    merged = MultiProcessCollector(None, path=str(tmp_path)).collect()
+    found = [sample for metric in merged for sample in metric.samples]
+    assert value(found, "forward_seconds_count", phase="decode", batch_size="3-4") == 3
+    assert {s.name.removeprefix("vllm:depthpar_").partition("_")[0] for s in found} == {"forward"}
 
 
 def test_stopwatch_times_only_while_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:

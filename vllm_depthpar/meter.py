@@ -82,7 +82,8 @@ def watch(model: nn.Module, vllm_config: VllmConfig) -> None:
     if timed:
         speculative = vllm_config.speculative_config
         drafts = speculative.num_speculative_tokens if speculative is not None else 0
-        meter = Meter(files, metric_files.every(), decode_tokens=1 + drafts)
+        ranks = vllm_config.parallel_config.tensor_parallel_size
+        meter = Meter(files, metric_files.every(), ranks, decode_tokens=1 + drafts)
         model.register_forward_pre_hook(meter.begin)
         model.register_forward_hook(meter.end)
 
@@ -143,15 +144,17 @@ class Meter:
 
     Args:
         every: n.
+        ranks: tensor-parallel size; one rank has no all-reduces to time.
         decode_tokens: new tokens of a sequence in a decoding step, at most.
     """
 
-    def __init__(self, files: MetricFiles, every: int, decode_tokens: int) -> None:
+    def __init__(self, files: MetricFiles, every: int, ranks: int, decode_tokens: int) -> None:
         self._files = files
         self._every = every
+        self._ranks = ranks
         self._decode_tokens = decode_tokens
         self._passes = 0
-        self._begun = 0.0
+        self._begun: float | None = None  # of a pass that is timed
         self._forward: dict[tuple[str, str], Histogram] = {}
         self._reductions: dict[str, tuple[Counter, Counter, Counter]] = {}
 
@@ -160,16 +163,18 @@ class Meter:
         if torch.compiler.is_compiling():
             return
         if self._passes % self._every == 0:
-            stopwatch.begin()
             self._begun = perf_counter()
+            if self._ranks > 1:
+                stopwatch.begin()
         # Not one of the passes that vLLM warms up with, which have no sequences.
         self._passes += rows_of_this_step() is not None
 
     def end(self, model: nn.Module, inputs: Any, output: Any) -> None:
         """Hook: it is over."""
-        if torch.compiler.is_compiling() or not stopwatch.running:
+        if torch.compiler.is_compiling() or self._begun is None:
             return
         seconds = perf_counter() - self._begun
+        self._begun = None
         stopwatch.running = False
         rows = rows_of_this_step()
         if rows is None:
