@@ -49,10 +49,10 @@ def run_ranks(scenarios: list[str], ranks: int) -> list[Done]:
 @pytest.fixture(scope="module")
 def two_ranks() -> list[Done]:
     """All scenarios for two ranks in the same two processes; in the last of them rank 1 ends."""
-    return run_ranks(["sums", "overlap", "memory", "compiled_overlap", "death"], 2)
+    return run_ranks(["sums", "overlap", "timed", "memory", "compiled_overlap", "death"], 2)
 
 
-@pytest.mark.parametrize("scenario", ["sums", "overlap", "memory", "compiled_overlap"])
+@pytest.mark.parametrize("scenario", ["sums", "overlap", "timed", "memory", "compiled_overlap"])
 def test_two_hosts(scenario: str, two_ranks: list[Done]) -> None:
     for done in two_ranks:
         assert f"passed: {scenario}\n" in done.stdout, done.stdout[-3000:]
@@ -183,6 +183,35 @@ def _overlap(compiled: bool = False) -> None:
                 store.wait([f"{prefix} {count}"], timedelta(seconds=60))
                 time.sleep(0.05)
                 reductions.wait(reductions.start(torch.full((tokens, 64), 100.0)))
+
+
+def _timed() -> None:
+    """Rank 1 is late: what rank 0 computes meanwhile is hidden, the rest of the delay exposed."""
+    from torch import distributed
+
+    from vllm_depthpar.reductions import Reductions
+    from vllm_depthpar.stopwatch import stopwatch
+
+    computing, late = 0.2, 0.7
+    reductions, term = Reductions(), torch.ones(4)
+    distributed.barrier()
+    if distributed.get_rank() == 1:
+        time.sleep(late)
+    stopwatch.begin()
+    begun = time.perf_counter()
+    flight = reductions.start(term)
+    time.sleep(computing)
+    reductions.wait(flight)
+    whole = time.perf_counter() - begun
+    stopwatch.running = False
+    reductions.all_reduce(term)
+    assert stopwatch.count == 1
+    assert stopwatch.hidden >= computing
+    assert stopwatch.hidden + stopwatch.exposed <= whole
+    if distributed.get_rank() == 0:
+        # Both ranks left the barrier together, give or take what a busy machine adds.
+        assert stopwatch.exposed > (late - computing) / 2
+        assert stopwatch.hidden + stopwatch.exposed > 0.9 * whole
 
 
 def _compiled_overlap() -> None:

@@ -38,8 +38,9 @@ from vllm.logger import init_logger
 from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 from vllm.transformers_utils.repo_utils import is_mistral_model_repo
+from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
 
-from vllm_depthpar import __version__, ladder_checkpoint, ladder_config, sources
+from vllm_depthpar import __version__, ladder_checkpoint, ladder_config, metric_files, sources
 from vllm_depthpar.families import FAMILIES
 from vllm_depthpar.plan import Plan, PlanError, resolve
 from vllm_depthpar.shape import ModelShape
@@ -175,6 +176,7 @@ class DepthParConfig(VerifyAndUpdateConfig):
             total_num_attention_heads=common * shape.heads,
             total_num_kv_heads=common * shape.kv_heads,
         )
+        metric_files.prepare()
         logger.info("plan %s: %s (from %s)", plan.digest, plan.name, config.depthpar_source)
 
 
@@ -246,6 +248,32 @@ def base_shape(config: PreTrainedConfig) -> ModelShape:
     return ModelShape.from_config(
         {**config.to_dict(), "num_hidden_layers": config.depthpar_base_layers}
     )
+
+
+def kv_cache_bytes(vllm_config: VllmConfig) -> int:
+    """Bytes of one element of the KV cache.
+
+    Relies on: `CacheConfig.cache_dtype` is "auto", the model's, or a key of vLLM's table.
+    """
+    name = vllm_config.cache_config.cache_dtype
+    dtype = STR_DTYPE_TO_TORCH_DTYPE.get(name, vllm_config.model_config.dtype)
+    return int(dtype.itemsize)
+
+
+def rows_of_this_step() -> tuple[int, int] | None:
+    """Sequences in the batch of the forward pass that runs, and the most new tokens of one.
+
+    None where vLLM runs the model for itself: to profile memory, to compile, to capture graphs.
+
+    Relies on: a layer's attention metadata has `query_start_loc` and `max_query_len`, as those of
+    vLLM's CPU backend.
+    """
+    context = get_forward_context() if is_forward_context_available() else None
+    if context is None or not isinstance(context.attn_metadata, dict):
+        return None
+    for metadata in context.attn_metadata.values():
+        return len(metadata.query_start_loc) - 1, int(metadata.max_query_len)
+    return None
 
 
 def group_named(name: str) -> GroupCoordinator:

@@ -230,17 +230,17 @@ def link_named(text: str) -> Link:
     if text in LINKS:
         return LINKS[text]
     if "=" not in text:
-        raise PlanError(f"link {text!r} is unknown; allowed: {', '.join(LINKS)}, or {_OWN_LINK}")
+        raise PlanError(f"link {text!r} is unknown; allowed: {', '.join(LINKS)}, or {OWN_LINK}")
     numbers: dict[str, float] = {}
     for part in text.split(","):
         key, _, value = part.strip().partition("=")
         match = _QUANTITY.fullmatch(value.strip())
         scale = _UNITS.get(key, {}).get(match[2].lower().removesuffix("/s")) if match else None
         if match is None or scale is None or key in numbers:
-            raise PlanError(f"link {text!r}: {part.strip()!r} is wrong; allowed: {_OWN_LINK}")
+            raise PlanError(f"link {text!r}: {part.strip()!r} is wrong; allowed: {OWN_LINK}")
         numbers[key] = float(match[1]) * scale
     if numbers.keys() != _UNITS.keys() or numbers["bandwidth"] == 0:
-        raise PlanError(f"link {text!r} needs a latency and a bandwidth above 0, as {_OWN_LINK}")
+        raise PlanError(f"link {text!r} needs a latency and a bandwidth above 0, as {OWN_LINK}")
     return Link(text, numbers["latency"], numbers["bandwidth"], source="the command line")
 
 
@@ -274,7 +274,7 @@ def _file() -> Path:
     return cache_folder() / "machine.json"
 
 
-_OWN_LINK = "latency=0.2ms,bandwidth=1gbit (s, ms, us; gbit, mbit, GB, MB per second)"
+OWN_LINK = "latency=0.2ms,bandwidth=1gbit (s, ms, us; gbit, mbit, GB, MB per second)"
 _QUANTITY = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Zµ/]+)")
 _UNITS = {
     "latency": {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6},

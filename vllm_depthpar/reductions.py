@@ -19,7 +19,6 @@ Where they run:
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from functools import partial as bind
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,6 +41,7 @@ from vllm_depthpar.compat import (
     this_host,
 )
 from vllm_depthpar.exchange import Exchange, connect
+from vllm_depthpar.stopwatch import Finish, stopwatch
 
 # A rank that has at most so many bytes to send in all hands them to the kernel in one go.
 SMALL_BYTES = 1 << 18
@@ -82,12 +82,12 @@ class Reductions:
         """The sum of all ranks' terms, any shape; `partial` may be overwritten."""
         if self._ours:
             return self.wait(self.start(partial))
-        return get_tp_group().all_reduce(partial)
+        return _through_vllm(partial)
 
     def start(self, partial: Tensor) -> InFlight:
         """Begin the sum of all ranks' terms; every rank must start and wait in the same order."""
         if not self.overlap:
-            return InFlight(partial, get_tp_group().all_reduce(partial))
+            return InFlight(partial, _through_vllm(partial))
         return InFlight(partial, torch.ops.depthpar.start_all_reduce(partial, self._group_name))
 
     def wait(self, flight: InFlight, behind: Tensor | None = None) -> Tensor:
@@ -106,7 +106,11 @@ class Reductions:
         return flight.arrived
 
 
-Finish = Callable[[], None]
+@stopwatch.whole
+def _through_vllm(partial: Tensor) -> Tensor:
+    return get_tp_group().all_reduce(partial)
+
+
 # Between start and wait, by the address of `arrived`.
 _in_flight: dict[int, Finish] = {}
 
@@ -125,6 +129,7 @@ def _wait_all_reduce(partial: Tensor, arrived: Tensor, behind: Tensor | None) ->
     finish()
 
 
+@stopwatch.apart
 def _start_on_cpu(partial: Tensor, group: GroupCoordinator) -> tuple[Tensor, Finish]:
     partial = partial.contiguous()
     ranks, me = group.world_size, group.rank_in_group

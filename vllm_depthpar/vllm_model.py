@@ -36,6 +36,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, extract_layer_in
 from vllm_depthpar.compat import logger, member_of_this_rank, narrowed_tensor_parallel, plan_of
 from vllm_depthpar.families import family_of
 from vllm_depthpar.fold import fold_gain_, shard_of
+from vllm_depthpar.meter import watch
 from vllm_depthpar.plan import Plan
 from vllm_depthpar.reductions import InFlight, Reductions
 from vllm_depthpar.vllm_attention import HeadNorm, attention_of
@@ -376,6 +377,7 @@ class DepthParForCausalLM(LlamaForCausalLM):
     def _init_model(
         self, vllm_config: VllmConfig, prefix: str = "", layer_type: object = None
     ) -> DepthParModel:
+        watch(self, vllm_config)
         return DepthParModel(vllm_config=vllm_config, prefix=prefix)
 
     def is_unused_checkpoint_weight(self, name: str) -> bool:
