@@ -1,8 +1,10 @@
-"""The files in deploy/: they parse, agree with the code that they come from, and name what exists."""
+"""The files in deploy/: they parse, equal what their code generates, and name what exists."""
 
+import json
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,12 +13,17 @@ from typing import Any
 import pytest
 import yaml
 
-from vllm_depthpar import meter
-from vllm_depthpar.metric_files import PREFIX, Metric
+from vllm_depthpar.metric_files import PREFIX
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"
 PROMETHEUS = DEPLOY / "prometheus"
+DASHBOARD = DEPLOY / "grafana/dashboards/depthpar.json"
+
+# What is committed, and the script that prints it.
+GENERATED = {
+    DASHBOARD: DEPLOY / "grafana/dashboard.py",
+}
 
 SUFFIXES = {
     "gauge": [""],
@@ -39,13 +46,11 @@ def series(kind: str, name: str) -> Iterator[str]:
 
 
 def our_series() -> set[str]:
-    text = Path(meter.__file__).read_text()
+    text = source("vllm_depthpar", "meter.py")
+    names = dict(re.findall(r'^([A-Z_]+) = Metric\(\s*"(\w+)"', text, re.MULTILINE))
     made = re.findall(r"(gauge|counter|histogram)\(\s*([A-Z_]+)\b", text)
-    assert {constant for _, constant in made} == {
-        constant for constant, value in vars(meter).items() if isinstance(value, Metric)
-    }
-    names = ((kind, PREFIX + getattr(meter, constant).name) for kind, constant in made)
-    return {one for kind, name in names for one in series(kind, name)}
+    assert {constant for _, constant in made} == set(names)
+    return {one for kind, constant in made for one in series(kind, PREFIX + names[constant])}
 
 
 def vllm_series() -> set[str]:
@@ -65,6 +70,19 @@ def known_series() -> set[str]:
 def named_in(text: str) -> set[str]:
     """The series that expressions name, whatever stands around them."""
     return set(re.findall(r"\b(?:vllm:|http_)\w+", text))
+
+
+def need_promtool() -> str:
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool is not installed (Debian's package prometheus has it)")
+    return promtool
+
+
+def run(*command: str, cwd: Path) -> str:
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def load(path: Path) -> Any:
@@ -91,10 +109,53 @@ def test_alerts_are_tested() -> None:
     "command", ["check config prometheus.yml", "test rules alerts_test.yml"], ids=lambda c: c[:4]
 )
 def test_promtool(command: str) -> None:
-    promtool = shutil.which("promtool")
-    if promtool is None:
-        pytest.skip("promtool is not installed (Debian's package prometheus has it)")
-    done = subprocess.run(
-        [promtool, *command.split()], cwd=PROMETHEUS, capture_output=True, text=True
+    run(need_promtool(), *command.split(), cwd=PROMETHEUS)
+
+
+@pytest.mark.parametrize("committed", GENERATED, ids=lambda path: path.name)
+def test_generated_files_are_up_to_date(committed: Path) -> None:
+    script = GENERATED[committed]
+    made = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    assert committed.read_text() == made.stdout, f"run python {script.name} > {committed.name}"
+
+
+def panels() -> list[dict[str, Any]]:
+    found = json.loads(DASHBOARD.read_text())["panels"]
+    assert len({panel["id"] for panel in found}) == len(found)
+    return [panel for panel in found if panel["type"] != "row"]
+
+
+def test_dashboard_names_metrics_and_variables_that_exist(known_series: set[str]) -> None:
+    dashboard = json.loads(DASHBOARD.read_text())
+    variables = {variable["name"] for variable in dashboard["templating"]["list"]}
+    for variable in dashboard["templating"]["list"]:
+        assert named_in(str(variable.get("query"))) <= known_series
+    for panel in panels():
+        for target in panel["targets"]:
+            assert named_in(target["expr"]) <= known_series, panel["title"]
+            used = set(re.findall(r"\$(\w+)", target["expr"]))
+            assert used <= variables | {"__rate_interval"}, panel["title"]
+
+
+def test_dashboard_queries_parse(tmp_path: Path) -> None:
+    """As the expressions of recording rules, with Grafana's own variable filled in."""
+    promtool = need_promtool()
+    expressions = [target["expr"] for panel in panels() for target in panel["targets"]]
+    recorded = [
+        {"record": f"query:{at}", "expr": expression.replace("$__rate_interval", "1m")}
+        for at, expression in enumerate(expressions)
+    ]
+    (tmp_path / "rules.yml").write_text(
+        yaml.safe_dump({"groups": [{"name": "dashboard", "rules": recorded}]})
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run(promtool, "check", "rules", "--lint=none", "rules.yml", cwd=tmp_path)
+
+
+def test_panels_do_not_overlap() -> None:
+    taken: set[tuple[int, int]] = set()
+    for panel in panels():
+        at = panel["gridPos"]
+        cells = {(at["x"] + x, at["y"] + y) for x in range(at["w"]) for y in range(at["h"])}
+        assert max(x for x, _ in cells) < 24
+        assert not cells & taken, panel["title"]
+        taken |= cells
