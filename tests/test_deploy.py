@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 from vllm_depthpar.metric_files import PREFIX
 
@@ -159,3 +161,58 @@ def test_panels_do_not_overlap() -> None:
         assert max(x for x, _ in cells) < 24
         assert not cells & taken, panel["title"]
         taken |= cells
+
+
+def dependencies() -> dict[str, Requirement]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return {one.name: one for one in map(Requirement, project["dependencies"])}
+
+
+def test_gpu_image_agrees_with_the_package() -> None:
+    dockerfile = (DEPLOY / "docker/Dockerfile").read_text()
+    (version,) = re.findall(r"^ARG VLLM=v(.+)$", dockerfile, re.MULTILINE)
+    assert version in dependencies()["vllm"].specifier
+    (extra,) = map(Requirement, re.findall(r"'(\w+>=.+)'", dockerfile))
+    assert extra.specifier == dependencies()[extra.name].specifier
+
+
+def test_compose() -> None:
+    """What its JSON Schema cannot see: files that are there, names that are scraped."""
+    compose = load(DEPLOY / "compose.yaml")
+    services = compose["services"]
+    for service in services.values():
+        if "build" in service:
+            context = DEPLOY / service["build"]["context"]
+            assert (context / service["build"]["dockerfile"]).is_file()
+        for volume in service.get("volumes", []):
+            place = volume.split(":")[0]
+            assert (
+                (DEPLOY / place).is_dir() if place.startswith(".") else place in compose["volumes"]
+            )
+        assert all(port.startswith("127.0.0.1:") for port in service["ports"])
+    # Profiles that start servers; without one there are Prometheus and Grafana only.
+    assert {name for name, service in services.items() if "profiles" not in service} == {
+        "prometheus",
+        "grafana",
+    }
+    aliases = {
+        alias
+        for service in services.values()
+        for alias in service.get("networks", {}).get("default", {}).get("aliases", [])
+    }
+    jobs = load(PROMETHEUS / "prometheus.yml")["scrape_configs"]
+    assert aliases == {job["job_name"] for job in jobs}
+    assert services["gpu"]["environment"]["HF_TOKEN"] is None
+    assert services["grafana"]["environment"]["GF_SECURITY_ADMIN_PASSWORD"].startswith("${")
+
+
+def test_grafana_finds_what_is_mounted() -> None:
+    mounted = dict(
+        reversed(volume.removesuffix(":ro").split(":"))
+        for volume in load(DEPLOY / "compose.yaml")["services"]["grafana"]["volumes"]
+    )
+    (provider,) = load(DEPLOY / "grafana/provisioning/dashboards/depthpar.yml")["providers"]
+    assert (DEPLOY / mounted[provider["options"]["path"]]).resolve() == DASHBOARD.parent
+    (source,) = load(DEPLOY / "grafana/provisioning/datasources/prometheus.yml")["datasources"]
+    scrape = load(PROMETHEUS / "prometheus.yml")["global"]["scrape_interval"]
+    assert source["jsonData"]["timeInterval"] == scrape
