@@ -15,16 +15,19 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
+from vllm_depthpar import plan
 from vllm_depthpar.metric_files import PREFIX
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"
 PROMETHEUS = DEPLOY / "prometheus"
+KUBERNETES = DEPLOY / "kubernetes"
 DASHBOARD = DEPLOY / "grafana/dashboards/depthpar.json"
 
 # What is committed, and the script that prints it.
 GENERATED = {
     DASHBOARD: DEPLOY / "grafana/dashboard.py",
+    KUBERNETES / "prometheusrule.yaml": KUBERNETES / "prometheusrule.py",
 }
 
 SUFFIXES = {
@@ -216,3 +219,53 @@ def test_grafana_finds_what_is_mounted() -> None:
     (source,) = load(DEPLOY / "grafana/provisioning/datasources/prometheus.yml")["datasources"]
     scrape = load(PROMETHEUS / "prometheus.yml")["global"]["scrape_interval"]
     assert source["jsonData"]["timeInterval"] == scrape
+
+
+def test_kubernetes_rule_holds_the_alerts() -> None:
+    rule = load(KUBERNETES / "prometheusrule.yaml")
+    assert rule["spec"] == load(PROMETHEUS / "alerts.yml")
+
+
+def test_kubernetes_plan_fits_the_model() -> None:
+    (container,) = load(KUBERNETES / "deployment.yaml")["spec"]["template"]["spec"]["containers"]
+    assert container["args"][0] == "meta-llama/Llama-2-7b-hf"
+    assert plan.resolve(plan.load(str(KUBERNETES / "plan.json")), layers=32).depth < 32
+
+
+@pytest.fixture(scope="module")
+def manifests() -> dict[str, Any]:
+    """What kustomize makes, by kind."""
+    kubectl = shutil.which("kubectl")
+    if kubectl is None:
+        pytest.skip("kubectl is not installed")
+    made = yaml.safe_load_all(run(kubectl, "kustomize", ".", cwd=KUBERNETES))
+    return {manifest["kind"]: manifest for manifest in made}
+
+
+def test_kubernetes_names_fit_together(manifests: dict[str, Any]) -> None:
+    pod = manifests["Deployment"]["spec"]["template"]
+    (container,) = pod["spec"]["containers"]
+    (port,) = container["ports"]
+    (served,) = manifests["Service"]["spec"]["ports"]
+    (scraped,) = manifests["ServiceMonitor"]["spec"]["endpoints"]
+    assert served["targetPort"] == port["name"]
+    assert scraped["port"] == served["name"]
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert container[probe]["httpGet"] == {"path": "/health", "port": port["name"]}
+
+    labels = pod["metadata"]["labels"].items()
+    assert manifests["Service"]["spec"]["selector"].items() <= labels
+    wanted = manifests["ServiceMonitor"]["spec"]["selector"]["matchLabels"].items()
+    assert wanted <= manifests["Service"]["metadata"]["labels"].items()
+    # The operator's label `job` is the Service's name, which alerts and dashboard look for.
+    jobs = [job["job_name"] for job in load(PROMETHEUS / "prometheus.yml")["scrape_configs"]]
+    assert manifests["Service"]["metadata"]["name"] in jobs
+
+    volumes = {volume["name"]: volume for volume in pod["spec"]["volumes"]}
+    mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+    assert sorted(mounts.values()) == sorted(volumes)
+    assert volumes[mounts["/dev/shm"]]["emptyDir"]["medium"] == "Memory"
+    (file,) = manifests["ConfigMap"]["data"]
+    assert volumes["plan"]["configMap"]["name"] == manifests["ConfigMap"]["metadata"]["name"]
+    path = next(at for at, name in mounts.items() if name == "plan")
+    assert {"name": "DEPTHPAR_PLAN", "value": f"{path}/{file}"} in container["env"]
