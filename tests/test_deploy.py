@@ -269,3 +269,18 @@ def test_kubernetes_names_fit_together(manifests: dict[str, Any]) -> None:
     assert volumes["plan"]["configMap"]["name"] == manifests["ConfigMap"]["metadata"]["name"]
     path = next(at for at, name in mounts.items() if name == "plan")
     assert {"name": "DEPTHPAR_PLAN", "value": f"{path}/{file}"} in container["env"]
+
+
+def test_systemd_unit(tmp_path: Path) -> None:
+    systemd = shutil.which("systemd-analyze")
+    if systemd is None:
+        pytest.skip("systemd-analyze is not installed")
+    unit = DEPLOY / "systemd/vllm-depthpar.service"
+    # `verify` wants the command to be there.
+    (command,) = re.findall(r"^ExecStart=(\S+)", unit.read_text(), re.MULTILINE)
+    here = tmp_path / unit.name
+    here.write_text(unit.read_text().replace(command, sys.executable))
+    done = subprocess.run([systemd, "verify", here], capture_output=True, text=True)
+    # It also reports on the machine's other units, and on keys it does not know with status 0.
+    assert done.returncode == 0, done.stderr
+    assert unit.name not in done.stderr
