@@ -75,6 +75,8 @@ def draw(runs: dict[str, Any], path: Path) -> None:
         panel.axhline(unmodified, color="gray", linestyle=":", label="unmodified")
         panel.set(title=text, xlabel="tokens learned from", ylabel="perplexity (×: the plan alone)")
         panel.set_yscale("log")
+        panel.yaxis.set_major_formatter("{x:.0f}")
+        panel.yaxis.set_minor_formatter("{x:.0f}")
         panel.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=110)
