@@ -20,6 +20,8 @@ from vllm_depthpar.checkpoint import read_config
 from vllm_depthpar.server_process import HOST, serve
 
 OFF = "0"
+# A compiled model is compiled before its server answers.
+START_SECONDS = 1800
 
 
 def main() -> None:
@@ -45,7 +47,9 @@ def main() -> None:
         servers = []
         for setting in settings:
             progress.update(task, description=f"starting {metric_files.ENV}={setting}")
-            server = stack.enter_context(serve(model, *flags, env={metric_files.ENV: setting}))
+            server = stack.enter_context(
+                serve(model, *flags, env={metric_files.ENV: setting}, timeout=START_SECONDS)
+            )
             servers.append((setting, server))
             progress.advance(task)
         for number in range(-1, args.rounds):
