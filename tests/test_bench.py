@@ -60,14 +60,14 @@ def measured(sizes: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path
     bench = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, start_new_session=True)
     try:
         started: list[psutil.Process] = []
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 900
         while not any("serve" in command_line(process) for process in started):
             assert bench.poll() is None, bench.stderr and bench.stderr.read().decode()
             assert time.monotonic() < deadline
             time.sleep(0.2)
             started = psutil.Process(bench.pid).children(recursive=True)
         bench.send_signal(signal.SIGINT)
-        assert bench.wait(60) == 130
+        assert bench.wait(120) == 130
     finally:
         bench.kill()
         bench.wait()
@@ -92,7 +92,7 @@ def test_measures_every_part(measured: Path) -> None:
     for stage in record["stages"].values():
         assert [start["label"] for start in stage["starts"]] == ["plain", PAIRS]
         for start in stage["starts"]:
-            assert 0 < start["seconds"] < 300
+            assert 0 < start["seconds"] < 900
             assert 200 << 20 < start["peak_bytes"] < 16 << 30
     assert list(record["summary"]["loads"]) == LOADS
     for load, of_load in record["summary"]["loads"].items():
