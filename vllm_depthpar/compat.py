@@ -152,6 +152,12 @@ class DepthParConfig(VerifyAndUpdateConfig):
             override=overrides.get(sources.KEY) if isinstance(overrides, dict) else None,
             environ=os.environ.get(sources.ENV),
         )
+        if model_config.runner_type == "draft" and len({len(block) for block in plan.blocks}) > 1:
+            # Its heap is damaged within a few steps (vLLM 0.32 on a CPU, plain target, any size).
+            raise PlanError(
+                f"vLLM can't run a draft model whose blocks differ in width ({plan.name}); "
+                f"allowed: drafts with all blocks of one width"
+            )
         config.depthpar = plan.to_spec()
         config.depthpar_source = source
         config.depthpar_base_layers = config.num_hidden_layers
