@@ -143,10 +143,6 @@ class Distillation(nn.Module):
         """The teacher's layers."""
         return list(self.teacher.model.layers)
 
-    def context(self, tokens: Tensor, stream: Tensor) -> dict[str, Any]:
-        """What every layer's forward takes beside the stream, for (batch, tokens) whole windows."""
-        return hf.context(self.teacher, stream)
-
     def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
         """The loss on a batch of windows.
 
@@ -167,7 +163,7 @@ class Distillation(nn.Module):
         """KL (0 if not `taught`) and negative log-likelihood, means over all predictions."""
         with torch.no_grad():
             stream: Stream = self.teacher.model.embed_tokens(input_ids)
-            context = self.context(input_ids, cast(Tensor, stream))
+            context = hf.context(self.teacher, cast(Tensor, stream))
             for block in self.blocks[: self.first]:
                 stream = block(stream, **context)
             target = self._teach(stream, context) if taught else None

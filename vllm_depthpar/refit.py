@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import hf
 from .distil import Distillation
 from .hf import ParallelBlock, Stream
 
@@ -85,7 +86,7 @@ class _State:
 
 def _begin(distillation: Distillation, tokens: Tensor) -> _State:
     embedded = distillation.teacher.model.embed_tokens(tokens)
-    context = distillation.context(tokens, embedded)
+    context = hf.context(distillation.teacher, embedded)
     stream: Stream = embedded
     with distillation.autocast():
         for block in distillation.blocks[: distillation.first]:
