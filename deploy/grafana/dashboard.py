@@ -42,6 +42,13 @@ def rate(series: str, *labels: str, by: str = "job", chosen: str = CHOSEN) -> st
     return f"sum by ({by}) (rate({series}{{{', '.join((chosen, *labels))}}}[$__rate_interval]))"
 
 
+def rate_or_zero(series: str, *labels: str, by: str, chosen: str) -> str:
+    """`rate` of events whose series is not there before the first of them: 0 until then, in every
+    group that the series has with any labels."""
+    every = rate(series, by=by, chosen=chosen)
+    return f"{rate(series, *labels, by=by, chosen=chosen)} or 0 * {every}"
+
+
 def quantile(q: float, histogram: str, *labels: str, chosen: str = CHOSEN) -> str:
     """A quantile over all engines and instances."""
     buckets = rate(f"{histogram}_bucket", *labels, by="job, le", chosen=chosen)
@@ -186,7 +193,7 @@ ROWS = {
         Panel(
             "HTTP 5xx per second",
             {
-                "{{job}} {{handler}}": rate(
+                "{{job}} {{handler}}": rate_or_zero(
                     "http_requests_total",
                     'status="5xx"',
                     by="job, handler",
