@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +19,7 @@ import jsonschema
 import pytest
 import torch
 from models import write_llama, write_tokenizer
+from prometheus import scraping
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
@@ -32,6 +36,7 @@ from vllm_depthpar.serving.stats import stats_of
 from vllm_depthpar.shape import ModelShape, all_reduces, hidden_all_reduces
 from vllm_depthpar.stopwatch import Stopwatch
 
+DEPLOY = Path(__file__).parent.parent / "deploy"
 KEY = "a-key"
 NAME = "restructured"
 LAYERS = 8
@@ -200,6 +205,37 @@ def test_openapi_describes_the_answers(run: Run) -> None:
             "components": {"schemas": api["components"]["schemas"]},
         }
         jsonschema.validate(run.get(path).json(), schema)
+
+
+def test_dashboard_and_alerts_find_data(run: Run, tmp_path: Path) -> None:
+    """A Prometheus scrapes the server as both of the dashboard's deployments."""
+    port, every = run.server.port, 2
+    with scraping(tmp_path, {"vllm-depthpar": port, "vllm-plain": port}, every) as prometheus:
+        # Rates are over four scrapes.
+        enough = time.monotonic() + 6 * every
+        while time.monotonic() < enough:
+            complete(run.server, "some load", 8)
+        end = time.time()
+
+        def draw_dashboard(*arguments: str) -> subprocess.CompletedProcess[str]:
+            command = [sys.executable, str(DEPLOY / "grafana/picture.py"), prometheus]
+            command += ["--minutes", "0.2", "--until", str(end), "--scrape-interval", str(every)]
+            command += ["--out", str(tmp_path / "dashboard.png"), *arguments]
+            return subprocess.run(command, capture_output=True, text=True)
+
+        drawn = draw_dashboard()
+        assert drawn.returncode == 0, drawn.stderr
+        assert (tmp_path / "dashboard.png").read_bytes().startswith(b"\x89PNG")
+        drawn = draw_dashboard("--set", "candidate=nothing")
+        assert drawn.returncode == 1
+        missing = [line.partition(":")[0] for line in drawn.stderr.splitlines()[1:]]
+        assert missing == [
+            "TTFT p50",
+            "Inter-token latency p50",
+            "Generated tokens per second",
+        ]
+        (group,) = httpx.get(f"{prometheus}/api/v1/rules").json()["data"]["groups"]
+        assert {rule["health"] for rule in group["rules"]} == {"ok"}
 
 
 def test_a_plain_model_has_none(run: Run) -> None:

@@ -149,7 +149,13 @@ ROWS = {
             description="The mean of a request's inter-token latencies; quantiles over requests.",
         ),
         Panel("End-to-end latency", quantiles(E2E), unit="s"),
-        Panel("Time in the queue", quantiles(QUEUED), unit="s"),
+        Panel(
+            "Time in the queue",
+            quantiles(QUEUED),
+            unit="s",
+            description="vLLM counts times up to 0.3 s together, and quantiles are interpolated:"
+            " 0.15, 0.27 and 0.297 s may mean that nobody waits.",
+        ),
         Panel(
             "Requests that end, by reason",
             {

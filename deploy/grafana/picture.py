@@ -24,6 +24,7 @@ from urllib.parse import urlencode
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter
+from PIL import Image
 
 from vllm_depthpar.files import write_bytes
 
@@ -198,6 +199,14 @@ def picture(panels: list[dict[str, Any]], shown: Mapping[int, list[Line]]) -> Fi
     return figure
 
 
+def png(figure: Figure) -> bytes:
+    """In 64 colours, a quarter of the size: lines need no more."""
+    drawn, content = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, dpi=100)
+    Image.open(drawn).convert("RGB").quantize(64, Image.Quantize.MAXCOVERAGE).save(content, "PNG", optimize=True)
+    return content.getvalue()
+
+
 def ask(server: str, **query: str | float) -> list[dict[str, Any]]:
     """Prometheus's answer to a range query: a matrix.
 
@@ -236,9 +245,7 @@ def main() -> None:
             shown[panel["id"]] += found
             if not found:
                 missing.append(f"{panel['title']}: {query}")
-    content = io.BytesIO()
-    picture(dashboard["panels"], shown).savefig(content, format="png", dpi=90)
-    write_bytes(args.out, content.getvalue())
+    write_bytes(args.out, png(picture(dashboard["panels"], shown)))
     if missing:
         sys.exit("\n".join(["no data:", *missing]))
 
