@@ -90,6 +90,11 @@ def run(*command: str, cwd: Path) -> str:
     return done.stdout
 
 
+def installed(tool: str) -> str:
+    """A command of the extra `dev`."""
+    return str(Path(sys.executable).with_name(tool))
+
+
 def load(path: Path) -> Any:
     return yaml.safe_load(path.read_text())
 
@@ -177,6 +182,15 @@ def test_gpu_image_agrees_with_the_package() -> None:
     assert version in dependencies()["vllm"].specifier
     (extra,) = map(Requirement, re.findall(r"'(\w+>=.+)'", dockerfile))
     assert extra.specifier == dependencies()[extra.name].specifier
+
+
+def test_dockerfiles() -> None:
+    run(installed("hadolint"), "Dockerfile", "Dockerfile.cpu", cwd=DEPLOY / "docker")
+
+
+def test_compose_schema() -> None:
+    schema = ("--builtin-schema", "vendor.compose-spec")
+    run(installed("check-jsonschema"), *schema, "compose.yaml", cwd=DEPLOY)
 
 
 def test_compose() -> None:

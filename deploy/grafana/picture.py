@@ -203,7 +203,8 @@ def png(figure: Figure) -> bytes:
     """In 64 colours, a quarter of the size: lines need no more."""
     drawn, content = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, dpi=100)
-    Image.open(drawn).convert("RGB").quantize(64, Image.Quantize.MAXCOVERAGE).save(content, "PNG", optimize=True)
+    few = Image.open(drawn).convert("RGB").quantize(64, Image.Quantize.MAXCOVERAGE)
+    few.save(content, "PNG", optimize=True)
     return content.getvalue()
 
 
