@@ -30,6 +30,7 @@ from vllm_depthpar.files import write_bytes
 
 DASHBOARD = Path(__file__).parent / "dashboards/depthpar.json"
 COLUMNS = 24
+POINTS = 400  # of a line, at most
 # Inches: one cell of Grafana's grid, and a panel's margins, the lower one with the legend in it.
 CELL = (0.62, 0.28)
 LEFT, RIGHT, TOP, BOTTOM = 0.62, 0.12, 0.3, 0.74
@@ -221,6 +222,8 @@ def ask(server: str, **query: str | float) -> list[dict[str, Any]]:
             found: list[dict[str, Any]] = json.load(reply)["data"]["result"]
     except urllib.error.HTTPError as error:
         raise OSError(f"{server}: {error}: {error.read().decode(errors='replace')}") from error
+    except urllib.error.URLError as error:
+        raise OSError(f"{server} does not answer: {error.reason}") from error
     return found
 
 
@@ -229,7 +232,10 @@ def main() -> None:
     args = _parser().parse_args()
     dashboard = json.loads(DASHBOARD.read_text())
     every, end = args.scrape_interval, args.until or time.time()
-    values = {**variables(dashboard, args.set), "__rate_interval": f"{4 * every}s"}
+    step = max(every, round(60 * args.minutes / POINTS))
+    # Grafana's rule: no scrape between two points is left out, and some may fail.
+    interval = max(4 * every, step + every)
+    values = {**variables(dashboard, args.set), "__rate_interval": f"{interval}s"}
     shown: dict[int, list[Line]] = {}
     missing = []
     for panel in dashboard["panels"]:
@@ -239,7 +245,7 @@ def main() -> None:
             start = end if target["instant"] else end - 60 * args.minutes
             query = fill(target["expr"], values)
             found = lines(
-                ask(args.prometheus, query=query, start=start, end=end, step=every),
+                ask(args.prometheus, query=query, start=start, end=end, step=step),
                 fill(target["legendFormat"], values),
                 end,
             )
