@@ -71,6 +71,10 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["--tensor-parallel-size 3", "4 heads", "allowed: 1, 2, 4"],
     ),
     "model path missing": ({"model": "/nowhere/model"}, ["no such model", "folder"]),
+    "only pickled weights": (
+        {"model": "pickled"},
+        ["no *.safetensors", "allowed: safetensors", "--load-format hf"],
+    ),
     "port taken": ({"port": "taken"}, ["port is taken", "--port"]),
     "another architecture": (
         {"model": "gpt2"},
@@ -135,6 +139,8 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Out
         use_sliding_window=True,
         max_window_layers=3,
     )
+    pickled = write_llama(folder / "pickled")
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     consolidated = write_llama(folder / "consolidated", model_type="mistral")
     (consolidated / "consolidated.safetensors").hardlink_to(consolidated / "model.safetensors")
     (consolidated / "params.json").write_text(json.dumps(PARAMS))

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from pathlib import Path
 
 import pytest
 import vllm.model_executor.models.llama as llama
-from models import write_llama
 from vllm.config import ModelConfig
 from vllm.distributed import parallel_state
 from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+from vllm.v1.spec_decode.draft_model import DraftModelProposer
 from vllm.version import __version__ as vllm_version
 
 from vllm_depthpar import compat
@@ -57,20 +56,5 @@ def test_what_is_relied_on() -> None:
     assert "return _TP" in inspect.getsource(parallel_state.get_tp_group)
     parameters = inspect.signature(llama.LlamaDecoderLayer.__init__).parameters
     assert {"config", "attn_layer_type"} <= parameters.keys()
+    assert "initialize_attn_backend" not in vars(DraftModelProposer)
     assert "layer_type(vllm_config=vllm_config, prefix=prefix)" in inspect.getsource(llama)
-
-
-def test_draft_with_blocks_of_different_widths_is_refused(tmp_path: Path) -> None:
-    """vLLM damages its memory; one width is fine."""
-    register()
-    folder = write_llama(tmp_path, architecture=compat.ARCHITECTURE)
-
-    def draft(plan: object) -> ModelConfig:
-        overrides = {"depthpar": plan}
-        return ModelConfig(
-            str(folder), runner="draft", skip_tokenizer_init=True, hf_overrides=overrides
-        )
-
-    with pytest.raises(PlanError, match=r"draft model whose blocks differ .*; allowed: drafts"):
-        draft({"pair": [0, 2]})
-    assert draft({"pair": [0, 6]}).hf_config.num_hidden_layers == 3

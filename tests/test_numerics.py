@@ -308,6 +308,24 @@ def test_ngram_speculation(tmp_path: Path) -> None:
     check(result, case, hf.load(folder, case.plan))
 
 
+def test_drafts_with_blocks_of_different_widths(tmp_path: Path) -> None:
+    """Whatever the draft says, the answers are the unmodified model's."""
+    model = write_llama(tmp_path / "model")
+    draft = write_llama(
+        tmp_path / "draft", architecture="DepthParForCausalLM", depthpar={"pair": [1, 3]}
+    )
+    speculation = {"method": "draft_model", "model": str(draft), "num_speculative_tokens": 2}
+    case = Case(
+        model,
+        "plain",
+        prompts(8, 60).tolist(),
+        max_tokens=60,
+        engine={"speculative_config": speculation, "max_num_seqs": 4},
+    )
+    (result,) = run([case])
+    check(result, case, hf.load(model, "identity"))
+
+
 def test_prequantized_checkpoint_on_two_ranks(tmp_path: Path) -> None:
     """int8 pairs, each layer with its own norms on its own rank: as far off as plain int8 is."""
     source = write_llama(

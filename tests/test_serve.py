@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +16,8 @@ import jsonschema
 import pytest
 import torch
 from models import prompts, write_llama
-from openai import OpenAI
+from openai import BadRequestError, NotFoundError, OpenAI
+from prometheus_client.parser import text_string_to_metric_families
 from texts import TEXTS
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -160,6 +163,142 @@ def test_continuous_batching(
     assert texts == [greedy(*job) for job in jobs]
 
 
+def test_several_answers_and_usage(client: OpenAI) -> None:
+    """n > 1, seeds, and what a stream says it used."""
+    options: Any = {"prompt": TEXTS[2], "n": 3, "temperature": 1.5, "max_tokens": 12, "seed": 7}
+    answers = [
+        client.completions.create(model=NAME, **options, extra_body={"ignore_eos": True})
+        for _ in range(2)
+    ]
+    texts = [[choice.text for choice in answer.choices] for answer in answers]
+    assert texts[0] == texts[1]
+    assert len(set(texts[0])) == 3
+    assert answers[0].usage is not None
+    assert answers[0].usage.completion_tokens == 36
+    stream = client.chat.completions.create(
+        model=NAME,
+        messages=[{"role": "user", "content": TEXTS[2]}],
+        max_tokens=8,
+        stream=True,
+        stream_options={"include_usage": True},
+        extra_body={"ignore_eos": True},
+    )
+    *_, last = stream
+    assert last.choices == []
+    assert last.usage is not None
+    assert last.usage.completion_tokens == 8
+    assert last.usage.total_tokens == last.usage.prompt_tokens + 8
+
+
+def test_chat_logprobs(client: OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model=NAME,
+        messages=[{"role": "user", "content": "Say something."}],
+        max_tokens=6,
+        temperature=0,
+        logprobs=True,
+        top_logprobs=2,
+    )
+    assert answer.choices[0].logprobs is not None
+    assert answer.choices[0].logprobs.content is not None
+    for entry in answer.choices[0].logprobs.content:
+        first, second = entry.top_logprobs
+        assert (entry.token, entry.logprob) == (first.token, first.logprob)
+        assert second.logprob <= first.logprob <= 0
+
+
+def test_tools(client: OpenAI) -> None:
+    """A named tool is called with arguments of its schema; "auto" needs vLLM's own flags."""
+    parameters = {
+        "type": "object",
+        "properties": {"city": {"enum": ["Paris", "Rome"]}},
+        "required": ["city"],
+        "additionalProperties": False,
+    }
+    tool: Any = {"type": "function", "function": {"name": "weather", "parameters": parameters}}
+    options: Any = {
+        "model": NAME,
+        "messages": [{"role": "user", "content": "How is the weather in Rome?"}],
+        "tools": [tool],
+        "max_tokens": 40,
+        "temperature": 0,
+    }
+    named: Any = {"type": "function", "function": {"name": "weather"}}
+    answer = client.chat.completions.create(**options, tool_choice=named)
+    (call,) = answer.choices[0].message.tool_calls or []
+    assert call.type == "function"
+    assert call.function.name == "weather"
+    jsonschema.validate(json.loads(call.function.arguments), parameters)
+    with pytest.raises(BadRequestError, match="--enable-auto-tool-choice"):
+        client.chat.completions.create(**options, tool_choice="auto")
+
+
+def test_bad_requests(server: Server, client: OpenAI) -> None:
+    """Each is refused with a reason, and the next request is answered."""
+    with pytest.raises(BadRequestError, match="1024"):
+        complete(client, [5] * 1025, 1)
+    with pytest.raises(BadRequestError, match="max_tokens"):
+        complete(client, TEXTS[0], -1)
+    with pytest.raises(NotFoundError, match="another"):
+        client.completions.create(model="another", prompt=TEXTS[0])
+    url = f"{server.url}/v1/completions"
+    headers = {"Content-Type": "application/json"}
+    for body in (b'{"model": ', b"[]", b"\xff\xfe", b'{"prompt": ' + b"[" * 20_000):
+        answer = httpx.post(url, content=body, headers=headers, timeout=60)
+        assert answer.status_code == 400, (body[:20], answer.text)
+        assert answer.json()["error"]["message"]
+    assert complete(client, TEXTS[0], 1).choices[0].text
+
+
+def test_clients_that_leave(
+    server: Server,
+    client: OpenAI,
+    tokenizer: PreTrainedTokenizerBase,
+    greedy: Callable[[list[int], int], str],
+) -> None:
+    """Streams closed after their first token free what they held."""
+
+    def leave(text: str) -> None:
+        with client.completions.create(
+            model=NAME, prompt=text, max_tokens=800, stream=True, extra_body={"ignore_eos": True}
+        ) as stream:
+            next(iter(stream))
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(leave, TEXTS[:6]))
+    left = time.monotonic() + 10
+    while (busy := sum(gauges(server, "num_requests_running", "num_requests_waiting"))) > 0:
+        assert time.monotonic() < left, busy
+        time.sleep(0.1)
+    assert gauges(server, "kv_cache_usage_perc") == [0]
+    tokens = tokenizer(TEXTS[3]).input_ids
+    assert complete(client, tokens, 8).choices[0].text == greedy(tokens, 8)
+
+
+def gauges(server: Server, *names: str) -> list[float]:
+    return [
+        sample.value
+        for family in text_string_to_metric_families(httpx.get(f"{server.url}/metrics").text)
+        for sample in family.samples
+        if sample.name in {f"vllm:{name}" for name in names}
+    ]
+
+
+def test_log_has_no_prompts_and_no_answers(server: Server, client: OpenAI) -> None:
+    """At vLLM's default level."""
+    marker = "a-prompt-that-is-nobody's-business"
+    answer = complete(client, f"{marker} " * 3, 12).choices[0].text
+    client.chat.completions.create(
+        model=NAME, messages=[{"role": "user", "content": marker}], max_tokens=2
+    )
+    with pytest.raises(BadRequestError):
+        complete(client, marker * 1000, 1)
+    log = server.log_text()
+    assert "POST /v1/completions" in log
+    assert marker not in log
+    assert answer not in log
+
+
 def test_metrics(server: Server) -> None:
     metrics = httpx.get(f"{server.url}/metrics").text
     assert "vllm:generation_tokens_total" in metrics
@@ -190,24 +329,40 @@ def test_compiled_checkpoint_without_flags(smollm2: Path, tmp_path: Path) -> Non
 
 
 def test_two_ranks(tmp_path: Path) -> None:
-    """vLLM's own tensor-parallel workers, each with one member of every pair."""
-    folder = write_llama(tmp_path)
+    """vLLM's own tensor-parallel workers, each with one member of every pair. The plan's file is
+    read once; what is running when the server is told to end is finished."""
+    folder = write_llama(tmp_path / "model")
     plan = {"pair": [1, 5]}
-    arguments = ["--model-impl", "depthpar", "--hf-overrides", json.dumps({"depthpar": plan})]
-    arguments += ["--enforce-eager", "--skip-tokenizer-init", "--enable-scale-out"]
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps(plan))
+    arguments = ["--model-impl", "depthpar", "--enforce-eager", "--skip-tokenizer-init"]
+    arguments += ["--enable-scale-out", "--shutdown-timeout", "60", "--tensor-parallel-size", "2"]
     env = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "TORCHDYNAMO_DISABLE": "1"}
+    env |= {"DEPTHPAR_PLAN": str(file)}
     tokens = prompts(1, 30)
-    with serve(folder, *arguments, "--tensor-parallel-size", "2", env=env) as server:
+
+    def generate(server: Server, count: int) -> list[int]:
         answer = httpx.post(
             f"{server.url}/inference/v1/generate",
             json={
                 "token_ids": tokens[0].tolist(),
-                "sampling_params": {"temperature": 0, "max_tokens": 12, "ignore_eos": True},
+                "sampling_params": {"temperature": 0, "max_tokens": count, "ignore_eos": True},
             },
-            timeout=60,
+            timeout=120,
         )
         assert answer.status_code == 200, answer.text
-        generated = answer.json()["choices"][0]["token_ids"]
+        generated: list[int] = answer.json()["choices"][0]["token_ids"]
+        return generated
+
+    with serve(folder, *arguments, env=env) as server, ThreadPoolExecutor(1) as pool:
+        file.write_text('{"skip": [1, 2, 3]}')
+        generated = generate(server, 12)
+        running = pool.submit(generate, server, 200)
+        while gauges(server, "num_requests_running") != [1]:
+            assert not running.done()
+        server.process.send_signal(signal.SIGTERM)
+        assert len(running.result()) == 200
+        assert server.process.wait(60) == 0
     expected = hf.load(folder, plan).generate(tokens, max_new_tokens=12, do_sample=False)
     assert generated == expected[0, 30:].tolist()
 

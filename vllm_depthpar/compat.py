@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
 from math import gcd
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -152,12 +153,6 @@ class DepthParConfig(VerifyAndUpdateConfig):
             override=overrides.get(sources.KEY) if isinstance(overrides, dict) else None,
             environ=os.environ.get(sources.ENV),
         )
-        if model_config.runner_type == "draft" and len({len(block) for block in plan.blocks}) > 1:
-            # Its heap is damaged within a few steps (vLLM 0.32 on a CPU, plain target, any size).
-            raise PlanError(
-                f"vLLM can't run a draft model whose blocks differ in width ({plan.name}); "
-                f"allowed: drafts with all blocks of one width"
-            )
         config.depthpar = plan.to_spec()
         config.depthpar_source = source
         config.depthpar_base_layers = config.num_hidden_layers
@@ -182,6 +177,7 @@ class DepthParConfig(VerifyAndUpdateConfig):
             total_num_attention_heads=common * shape.heads,
             total_num_kv_heads=common * shape.kv_heads,
         )
+        _only_safetensors(vllm_config)
         metric_files.prepare()
         logger.info("plan %s: %s (from %s)", plan.digest, plan.name, config.depthpar_source)
 
@@ -196,6 +192,23 @@ def _check_format(vllm_config: VllmConfig) -> None:
         load_format == "auto" and is_mistral_model_repo(model.model, model.revision)
     ):
         raise PlanError(MISTRAL_FORMAT)
+
+
+def _only_safetensors(vllm_config: VllmConfig) -> None:
+    """Read no pickled weights unless a load format asks for them.
+
+    Relies on: the loader's "auto" goes on to `*.bin` and `*.pt` where there are no others, its
+    "safetensors" does not, and reads the same files otherwise.
+    """
+    folder, load = Path(vllm_config.model_config.model), vllm_config.load_config
+    if load.load_format != "auto":
+        return
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        raise PlanError(
+            f"{folder} has no *.safetensors; allowed: safetensors checkpoints, or --load-format hf "
+            "to unpickle *.bin"
+        )
+    load.load_format = "safetensors"
 
 
 def _check_shards(plan: Plan, shape: ModelShape, tp: int) -> None:
@@ -254,6 +267,53 @@ def base_shape(config: PreTrainedConfig) -> ModelShape:
     return ModelShape.from_config(
         {**config.to_dict(), "num_hidden_layers": config.depthpar_base_layers}
     )
+
+
+def let_draft_blocks_differ() -> None:
+    """Give a draft model's blocks of each width attention metadata of their own. Idempotent.
+
+    vLLM builds one for all draft layers of a backend, from the first one's spec. On a CPU it sizes
+    a scratchpad by that layer's heads, and a wider layer writes behind its end.
+
+    Relies on: `initialize_attn_backend` runs after the draft model is made and in its process, and
+    leaves `draft_attn_groups`, each with the metadata that its layers are given at every step; all
+    draft layers are in one KV cache group, whose spec holds that of each layer where they differ;
+    the draft model's proposer inherits the method.
+    """
+    # A worker has them already; other processes, which import this module too, do without.
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec, UniformTypeKVCacheSpecs
+    from vllm.v1.spec_decode.draft_model import DraftModelProposer
+    from vllm.v1.worker.utils import AttentionGroup
+
+    if "initialize_attn_backend" in vars(DraftModelProposer):
+        return
+    inherited = DraftModelProposer.initialize_attn_backend
+
+    @wraps(inherited)
+    def initialize_attn_backend(
+        self: DraftModelProposer,
+        kv_cache_config: KVCacheConfig,
+        kernel_block_sizes: list[int] | None = None,
+    ) -> None:
+        inherited(self, kv_cache_config, kernel_block_sizes)
+        index = self.kv_cache_gid
+        specs = kv_cache_config.kv_cache_groups[index].kv_cache_spec
+        if not isinstance(specs, UniformTypeKVCacheSpecs):  # all are alike
+            return
+        groups: dict[tuple[type, KVCacheSpec], AttentionGroup] = {}
+        for group in self.draft_attn_groups:
+            for name in group.layer_names:
+                spec = specs.kv_cache_specs[name]
+                found = groups.setdefault(
+                    (group.backend, spec), AttentionGroup(group.backend, [], spec, index)
+                )
+                found.layer_names.append(name)
+        for group in groups.values():
+            size = kernel_block_sizes[index] if kernel_block_sizes is not None else None
+            group.create_metadata_builders(self.vllm_config, self.device, kernel_block_size=size)
+        self.draft_attn_groups = list(groups.values())
+
+    DraftModelProposer.initialize_attn_backend = initialize_attn_backend
 
 
 def kv_cache_bytes(vllm_config: VllmConfig) -> int:

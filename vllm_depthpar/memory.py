@@ -27,6 +27,15 @@ def of_process(pid: int | str | None) -> dict[str, int]:
     return {key: int(value.split()[0]) * 1024 for key, value in pairs}
 
 
+def of_group(group: int) -> int:
+    """Anonymous memory of all processes of a process group, in bytes; 0 where there is no /proc."""
+    total = 0
+    for pid in _members(group):
+        with suppress(OSError):  # it has ended
+            total += of_process(pid).get("RssAnon", 0)
+    return total
+
+
 class GroupPeak:
     """The peak of anonymous memory of a process group, read every 0.1 s inside a `with`.
 
@@ -55,11 +64,7 @@ class GroupPeak:
 
     def _watch(self) -> None:
         while not self._ended.wait(_SAMPLE_SECONDS):
-            now = 0
-            for pid in _members(self._group):
-                with suppress(OSError):
-                    now += of_process(pid).get("RssAnon", 0)
-            self.bytes = max(self.bytes, now)
+            self.bytes = max(self.bytes, of_group(self._group))
 
 
 def _members(group: int) -> list[str]:

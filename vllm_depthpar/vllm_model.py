@@ -33,7 +33,13 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
 from vllm.model_executor.models.utils import AutoWeightsLoader, extract_layer_index
 
-from vllm_depthpar.compat import logger, member_of_this_rank, narrowed_tensor_parallel, plan_of
+from vllm_depthpar.compat import (
+    let_draft_blocks_differ,
+    logger,
+    member_of_this_rank,
+    narrowed_tensor_parallel,
+    plan_of,
+)
 from vllm_depthpar.families import family_of
 from vllm_depthpar.fold import fold_gain_, shard_of
 from vllm_depthpar.meter import watch
@@ -378,6 +384,8 @@ class DepthParForCausalLM(LlamaForCausalLM):
         self, vllm_config: VllmConfig, prefix: str = "", layer_type: object = None
     ) -> DepthParModel:
         watch(self, vllm_config)
+        if vllm_config.model_config.runner_type == "draft":
+            let_draft_blocks_differ()
         return DepthParModel(vllm_config=vllm_config, prefix=prefix)
 
     def is_unused_checkpoint_weight(self, name: str) -> bool:

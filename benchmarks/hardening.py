@@ -1,0 +1,285 @@
+"""What a server takes: many clients for minutes, thousands of requests, a worker that dies.
+
+A real `vllm serve` with one plan. Clients stream answers, and each answer has to be, token for
+token, what the same prompt gave alone; an answer that another prompt gave is *mixed*, one that
+nobody's prompt gave *different*, one without its end *lost*. Parts are written as they are done;
+plain vLLM is one more plan to compare with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import signal
+import time
+from collections import Counter
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import common
+import psutil
+from tqdm.asyncio import tqdm
+
+from vllm_depthpar import bundled, memory, sources
+from vllm_depthpar.contenders import Contender
+from vllm_depthpar.server_process import Server, serve
+
+NAME = "model"
+# Said of a place, so that the answers differ.
+WORDS = ("amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "haven", "inlet", "jetty")
+HEALTH_SECONDS = 30
+MOST_GROWTH = 0.05
+
+
+def main() -> None:
+    """Run the parts, print what they found, write the JSON."""
+    args = _parser().parse_args()
+    model = str(args.model or bundled.prepare())
+    (contender,) = [
+        one for one in common.contenders(model, args.plans) if one.label == args.plans[0]
+    ]
+    report: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
+    found = report.setdefault(contender.label, {})
+    for part in args.parts:
+        ranks = 2 if part == "kill" else 1
+        with serve(model, *_flags(contender, ranks), env=_env(contender, ranks)) as server:
+            found[part] = {**common.facts(), **asyncio.run(PARTS[part](server, args))}
+        print(part, json.dumps({**found[part], "versions": None, "hardware": None}, indent=1))
+        common.write_json(args.out, report)
+
+
+def _flags(contender: Contender, ranks: int) -> list[str]:
+    flags = ["--served-model-name", NAME, "--dtype", "float32", "--enforce-eager"]
+    flags += ["--max-model-len", "256", "--max-num-seqs", "256"]
+    if ranks > 1:
+        flags += ["--tensor-parallel-size", str(ranks), "--distributed-executor-backend", "mp"]
+    if contender.spec is not None:
+        overrides = json.dumps({sources.KEY: contender.spec})
+        flags += ["--model-impl", "depthpar", "--hf-overrides", overrides]
+    return flags
+
+
+def _env(contender: Contender, ranks: int) -> dict[str, str]:
+    env = {**common.environment(contender), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    return {**env, "OMP_NUM_THREADS": "1"} if ranks > 1 else env
+
+
+# ------------------------------------------------------------------------------------ streams
+
+
+async def streams(server: Server, args: argparse.Namespace) -> dict[str, Any]:
+    """`args.clients` streams at any time for `args.minutes`, a third of whose clients leave now
+    and then in the middle."""
+    prompts = _marked(args.prompts)
+    numbers = random.Random(0)
+    outcomes: Counter[str] = Counter()
+    different: list[dict[str, str]] = []
+    async with _session(server, args.clients + 1) as session:
+        alone = [await _ask(session, prompt, args.tokens) for prompt in tqdm(prompts, "alone")]
+        assert len(set(alone)) == len(alone)
+        owners = {answer: index for index, answer in enumerate(alone)}
+        end = time.monotonic() + 60 * args.minutes
+        progress = tqdm(desc="answers")
+
+        async def client(number: int) -> None:
+            while time.monotonic() < end:
+                index = numbers.randrange(len(prompts))
+                leaves = number % 3 == 0 and numbers.random() < 0.25
+                try:
+                    answer = await _ask(session, prompts[index], args.tokens, leaves)
+                except (aiohttp.ClientError, ConnectionError, ValueError, TimeoutError) as error:
+                    outcomes[f"lost: {type(error).__name__}"] += 1
+                    continue
+                progress.update()
+                if answer is None:
+                    outcomes["left by the client"] += 1
+                elif answer == alone[index]:
+                    outcomes["equal"] += 1
+                elif answer in owners:
+                    outcomes["mixed"] += 1
+                else:
+                    outcomes["different"] += 1
+                    different.append({"alone": alone[index] or "", "under load": answer})
+
+        start = time.monotonic()
+        await asyncio.gather(*(client(number) for number in range(args.clients)))
+        seconds = time.monotonic() - start
+        progress.close()
+        idle = await _seconds_until_idle(session)
+        after = [await _ask(session, prompt, args.tokens) for prompt in prompts]
+    return {
+        "clients": args.clients,
+        "prompts": len(prompts),
+        "tokens": args.tokens,
+        "seconds": round(seconds),
+        "outcomes": dict(outcomes),
+        "different": different[:20],
+        "seconds_until_idle": idle,
+        "equal_alone_afterwards": sum(a == b for a, b in zip(alone, after, strict=True)),
+    }
+
+
+def _marked(number: int) -> list[str]:
+    """Prompts that begin with a number of their own."""
+    numbers = random.Random(1)
+    return [
+        f"Parcel {1000 + 37 * index}. It goes from {' to '.join(numbers.sample(WORDS, 3))}. "
+        f"Tell me about parcel {1000 + 37 * index}:"
+        for index in range(number)
+    ]
+
+
+def _session(server: Server, connections: int) -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(
+        server.url,
+        connector=aiohttp.TCPConnector(limit=connections),
+        timeout=aiohttp.ClientTimeout(total=600),
+    )
+
+
+async def _ask(
+    session: aiohttp.ClientSession, prompt: str, tokens: int, leaves: bool = False
+) -> str | None:
+    """The whole text of a stream, or None where the client leaves after the first piece.
+
+    Raises:
+        ValueError: the stream has an error in it, or no end, or does not begin with the prompt.
+    """
+    body = {
+        "model": NAME,
+        "prompt": prompt,
+        "max_tokens": tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "echo": True,
+    }
+    text, ended = "", False
+    async with session.post("/v1/completions", json=body) as reply:
+        reply.raise_for_status()
+        async for line in reply.content:
+            if line.startswith(b"data: [DONE]"):
+                ended = True
+            elif line.startswith(b"data: "):
+                event = json.loads(line[6:])
+                if "error" in event:
+                    raise ValueError(event)
+                text += event["choices"][0]["text"]
+                if leaves and len(text) > len(prompt):
+                    return None
+    if not ended:
+        raise ValueError("no end")
+    if not text.startswith(prompt):
+        raise ValueError("another's prompt")
+    return text
+
+
+async def _seconds_until_idle(session: aiohttp.ClientSession) -> float:
+    start = time.monotonic()
+    while time.monotonic() < start + 60:
+        async with session.get("/metrics") as reply:
+            lines = (await reply.text()).splitlines()
+        names = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage")
+        if not sum(float(line.split()[-1]) for line in lines if line.startswith(names)):
+            return round(time.monotonic() - start, 2)
+        await asyncio.sleep(0.1)
+    raise RuntimeError("requests are still there a minute after all clients have gone")
+
+
+# ------------------------------------------------------------------------------------- memory
+
+
+async def requests(server: Server, args: argparse.Namespace) -> dict[str, Any]:
+    """`args.requests` short ones, `args.at_once` at a time; the server's memory every tenth."""
+    numbers = random.Random(2)
+    sizes = []
+    async with _session(server, args.at_once) as session:
+
+        async def one() -> None:
+            prompt = [numbers.randrange(1000, 40000) for _ in range(8)]
+            body = {"model": NAME, "prompt": prompt, "max_tokens": 2, "ignore_eos": True}
+            async with session.post("/v1/completions", json=body) as reply:
+                reply.raise_for_status()
+                assert (await reply.json())["usage"]["completion_tokens"] == 2
+
+        start = time.monotonic()
+        progress = tqdm(total=args.requests, desc="requests")
+        for _ in range(10):
+            left = count()
+
+            async def worker(left: count[int] = left) -> None:
+                while next(left) < args.requests // 10:
+                    await one()
+                    progress.update()
+
+            await asyncio.gather(*(worker() for _ in range(args.at_once)))
+            sizes.append(memory.of_group(server.process.pid))
+        progress.close()
+        seconds = time.monotonic() - start
+    growth = sizes[-1] / sizes[0] - 1
+    return {
+        "requests": args.requests,
+        "at_once": args.at_once,
+        "seconds": round(seconds),
+        "anonymous_bytes_each_tenth": sizes,
+        "growth_after_first_tenth": growth,
+        "allowed": MOST_GROWTH,
+    }
+
+
+# --------------------------------------------------------------------------------------- kill
+
+
+async def kill(server: Server, args: argparse.Namespace) -> dict[str, Any]:
+    """Seconds from a worker's SIGKILL, with streams running, to /health that fails."""
+    async with _session(server, 9) as session:
+        asking = [
+            asyncio.create_task(_ask(session, prompt, 100)) for prompt in _marked(args.prompts)[:8]
+        ]
+        await asyncio.sleep(5)
+        workers = [
+            process
+            for process in psutil.Process(server.process.pid).children(recursive=True)
+            if "Worker" in " ".join(process.cmdline())
+        ]
+        workers[-1].send_signal(signal.SIGKILL)
+        start = time.monotonic()
+        while await asyncio.to_thread(server.healthy):
+            if time.monotonic() > start + 10 * HEALTH_SECONDS:
+                raise RuntimeError("still healthy")
+            await asyncio.sleep(0.1)
+        failed = time.monotonic() - start
+        ends = await asyncio.gather(*asking, return_exceptions=True)
+    return {
+        "workers": len(workers),
+        "seconds_until_unhealthy": round(failed, 2),
+        "allowed": HEALTH_SECONDS,
+        "streams_that_ended_in_an_error": sum(isinstance(end, Exception) for end in ends),
+    }
+
+
+PARTS = {"streams": streams, "requests": requests, "kill": kill}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", nargs="?", help=common.MODEL_HELP)
+    parser.add_argument("--plans", nargs=1, default=["auto"], metavar="PLAN", help="one (auto)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="(all)")
+    positive = common.at_least(1)
+    parser.add_argument("--clients", type=positive, default=200, help="(200)")
+    parser.add_argument("--minutes", type=float, default=5, help="of streams (5)")
+    parser.add_argument("--prompts", type=positive, default=64, help="different ones (64)")
+    parser.add_argument("--tokens", type=positive, default=16, help="of an answer (16)")
+    parser.add_argument("--requests", type=common.at_least(10), default=10_000, help="(10000)")
+    parser.add_argument("--at-once", type=positive, default=32, help="short requests (32)")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON")
+    return parser
+
+
+if __name__ == "__main__":
+    common.run_main(main)
