@@ -45,7 +45,7 @@ def main() -> None:
     report: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
     found = report.setdefault(contender.label, {})
     for part in args.parts:
-        ranks = 2 if part == "kill" else 1
+        ranks = args.tp if part == "kill" else 1
         with serve(model, *_flags(contender, ranks), env=_env(contender, ranks)) as server:
             found[part] = {**common.facts(), **asyncio.run(PARTS[part](server, args))}
         print(part, json.dumps({**found[part], "versions": None, "hardware": None}, indent=1))
@@ -277,6 +277,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=positive, default=16, help="of an answer (16)")
     parser.add_argument("--requests", type=common.at_least(10), default=10_000, help="(10000)")
     parser.add_argument("--at-once", type=positive, default=32, help="short requests (32)")
+    parser.add_argument("--tp", type=positive, default=3, help="ranks, of `kill` (3)")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON")
     return parser
 

@@ -198,6 +198,7 @@ def test_stats_endpoint_says_what_the_metrics_say(run: Run) -> None:
 def test_key_is_asked_for(run: Run) -> None:
     for path in ("plan", "stats"):
         assert httpx.get(f"{run.server.url}/v1/depthpar/{path}").status_code == 401
+    assert KEY not in run.server.log_text()
 
 
 def test_openapi_describes_the_answers(run: Run) -> None:
