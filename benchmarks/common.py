@@ -27,9 +27,9 @@ def contenders(model: str, labels: Iterable[str]) -> list[Contender]:
     return of_model.contenders(model, [PLAIN, *labels], "--plans")
 
 
-def environment(contender: Contender) -> dict[str, str]:
-    """For an engine of one rank."""
-    return {**hardware.environment(1, bool(hardware.gpus())), **contender.env}
+def environment(contender: Contender, tp: int = 1) -> dict[str, str]:
+    """For an engine of `tp` ranks."""
+    return {**hardware.environment(tp, bool(hardware.gpus())), **contender.env}
 
 
 def facts() -> dict[str, Any]:

@@ -15,7 +15,7 @@ import random
 import signal
 import time
 from collections import Counter
-from itertools import count
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,14 @@ import common
 import psutil
 from tqdm.asyncio import tqdm
 
-from vllm_depthpar import bundled, memory, sources
-from vllm_depthpar.contenders import Contender
+from vllm_depthpar import bundled, memory
 from vllm_depthpar.server_process import Server, serve
 
 NAME = "model"
 # Said of a place, so that the answers differ.
 WORDS = ("amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "haven", "inlet", "jetty")
+FLAGS = ("--served-model-name", NAME, "--dtype", "float32", "--enforce-eager")
+FLAGS += ("--max-model-len", "256", "--max-num-seqs", "256")
 HEALTH_SECONDS = 30
 MOST_GROWTH = 0.05
 
@@ -39,33 +40,16 @@ def main() -> None:
     """Run the parts, print what they found, write the JSON."""
     args = _parser().parse_args()
     model = str(args.model or bundled.prepare())
-    (contender,) = [
-        one for one in common.contenders(model, args.plans) if one.label == args.plans[0]
-    ]
+    contender = common.contenders(model, args.plans)[-1]  # plain vLLM is the first
     report: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
     found = report.setdefault(contender.label, {})
     for part in args.parts:
-        ranks = args.tp if part == "kill" else 1
-        with serve(model, *_flags(contender, ranks), env=_env(contender, ranks)) as server:
+        tp = args.tp if part == "kill" else 1
+        flags = [*FLAGS, "--tensor-parallel-size", str(tp), *contender.flags]
+        with serve(model, *flags, env=common.environment(contender, tp)) as server:
             found[part] = {**common.facts(), **asyncio.run(PARTS[part](server, args))}
         print(part, json.dumps({**found[part], "versions": None, "hardware": None}, indent=1))
         common.write_json(args.out, report)
-
-
-def _flags(contender: Contender, ranks: int) -> list[str]:
-    flags = ["--served-model-name", NAME, "--dtype", "float32", "--enforce-eager"]
-    flags += ["--max-model-len", "256", "--max-num-seqs", "256"]
-    if ranks > 1:
-        flags += ["--tensor-parallel-size", str(ranks), "--distributed-executor-backend", "mp"]
-    if contender.spec is not None:
-        overrides = json.dumps({sources.KEY: contender.spec})
-        flags += ["--model-impl", "depthpar", "--hf-overrides", overrides]
-    return flags
-
-
-def _env(contender: Contender, ranks: int) -> dict[str, str]:
-    env = {**common.environment(contender), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    return {**env, "OMP_NUM_THREADS": "1"} if ranks > 1 else env
 
 
 # ------------------------------------------------------------------------------------ streams
@@ -80,8 +64,8 @@ async def streams(server: Server, args: argparse.Namespace) -> dict[str, Any]:
     different: list[dict[str, str]] = []
     async with _session(server, args.clients + 1) as session:
         alone = [await _ask(session, prompt, args.tokens) for prompt in tqdm(prompts, "alone")]
-        assert len(set(alone)) == len(alone)
-        owners = {answer: index for index, answer in enumerate(alone)}
+        answers = set(alone)
+        assert len(answers) == len(alone)
         end = time.monotonic() + 60 * args.minutes
         progress = tqdm(desc="answers")
 
@@ -99,7 +83,7 @@ async def streams(server: Server, args: argparse.Namespace) -> dict[str, Any]:
                     outcomes["left by the client"] += 1
                 elif answer == alone[index]:
                     outcomes["equal"] += 1
-                elif answer in owners:
+                elif answer in answers:
                     outcomes["mixed"] += 1
                 else:
                     outcomes["different"] += 1
@@ -199,24 +183,20 @@ async def requests(server: Server, args: argparse.Namespace) -> dict[str, Any]:
     sizes = []
     async with _session(server, args.at_once) as session:
 
-        async def one() -> None:
-            prompt = [numbers.randrange(1000, 40000) for _ in range(8)]
-            body = {"model": NAME, "prompt": prompt, "max_tokens": 2, "ignore_eos": True}
-            async with session.post("/v1/completions", json=body) as reply:
-                reply.raise_for_status()
-                assert (await reply.json())["usage"]["completion_tokens"] == 2
+        async def client(left: Iterator[int]) -> None:
+            for _ in left:
+                prompt = [numbers.randrange(1000, 40000) for _ in range(8)]
+                body = {"model": NAME, "prompt": prompt, "max_tokens": 2, "ignore_eos": True}
+                async with session.post("/v1/completions", json=body) as reply:
+                    reply.raise_for_status()
+                    assert (await reply.json())["usage"]["completion_tokens"] == 2
+                progress.update()
 
         start = time.monotonic()
         progress = tqdm(total=args.requests, desc="requests")
         for _ in range(10):
-            left = count()
-
-            async def worker(left: count[int] = left) -> None:
-                while next(left) < args.requests // 10:
-                    await one()
-                    progress.update()
-
-            await asyncio.gather(*(worker() for _ in range(args.at_once)))
+            left = iter(range(args.requests // 10))  # of all clients
+            await asyncio.gather(*(client(left) for _ in range(args.at_once)))
             sizes.append(memory.of_group(server.process.pid))
         progress.close()
         seconds = time.monotonic() - start

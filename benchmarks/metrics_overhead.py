@@ -8,14 +8,13 @@ first round is not counted.
 from __future__ import annotations
 
 import argparse
-import json
 from contextlib import ExitStack
 from pathlib import Path
 
 import common
 from completions_client import measure
 
-from vllm_depthpar import bundled, metric_files, sources
+from vllm_depthpar import bundled, metric_files
 from vllm_depthpar.checkpoint import read_config
 from vllm_depthpar.server_process import HOST, serve
 
@@ -31,8 +30,7 @@ def main() -> None:
     vocab = read_config(model)["vocab_size"]
     (plan,) = args.plans
     (contender,) = [one for one in common.contenders(model, [plan]) if one.spec is not None]
-    flags = ["--model-impl", "depthpar", "--served-model-name", "model", "--dtype", args.dtype]
-    flags += ["--hf-overrides", json.dumps({sources.KEY: contender.spec})]
+    flags = [*contender.flags, "--served-model-name", "model", "--dtype", args.dtype]
     flags += ["--tensor-parallel-size", str(args.tp), "--no-enable-prefix-caching"]
     flags += ["--max-model-len", str(args.prompt_tokens + args.tokens)]
     flags += ["--enforce-eager"] * args.eager

@@ -1,4 +1,4 @@
-"""A real Prometheus that scrapes servers under test."""
+"""Metrics of servers under test, and a real Prometheus that scrapes them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,18 @@ from pathlib import Path
 import httpx
 import pytest
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
-from vllm_depthpar.server_process import HOST, free_port
+from vllm_depthpar.server_process import HOST, Server, free_port
 
 ALERTS = Path(__file__).parent.parent / "deploy/prometheus/alerts.yml"
+
+
+def scrape(server: Server) -> list[Sample]:
+    """All that a server says on /metrics."""
+    families = text_string_to_metric_families(httpx.get(f"{server.url}/metrics", timeout=30).text)
+    return [sample for family in families for sample in family.samples]
 
 
 @contextmanager

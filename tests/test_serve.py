@@ -17,7 +17,7 @@ import pytest
 import torch
 from models import prompts, write_llama
 from openai import BadRequestError, NotFoundError, OpenAI
-from prometheus_client.parser import text_string_to_metric_families
+from prometheus import scrape
 from texts import TEXTS
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -265,12 +265,8 @@ def test_clients_that_leave(
 
 
 def gauges(server: Server, *names: str) -> list[float]:
-    return [
-        sample.value
-        for family in text_string_to_metric_families(httpx.get(f"{server.url}/metrics").text)
-        for sample in family.samples
-        if sample.name in {f"vllm:{name}" for name in names}
-    ]
+    wanted = {f"vllm:{name}" for name in names}
+    return [sample.value for sample in scrape(server) if sample.name in wanted]
 
 
 def test_log_has_no_prompts_and_no_answers(server: Server, client: OpenAI) -> None:

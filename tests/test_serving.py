@@ -21,9 +21,8 @@ import schemathesis
 import torch
 from hypothesis import given, settings
 from models import write_llama, write_tokenizer
-from prometheus import scraping
+from prometheus import scrape, scraping
 from prometheus_client.multiprocess import MultiProcessCollector
-from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 from schemathesis import Case
 from schemathesis.core.result import Ok
@@ -94,13 +93,7 @@ def complete(server: Server, prompt: str, count: int) -> None:
 
 
 def samples(server: Server) -> list[Sample]:
-    text = httpx.get(f"{server.url}/metrics", timeout=30).text
-    return [
-        sample
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-        if "depthpar" in sample.name
-    ]
+    return [sample for sample in scrape(server) if "depthpar" in sample.name]
 
 
 def value(found: list[Sample], name: str, **labels: str) -> float:

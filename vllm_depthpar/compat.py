@@ -12,6 +12,7 @@ import errno
 import os
 import socket
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
 from math import gcd
@@ -300,18 +301,16 @@ def let_draft_blocks_differ() -> None:
         specs = kv_cache_config.kv_cache_groups[index].kv_cache_spec
         if not isinstance(specs, UniformTypeKVCacheSpecs):  # all are alike
             return
-        groups: dict[tuple[type, KVCacheSpec], AttentionGroup] = {}
+        size = kernel_block_sizes[index] if kernel_block_sizes is not None else None
+        alike: dict[tuple[type, KVCacheSpec], list[str]] = defaultdict(list)
         for group in self.draft_attn_groups:
             for name in group.layer_names:
-                spec = specs.kv_cache_specs[name]
-                found = groups.setdefault(
-                    (group.backend, spec), AttentionGroup(group.backend, [], spec, index)
-                )
-                found.layer_names.append(name)
-        for group in groups.values():
-            size = kernel_block_sizes[index] if kernel_block_sizes is not None else None
+                alike[group.backend, specs.kv_cache_specs[name]].append(name)
+        self.draft_attn_groups = [
+            AttentionGroup(backend, names, spec, index) for (backend, spec), names in alike.items()
+        ]
+        for group in self.draft_attn_groups:
             group.create_metadata_builders(self.vllm_config, self.device, kernel_block_size=size)
-        self.draft_attn_groups = list(groups.values())
 
     DraftModelProposer.initialize_attn_backend = initialize_attn_backend
 

@@ -85,9 +85,7 @@ class Server:
         return served
 
     def _get(self, path: str) -> Any:
-        # Without a handler for proxies: a proxy of the environment's would be asked for localhost.
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        return opener.open(f"{self.url}{path}", timeout=5)
+        return open_url(f"{self.url}{path}", timeout=5)
 
     def signal(self, number: signal.Signals) -> None:
         """Signal the server and all processes it started."""
@@ -132,6 +130,13 @@ def serve(
         yield server
     finally:
         server.stop()
+
+
+def open_url(url: str, timeout: float) -> Any:
+    """As `urllib.request.urlopen`, without the environment's proxies: they would be asked for
+    localhost."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    return opener.open(url, timeout=timeout)
 
 
 def free_port() -> int:

@@ -14,7 +14,6 @@ import re
 import sys
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from matplotlib.ticker import EngFormatter, FuncFormatter
 from PIL import Image
 
 from vllm_depthpar.files import write_bytes
+from vllm_depthpar.server_process import open_url
 
 DASHBOARD = Path(__file__).parent / "dashboards/depthpar.json"
 COLUMNS = 24
@@ -215,10 +215,8 @@ def ask(server: str, **query: str | float) -> list[dict[str, Any]]:
     Raises:
         OSError: it does not answer, or refuses the query.
     """
-    # Without a handler for proxies: a proxy of the environment's would be asked for localhost.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(f"{server}/api/v1/query_range?{urlencode(query)}", timeout=60) as reply:
+        with open_url(f"{server}/api/v1/query_range?{urlencode(query)}", timeout=60) as reply:
             found: list[dict[str, Any]] = json.load(reply)["data"]["result"]
     except urllib.error.HTTPError as error:
         raise OSError(f"{server}: {error}: {error.read().decode(errors='replace')}") from error
