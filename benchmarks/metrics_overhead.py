@@ -16,6 +16,8 @@ from completions_client import measure
 
 from vllm_depthpar import bundled, metric_files
 from vllm_depthpar.checkpoint import read_config
+from vllm_depthpar.progress import step_bar
+from vllm_depthpar.rounds import in_turn, spread, summary
 from vllm_depthpar.server_process import HOST, serve
 
 OFF = "0"
@@ -39,7 +41,7 @@ def main() -> None:
     speeds: dict[str, dict[int, list[float]]] = {
         setting: {batch: [] for batch in args.batches} for setting in settings
     }
-    with ExitStack() as stack, common.progress() as progress:
+    with ExitStack() as stack, step_bar() as progress:
         total = len(settings) * (1 + (1 + args.rounds) * len(args.batches))
         task = progress.add_task("", total=total)
         servers = []
@@ -52,7 +54,7 @@ def main() -> None:
             progress.advance(task)
         for number in range(-1, args.rounds):
             for batch in args.batches:
-                for setting, server in common.in_turn(servers, number):
+                for setting, server in in_turn(servers, number):
                     progress.update(task, description=f"{setting}, batch {batch}")
                     speed = measure(
                         HOST,
@@ -84,8 +86,8 @@ def main() -> None:
                 cell
                 for batch in args.batches
                 for cell in (
-                    common.spread(speeds[setting][batch], ".1f"),
-                    common.spread(ratios[setting][batch], ".3f") if setting != OFF else "",
+                    spread(speeds[setting][batch], ".1f"),
+                    spread(ratios[setting][batch], ".3f") if setting != OFF else "",
                 )
             ),
         ]
@@ -102,7 +104,7 @@ def main() -> None:
             "eager": args.eager,
             "tokens_per_second": speeds,
             "ratio_to_off": {
-                setting: {batch: common.summary(rounds) for batch, rounds in by_batch.items()}
+                setting: {batch: summary(rounds) for batch, rounds in by_batch.items()}
                 for setting, by_batch in ratios.items()
             },
         }
