@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import common
+import shapes
 from fitting import fit
 
 from vllm_depthpar import files
@@ -44,15 +45,6 @@ NONE = "no communication"
 IDENTITY = "identity"
 PAIRS = '{"pair": [0, 24]}'
 WITHOUT_PLAN = (common.PLAIN, NONE, IDENTITY)
-SMOLLM2 = {
-    "num_hidden_layers": 30,
-    "hidden_size": 576,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "intermediate_size": 1536,
-    "vocab_size": 49152,
-    "tie_word_embeddings": True,
-}
 START = {
     "memory_bandwidth": 1e10,
     "flops_few": 1e10,
@@ -254,7 +246,7 @@ def between_links(clusters: dict[str, Cluster]) -> list[Prediction]:
 
 def one_host() -> list[Prediction]:
     """SmolLM2 on one rank: fitted on plain vLLM and on one plan at batch 1, each plan in turn."""
-    shape = ModelShape.from_config(SMOLLM2)
+    shape = ModelShape.from_config(shapes.config("smollm2-135m"))
     name = "throughput-smollm2-eager"
     report = json.loads((RESULTS / f"{name}.json").read_text())
     length = report["job"]["prompt_tokens"] + report["job"]["tokens"] // 2

@@ -73,6 +73,11 @@ _COMMON = {
 }
 
 
+def config(name: str) -> dict[str, Any]:
+    """The config.json of a shape."""
+    return _COMMON | SHAPES[name]
+
+
 def plans(layers: int) -> list[str]:
     """Plain vLLM, `auto`, half of the layers in pairs (the last two stay alone), all of them."""
     end = layers - 2
@@ -96,7 +101,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             model = Path(folder, name)
             model.mkdir()
-            files.write_json(model / "config.json", _COMMON | SHAPES[name])
+            files.write_json(model / "config.json", config(name))
             chosen = plans(SHAPES[name]["num_hidden_layers"])
             # The defaults come first: what follows wins.
             options = ["--parts", "latency,throughput", "--batches", "1,8,64", "--contexts", "128"]

@@ -51,7 +51,7 @@ def front(
         axis.set_ylabel("KL from the unmodified model (nats/token)")
         axis.grid(alpha=0.3)
         axis.legend()
-    _save(figure, path)
+    save(figure, path)
 
 
 def heat_maps(
@@ -81,7 +81,7 @@ def heat_maps(
     bar = figure.colorbar(shown, ax=figure.axes, shrink=0.8)
     bar.set_label("log10 of perplexity")
     figure.suptitle(title)
-    _save(figure, path)
+    save(figure, path)
 
 
 def bars(
@@ -122,10 +122,11 @@ def bars(
         axis.grid(alpha=0.3, axis="y")
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center")
     figure.suptitle(title)
-    _save(figure, path)
+    save(figure, path)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Write a picture as a PNG."""
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=110)
     write_bytes(path, content.getvalue())

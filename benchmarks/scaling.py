@@ -1,0 +1,396 @@
+"""Decode time against what the cost model says it depends on, one thing at a time.
+
+Layers in pairs, tensor-parallel ranks, batch and context, around one centre: one sequence with 128
+tokens on one rank. The predictions are those of `depthpar predict --calibrate` on the same machine,
+for each number of ranks: nothing is fitted on what is measured here.
+
+The model has SmolLM2's sizes and dummy weights, but 12 heads and 12 KV heads of 64, which 1 to 4
+ranks can share. Every rank has one thread. Ranks that outnumber the cores take turns on them, and
+are predicted as if each had its share of a core.
+
+Engines are alive together in lots, all but the one that is measured stopped. Every figure is
+written down as it comes: a run that was ended goes on where it was, and a report has what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import statistics
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import common
+import shapes
+from matplotlib.figure import Figure
+
+from vllm_depthpar import figures, files, hardware
+from vllm_depthpar.bench_settings import THROUGHPUT, Load, Settings, Setup
+from vllm_depthpar.bench_stages import Engines
+from vllm_depthpar.calibrate import measure as calibrate
+from vllm_depthpar.cost import step_time
+from vllm_depthpar.engine_process import Worker
+from vllm_depthpar.journal import Journal
+from vllm_depthpar.machines import LINKS, Device
+from vllm_depthpar.plan import resolve
+from vllm_depthpar.progress import step_bar
+from vllm_depthpar.rounds import in_turn, summary, written
+from vllm_depthpar.shape import ModelShape
+
+CONFIG = shapes.config("smollm2-135m") | {
+    "num_attention_heads": 12,
+    "num_key_value_heads": 12,
+    "head_dim": 64,
+    "torch_dtype": "float32",
+}
+SHAPE = ModelShape.from_config(CONFIG)
+# Of an answer: so many steps but one are timed.
+TOKENS = 16
+# The prompts are the same in every round: what is prefilled once stays in the KV cache, in whole
+# blocks. Of a prompt of one block the last token, which vLLM always computes, would take it all.
+BLOCK = 32
+# Layers of two widths pad the KV cache.
+KV_SLACK = 1.5
+# A rank of this model takes a gigabyte, or three with the longest loads.
+ALIVE = 6
+
+
+@dataclass(frozen=True)
+class Point:
+    """One thing to measure: the first `paired` layers in pairs, and how it is run."""
+
+    tp: int
+    paired: int
+    batch: int
+    context: int
+
+    @property
+    def label(self) -> str:
+        """The plan."""
+        return f'{{"pair": [0, {self.paired}]}}' if self.paired else common.PLAIN
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What is measured together: engines of so many ranks, and their loads."""
+
+    tp: int
+    paired: tuple[int, ...]
+    batches: tuple[int, ...] = (1,)
+    contexts: tuple[int, ...] = (128,)
+
+    def points(self) -> list[Point]:
+        """All of them, load by load."""
+        return [
+            Point(self.tp, paired, batch, context)
+            for batch, context, paired in product(self.batches, self.contexts, self.paired)
+        ]
+
+    def setup(self, model: str) -> Setup:
+        """For engines that can take all loads."""
+        batch, context = max(self.batches), max(self.contexts)
+        blocks = batch * -(-(context + TOKENS) // BLOCK)
+        of_token = SHAPE.kv_bytes_per_token(resolve("identity", SHAPE.layers), self.tp)
+        options = ["--enable-prefix-caching", "--block-size", f"{BLOCK}"]
+        options += ["--kv-cache-memory-bytes", f"{int(KV_SLACK * blocks * BLOCK * of_token)}"]
+        settings = Settings(
+            parts=(THROUGHPUT,),
+            output_len=TOKENS,
+            batches=self.batches,
+            contexts=self.contexts,
+            tp=self.tp,
+            dtype="float32",
+            load_format="dummy",
+            eager=True,
+            engine_args=tuple(options),
+        )
+        return Setup(model, CONFIG, settings, settings.loads(), gpu_share=None)
+
+
+FEW = (0, 16, SHAPE.layers)
+MANY = (*range(0, SHAPE.layers, 4), SHAPE.layers)
+SWEEPS = {
+    "paired-1": Sweep(1, MANY),
+    "paired-2": Sweep(2, MANY),
+    "batch": Sweep(1, FEW, batches=(1, 2, 4, 8, 16, 32, 64)),
+    "context": Sweep(1, FEW, contexts=(128, 256, 512, 1024, 2048, 4096)),
+    "ranks-3": Sweep(3, FEW),
+    "ranks-4": Sweep(4, FEW),
+}
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Decode time against one number of a point, in series by another.
+
+    Attributes:
+        sweeps: where its points are measured.
+        paired: of them those with so many layers in pairs.
+    """
+
+    title: str
+    x: str
+    series: str
+    sweeps: tuple[str, ...]
+    paired: tuple[int, ...] = FEW
+
+    def points(self) -> list[tuple[str, Point]]:
+        """Each with its sweep."""
+        return [
+            (sweep, point)
+            for sweep in self.sweeps
+            for point in SWEEPS[sweep].points()
+            if point.paired in self.paired
+        ]
+
+
+AXES = {
+    "paired": Axis("layers in pairs", "paired", "tp", ("paired-1", "paired-2"), MANY),
+    "ranks": Axis("ranks", "tp", "paired", ("paired-1", "paired-2", "ranks-3", "ranks-4")),
+    "batch": Axis("sequences", "batch", "paired", ("batch",)),
+    "context": Axis("tokens of a sequence in the KV cache", "context", "paired", ("context",)),
+}
+SERIES = {"tp": "TP = {}", "paired": "{} layers in pairs"}
+
+
+def main() -> None:
+    """Measure what is missing, print tables, write JSON and PNG."""
+    args = _parser().parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = ""  # it would win over what an engine is told
+    facts = common.facts()
+    journal = Journal(["scaling", CONFIG, TOKENS, facts["versions"], facts["cpu"]])
+    for name in args.sweeps:
+        measure(name, args.rounds, journal)
+    axes = {name: judged(axis, args.rounds, journal) for name, axis in AXES.items()}
+    report = {**facts, "model": CONFIG, "rounds": args.rounds}
+    report["machine"] = {tp: journal[_rank(tp)] for tp in (1, 2, 3, 4) if _rank(tp) in journal}
+    report["axes"] = axes = {name: axis for name, axis in axes.items() if axis["points"]}
+    for name, axis in axes.items():
+        print(f"\nAgainst {AXES[name].title}: {said(axis)}\n\n{table(AXES[name], axis)}")
+    if args.out:
+        common.write_json(args.out, report)
+        plot(axes, journal, args.out.with_suffix(".png"))
+
+
+def measure(name: str, rounds: int, journal: Journal) -> None:
+    """What the journal lacks of a sweep, the calibration for its ranks among it."""
+    sweep = SWEEPS[name]
+    missing = [
+        point
+        for point in sweep.points()
+        if any(_key(name, point, number) not in journal for number in range(rounds))
+    ]
+    labels = list(dict.fromkeys(point.label for point in missing))
+    with step_bar() as bar, tempfile.TemporaryDirectory(prefix="scaling-") as folder:
+        task = bar.add_task("", total=1 + len(labels) + (1 + rounds) * len(missing))
+
+        def doing(what: str) -> None:
+            bar.update(task, description=f"{name}: {what}", advance=1)
+
+        if _rank(sweep.tp) not in journal:
+            doing("calibrating")
+            journal.add({_rank(sweep.tp): asdict(calibrate(SHAPE, sweep.tp))})
+        files.write_json(Path(folder, "config.json"), CONFIG)
+        lots = -(-len(labels) * sweep.tp // ALIVE)
+        # Neighbours are in different lots: what changes between lots must bend no curve.
+        for lot in (labels[at::lots] for at in range(lots)):
+            points = [point for point in missing if point.label in lot]
+            _measure_lot(name, sweep.setup(folder), points, rounds, journal, doing)
+
+
+def _measure_lot(
+    name: str,
+    setup: Setup,
+    points: list[Point],
+    rounds: int,
+    journal: Journal,
+    doing: Callable[[str], None],
+) -> None:
+    """Points whose engines are alive at once, in turns within every round of a load."""
+    engines = Engines(setup)
+    labels = dict.fromkeys(point.label for point in points)
+    with ExitStack() as stack:
+        running: dict[str, Worker] = {}
+        for one in common.contenders(setup.model, labels):
+            if one.label in labels:
+                doing(f"starting {one.label}")
+                running[one.label], _ = engines.start(one, stack)
+                running[one.label].signal(signal.SIGSTOP)
+        # Longest first, and a round before the first that does not count: it fills the KV cache.
+        for load in reversed(setup.loads):
+            turns = [p for p in points if (p.batch, p.context) == (load.batch, load.prompt_tokens)]
+            for number in range(-1, rounds):
+                for point in in_turn(turns, number):
+                    if (key := _key(name, point, number)) in journal:
+                        continue
+                    doing(f"{point.label}, {load.name}")
+                    seconds = _step_seconds(engines, running[point.label], load)
+                    if number >= 0:
+                        journal.add({key: seconds})
+
+
+def _step_seconds(engines: Engines, running: Worker, load: Load) -> float:
+    """Of a step in which all sequences get a token."""
+    running.signal(signal.SIGCONT)
+    found = engines.measure(running, load, seed=0)
+    running.signal(signal.SIGSTOP)
+    return load.batch / found["decode_tokens_per_second"]
+
+
+def _key(sweep: str, point: Point, number: int) -> str:
+    return f"{sweep}, {point}, {number}"
+
+
+def _rank(tp: int) -> str:
+    return f"calibration, TP = {tp}"
+
+
+def predicted(point: Point, journal: Journal) -> float:
+    """Seconds of a step, by the machine that was calibrated."""
+    fields = journal[_rank(point.tp)]
+    device = Device(**{**fields, "flops": tuple(map(tuple, fields["flops"]))})
+    plan = resolve({"pair": [0, point.paired]} if point.paired else "identity", SHAPE.layers)
+    return step_time(
+        SHAPE,
+        plan,
+        shared(device, min(1.0, hardware.CORES / point.tp)),
+        LINKS["shm"] if point.tp > 1 else None,
+        point.tp,
+        point.batch,
+        point.context + TOKENS // 2,
+        plain=not point.paired,
+    ).seconds
+
+
+def shared(device: Device, share: float) -> Device:
+    """A rank that has only this share of its core."""
+    return replace(
+        device,
+        memory_bandwidth=share * device.memory_bandwidth,
+        flops=tuple((rows, share * rate) for rows, rate in device.flops),
+        layer_seconds=device.layer_seconds / share,
+    )
+
+
+def judged(axis: Axis, rounds: int, journal: Journal) -> dict[str, Any]:
+    """The points of an axis that were measured in all rounds, what was predicted, and the errors:
+    predicted over measured, less 1."""
+    points = []
+    for sweep, point in axis.points():
+        keys = [_key(sweep, point, number) for number in range(rounds)]
+        if all(key in journal for key in keys):
+            seconds = [journal[key] for key in keys]
+            says = predicted(point, journal)
+            error = says / statistics.median(seconds) - 1
+            points.append(
+                {
+                    **asdict(point),
+                    "seconds": summary(seconds),
+                    "rounds": seconds,
+                    "predicted": says,
+                    "error": error,
+                }
+            )
+    sizes = [abs(point["error"]) for point in points]
+    errors = {"mean_error": statistics.mean(sizes), "worst_error": max(sizes)} if sizes else {}
+    return {**errors, "points": points}
+
+
+def said(axis: dict[str, Any]) -> str:
+    """Mean and largest error, for people."""
+    return f"mean error {axis['mean_error']:.1%}, largest {axis['worst_error']:.1%}"
+
+
+def table(axis: Axis, found: dict[str, Any]) -> str:
+    """Milliseconds of a step, Markdown: measured (spread), predicted (error)."""
+    cells = {}
+    for point in found["points"]:
+        spread = written({name: 1e3 * value for name, value in point["seconds"].items()}, ".1f")
+        says = f"{1e3 * point['predicted']:.1f} ({point['error']:+.0%})"
+        cells[point[axis.x], point[axis.series]] = f"{spread}, {says}"
+    columns = list(dict.fromkeys(series for _, series in cells))
+    return common.markdown(
+        [axis.title, *(SERIES[axis.series].format(one) for one in columns)],
+        [
+            [f"{x}", *(cells.get((x, one), "") for one in columns)]
+            for x in dict.fromkeys(x for x, _ in cells)
+        ],
+    )
+
+
+def plot(axes: dict[str, Any], journal: Journal, path: Path) -> None:
+    """Medians with their spread, and what the model says as lines: a panel for each axis."""
+    figure = Figure(figsize=(12, 8.4), layout="constrained")
+    for place, (name, found) in enumerate(axes.items(), start=1):
+        axis, panel = AXES[name], figure.add_subplot(2, 2, place)
+        series = dict.fromkeys(point[axis.series] for point in found["points"])
+        for colour, one in enumerate(series):
+            points = [point for point in found["points"] if point[axis.series] == one]
+            x = [point[axis.x] for point in points]
+            median, low, high = (
+                [1e3 * point["seconds"][which] for point in points]
+                for which in ("median", "min", "max")
+            )
+            panel.errorbar(
+                x,
+                median,
+                (
+                    [m - a for m, a in zip(median, low, strict=True)],
+                    [b - m for m, b in zip(median, high, strict=True)],
+                ),
+                fmt="o",
+                color=f"C{colour}",
+                capsize=3,
+                label=f"{SERIES[axis.series].format(one)}: measured",
+            )
+            at = Point(**{field: points[0][field] for field in Point.__annotations__})
+            line = _line(axis, min(x), max(x))
+            panel.plot(
+                line,
+                [1e3 * predicted(replace(at, **{axis.x: value}), journal) for value in line],
+                color=f"C{colour}",
+                label="predicted",
+            )
+        if axis.x in ("batch", "context"):
+            panel.set_xscale("log", base=2)
+            panel.xaxis.set_major_formatter("{x:.0f}")
+        else:
+            panel.set_xticks(x)
+        panel.set_ylim(bottom=0)
+        panel.set(xlabel=axis.title, ylabel="milliseconds of a decoding step")
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize="small", ncols=2)
+    figure.suptitle("Measured, and predicted by the calibrated cost model")
+    figures.save(figure, path)
+
+
+def _line(axis: Axis, low: int, high: int) -> list[int]:
+    """Where a prediction is drawn: also between points, where that means something."""
+    step = {"paired": 2, "tp": 1, "batch": 1, "context": 32}[axis.x]
+    return list(range(low, high + 1, step))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Decode time, measured and predicted.")
+    parser.add_argument(
+        "--sweeps",
+        nargs="*",
+        choices=SWEEPS,
+        default=list(SWEEPS),
+        metavar="SWEEP",
+        help=f"what to measure now, of {', '.join(SWEEPS)} (all); the report has all there is",
+    )
+    parser.add_argument("--rounds", type=common.at_least(1), default=5, help="(5)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON, and a PNG beside it")
+    return parser
+
+
+if __name__ == "__main__":
+    common.run_main(main)
