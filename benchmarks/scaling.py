@@ -15,6 +15,7 @@ written down as it comes: a run that was ended goes on where it was, and a repor
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import signal
 import statistics
@@ -93,12 +94,7 @@ class Sweep:
         ]
 
     def setup(self, model: str) -> Setup:
-        """For engines that can take all loads."""
-        batch, context = max(self.batches), max(self.contexts)
-        blocks = batch * -(-(context + TOKENS) // BLOCK)
-        of_token = SHAPE.kv_bytes_per_token(resolve("identity", SHAPE.layers), self.tp)
-        options = ["--enable-prefix-caching", "--block-size", f"{BLOCK}"]
-        options += ["--kv-cache-memory-bytes", f"{int(KV_SLACK * blocks * BLOCK * of_token)}"]
+        """For engines that get all loads."""
         settings = Settings(
             parts=(THROUGHPUT,),
             output_len=TOKENS,
@@ -108,16 +104,23 @@ class Sweep:
             dtype="float32",
             load_format="dummy",
             eager=True,
-            engine_args=tuple(options),
+            engine_args=("--enable-prefix-caching", "--block-size", f"{BLOCK}"),
         )
         return Setup(model, CONFIG, settings, settings.loads(), gpu_share=None)
+
+    @property
+    def kv_gib(self) -> int:
+        """KV cache that each rank needs for the largest load."""
+        blocks = max(self.batches) * -(-(max(self.contexts) + TOKENS) // BLOCK)
+        of_token = SHAPE.kv_bytes_per_token(resolve("identity", SHAPE.layers), self.tp)
+        return math.ceil(KV_SLACK * blocks * BLOCK * of_token / 2**30)
 
 
 FEW = (0, 16, SHAPE.layers)
 MANY = (*range(0, SHAPE.layers, 4), SHAPE.layers)
 SWEEPS = {
     "paired-1": Sweep(1, MANY),
-    "paired-2": Sweep(2, MANY),
+    "paired-2": Sweep(2, MANY[::2]),
     "batch": Sweep(1, FEW, batches=(1, 2, 4, 8, 16, 32, 64)),
     "context": Sweep(1, FEW, contexts=(128, 256, 512, 1024, 2048, 4096)),
     "ranks-3": Sweep(3, FEW),
@@ -163,7 +166,6 @@ def main() -> None:
     """Measure what is missing, print tables, write JSON and PNG."""
     args = _parser().parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
-    os.environ["VLLM_CPU_KVCACHE_SPACE"] = ""  # it would win over what an engine is told
     facts = common.facts()
     journal = Journal(["scaling", CONFIG, TOKENS, facts["versions"], facts["cpu"]])
     for name in args.sweeps:
@@ -198,6 +200,7 @@ def measure(name: str, rounds: int, journal: Journal) -> None:
             doing("calibrating")
             journal.add({_rank(sweep.tp): asdict(calibrate(SHAPE, sweep.tp))})
         files.write_json(Path(folder, "config.json"), CONFIG)
+        os.environ["VLLM_CPU_KVCACHE_SPACE"] = f"{sweep.kv_gib}"
         lots = -(-len(labels) * sweep.tp // ALIVE)
         # Neighbours are in different lots: what changes between lots must bend no curve.
         for lot in (labels[at::lots] for at in range(lots)):
