@@ -53,13 +53,14 @@ CONFIG = shapes.config("smollm2-135m") | {
 SHAPE = ModelShape.from_config(CONFIG)
 # Of an answer: so many steps but one are timed.
 TOKENS = 16
-# The prompts are the same in every round: what is prefilled once stays in the KV cache, in whole
-# blocks. Of a prompt of one block the last token, which vLLM always computes, would take it all.
+# Tokens in a block of the KV cache: every prompt but its last token fills some, so that it is
+# prefilled once for all rounds.
 BLOCK = 32
 # Layers of two widths pad the KV cache.
 KV_SLACK = 1.5
 # A rank of this model takes a gigabyte, or three with the longest loads.
 ALIVE = 6
+MOST_ROUNDS = 99
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,11 @@ class Point:
     paired: int
     batch: int
     context: int
+
+    @property
+    def prompt(self) -> int:
+        """Its tokens. The last one is always computed, and ends no block of the KV cache."""
+        return self.context + 1
 
     @property
     def label(self) -> str:
@@ -99,7 +105,7 @@ class Sweep:
             parts=(THROUGHPUT,),
             output_len=TOKENS,
             batches=self.batches,
-            contexts=self.contexts,
+            contexts=tuple(context + 1 for context in self.contexts),
             tp=self.tp,
             dtype="float32",
             load_format="dummy",
@@ -111,7 +117,7 @@ class Sweep:
     @property
     def kv_gib(self) -> int:
         """KV cache that each rank needs for the largest load."""
-        blocks = max(self.batches) * -(-(max(self.contexts) + TOKENS) // BLOCK)
+        blocks = max(self.batches) * -(-(max(self.contexts) + 1 + TOKENS) // BLOCK)
         of_token = SHAPE.kv_bytes_per_token(resolve("identity", SHAPE.layers), self.tp)
         return math.ceil(KV_SLACK * blocks * BLOCK * of_token / 2**30)
 
@@ -170,8 +176,8 @@ def main() -> None:
     journal = Journal(["scaling", CONFIG, TOKENS, facts["versions"], facts["cpu"]])
     for name in args.sweeps:
         measure(name, args.rounds, journal)
-    axes = {name: judged(axis, args.rounds, journal) for name, axis in AXES.items()}
-    report = {**facts, "model": CONFIG, "rounds": args.rounds}
+    axes = {name: judged(axis, journal) for name, axis in AXES.items()}
+    report = {**facts, "model": CONFIG}
     report["machine"] = {tp: journal[_rank(tp)] for tp in (1, 2, 3, 4) if _rank(tp) in journal}
     report["axes"] = axes = {name: axis for name, axis in axes.items() if axis["points"]}
     for name, axis in axes.items():
@@ -191,7 +197,7 @@ def measure(name: str, rounds: int, journal: Journal) -> None:
     ]
     labels = list(dict.fromkeys(point.label for point in missing))
     with step_bar() as bar, tempfile.TemporaryDirectory(prefix="scaling-") as folder:
-        task = bar.add_task("", total=1 + len(labels) + (1 + rounds) * len(missing))
+        task = bar.add_task("", total=1 + 2 * len(labels) + rounds * len(missing))
 
         def doing(what: str) -> None:
             bar.update(task, description=f"{name}: {what}", advance=1)
@@ -226,17 +232,17 @@ def _measure_lot(
                 doing(f"starting {one.label}")
                 running[one.label], _ = engines.start(one, stack)
                 running[one.label].signal(signal.SIGSTOP)
-        # Longest first, and a round before the first that does not count: it fills the KV cache.
-        for load in reversed(setup.loads):
-            turns = [p for p in points if (p.batch, p.context) == (load.batch, load.prompt_tokens)]
-            for number in range(-1, rounds):
-                for point in in_turn(turns, number):
-                    if (key := _key(name, point, number)) in journal:
-                        continue
+        # The largest load, uncounted: its prompts, of which all others' are beginnings, stay in the
+        # KV cache.
+        for label, engine in running.items():
+            doing(f"{label}, prefill")
+            _step_seconds(engines, engine, setup.loads[-1])
+        for number, load in product(range(rounds), setup.loads):
+            turns = [p for p in points if (p.batch, p.prompt) == (load.batch, load.prompt_tokens)]
+            for point in in_turn(turns, number):
+                if (key := _key(name, point, number)) not in journal:
                     doing(f"{point.label}, {load.name}")
-                    seconds = _step_seconds(engines, running[point.label], load)
-                    if number >= 0:
-                        journal.add({key: seconds})
+                    journal.add({key: _step_seconds(engines, running[point.label], load)})
 
 
 def _step_seconds(engines: Engines, running: Worker, load: Load) -> float:
@@ -282,14 +288,13 @@ def shared(device: Device, share: float) -> Device:
     )
 
 
-def judged(axis: Axis, rounds: int, journal: Journal) -> dict[str, Any]:
-    """The points of an axis that were measured in all rounds, what was predicted, and the errors:
-    predicted over measured, less 1."""
+def judged(axis: Axis, journal: Journal) -> dict[str, Any]:
+    """The points of an axis that were measured, what was predicted, and the errors: predicted over
+    measured, less 1."""
     points = []
     for sweep, point in axis.points():
-        keys = [_key(sweep, point, number) for number in range(rounds)]
-        if all(key in journal for key in keys):
-            seconds = [journal[key] for key in keys]
+        keys = [_key(sweep, point, number) for number in range(MOST_ROUNDS)]
+        if seconds := [journal[key] for key in keys if key in journal]:
             says = predicted(point, journal)
             error = says / statistics.median(seconds) - 1
             points.append(
