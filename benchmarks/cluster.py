@@ -167,6 +167,7 @@ def slug(link: Link | None) -> str:
 def measure(args: argparse.Namespace, link: Link | None) -> dict[str, Any]:
     """All contenders on one link (None: on one host): the report."""
     start, link_name = time.monotonic(), SHARED_MEMORY if link is None else str(link)
+    loads = {name: LOADS[name] for name in args.loads}
     config = {**MODEL, "torch_dtype": args.dtype}
     with ExitStack() as stack, step_bar() as progress:
         hosts = stack.enter_context(TwoHosts(link or Link()))
@@ -180,7 +181,7 @@ def measure(args: argparse.Namespace, link: Link | None) -> dict[str, Any]:
         round_trip = clients[0].ask("round_trip", host=address, port=7)
 
         described = contenders(model, args.plans, config["num_hidden_layers"])
-        total = len(described) * (1 + (1 + args.rounds) * len(LOADS))
+        total = len(described) * (1 + (1 + args.rounds) * len(loads))
         task = progress.add_task("", total=total)
         running: list[Contender] = []
         for number, (label, resolved, spec) in enumerate(described):
@@ -193,10 +194,10 @@ def measure(args: argparse.Namespace, link: Link | None) -> dict[str, Any]:
             progress.advance(task)
 
         speeds: dict[str, dict[str, list[float]]] = {
-            one.label: {load: [] for load in LOADS} for one in running
+            one.label: {load: [] for load in loads} for one in running
         }
         for number in range(-1, args.rounds):
-            for load, (batch, prompt_tokens, tokens, counted) in LOADS.items():
+            for load, (batch, prompt_tokens, tokens, counted) in loads.items():
                 for one in in_turn(running, number):
                     progress.update(task, description=f"{link_name}: {one.label}, {load}")
                     with resumed(one):
@@ -225,7 +226,7 @@ def measure(args: argparse.Namespace, link: Link | None) -> dict[str, Any]:
         },
         "mode": "compiled" if args.compiled else "eager",
         "model": config,
-        "loads": {name: list(load) for name, load in LOADS.items()},
+        "loads": {name: list(load) for name, load in loads.items()},
         "seconds": round(time.monotonic() - start),
         "contenders": [
             {
@@ -234,7 +235,7 @@ def measure(args: argparse.Namespace, link: Link | None) -> dict[str, Any]:
                 "blocks": one.plan.depth,
                 "all_reduces": 0 if one.label == NONE else shape.all_reduces(one.plan),
                 "hidden": 0 if one.label == NONE else shape.hidden_all_reduces(one.plan),
-                "loads": {load: figures(load, one.label, speeds) for load in LOADS},
+                "loads": {load: figures(load, one.label, speeds) for load in loads},
             }
             for one in running
         ],
@@ -377,11 +378,13 @@ def table(report: dict[str, Any]) -> str:
     """The report as Markdown."""
     link = report["link"]
     header = ["", "all-reduces (hidden)"]
-    header += [f"{load}: {what}" for load in LOADS for what in ("tok/s", "to plain", "removed")]
+    header += [
+        f"{load}: {what}" for load in report["loads"] for what in ("tok/s", "to plain", "removed")
+    ]
     rows = []
     for one in report["contenders"]:
         row = [f"`{one['label']}`", f"{one['all_reduces']} ({one['hidden']})"]
-        for load in LOADS:
+        for load in report["loads"]:
             numbers = one["loads"][load]
             row.append(written(numbers["tokens_per_second"], ".1f"))
             row.append("" if one["label"] == common.PLAIN else written(numbers["ratio_to_plain"]))
@@ -405,17 +408,19 @@ def plot(report: dict[str, Any], path: Path) -> None:
     others = [one for one in report["contenders"] if one["label"] != common.PLAIN]
     width = 0.8 / len(others)
     for number, one in enumerate(others):
-        ratios = [one["loads"][load]["ratio_to_plain"] for load in LOADS]
+        ratios = [one["loads"][load]["ratio_to_plain"] for load in report["loads"]]
         medians = [ratio["median"] for ratio in ratios]
         errors = [
             [ratio["median"] - ratio["min"] for ratio in ratios],
             [ratio["max"] - ratio["median"] for ratio in ratios],
         ]
-        places = [at + (number - (len(others) - 1) / 2) * width for at in range(len(LOADS))]
+        places = [
+            at + (number - (len(others) - 1) / 2) * width for at in range(len(report["loads"]))
+        ]
         hatch = "//" if one["label"] == NONE else None
         axes.bar(places, medians, width, yerr=errors, capsize=2, label=one["label"], hatch=hatch)
     axes.axhline(1, color="black", linewidth=0.8)
-    axes.set_xticks(range(len(LOADS)), list(LOADS))
+    axes.set_xticks(range(len(report["loads"])), list(report["loads"]))
     axes.set_ylabel("speed, plain vLLM = 1")
     axes.set_title(f"TP = 2 over {report['link']['name']}, {report['mode']}")
     axes.legend(fontsize="small")
@@ -444,6 +449,9 @@ def _parser() -> argparse.ArgumentParser:
         default=[Link()],
         metavar="LINK",
         help="shm, plain, 1gbit, 0.2ms, 1gbit,0.2ms, ... (plain)",
+    )
+    parser.add_argument(
+        "--loads", nargs="+", choices=LOADS, default=list(LOADS), metavar="LOAD", help="(all)"
     )
     parser.add_argument("--compiled", action="store_true", help="with torch.compile (eager)")
     return parser

@@ -2,6 +2,7 @@
 
 Verified tokens are the unmodified model's own, so that whatever is gained loses no quality. Plain
 vLLM and every (draft, tokens ahead) have an engine each and take turns, as in `depthpar bench`.
+The draft "ngram" is vLLM's prompt lookup: what followed the last tokens where they stood before.
 """
 
 from __future__ import annotations
@@ -26,16 +27,28 @@ if TYPE_CHECKING:
     from vllm import LLM
 
 
+NGRAM = "ngram"
+# As in vLLM's documentation.
+_LOOKUP = {"method": NGRAM, "prompt_lookup_max": 4}
+
+
 def main() -> None:
     """Measure, print a table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", nargs="?", help=common.MODEL_HELP)
     parser.add_argument(
-        "--drafts", nargs="+", required=True, metavar="DIR", help="of depthpar export or recover"
+        "--drafts",
+        nargs="+",
+        required=True,
+        metavar="DIR",
+        help=f"of depthpar export or recover, or '{NGRAM}'",
     )
     positive = common.at_least(1)
     parser.add_argument("--ahead", nargs="+", type=positive, default=[1, 2, 4], help="(1 2 4)")
     parser.add_argument("--text", required=True, metavar="FILE", help="prompts are parts of it")
+    parser.add_argument(
+        "--ask", metavar="REQUEST", help="about each part, as a chat (go on with it)"
+    )
     parser.add_argument("--prompts", type=positive, default=4, help="a round, in turn (4)")
     parser.add_argument("--prompt-tokens", type=positive, default=128, help="(128)")
     parser.add_argument("--tokens", type=common.at_least(2), default=64, help="an answer (64)")
@@ -48,14 +61,15 @@ def main() -> None:
     options = {
         "dtype": args.dtype,
         "enforce_eager": True,
-        "max_model_len": args.prompt_tokens + args.tokens + max(args.ahead) + 1,
+        "max_model_len": max(map(len, prompts)) + args.tokens + max(args.ahead) + 1,
         "max_num_seqs": 1,
     }
     setups: list[tuple[str, dict[str, Any]]] = [(common.PLAIN, {})]
     for draft in args.drafts:
         for ahead in args.ahead:
-            folder = str(Path(draft).resolve())
-            config = {"method": "draft_model", "model": folder, "num_speculative_tokens": ahead}
+            of_model = {"method": "draft_model", "model": str(Path(draft).resolve())}
+            config = _LOOKUP if draft == NGRAM else of_model
+            config = {**config, "num_speculative_tokens": ahead}
             setups.append((f"{Path(draft).name}, {ahead} ahead", {"speculative_config": config}))
     found: dict[str, list[dict[str, float]]] = {label: [] for label, _ in setups}
     with ExitStack() as stack, step_bar() as progress:
@@ -83,14 +97,21 @@ def main() -> None:
 def _prompts(model: str, args: argparse.Namespace) -> list[list[int]]:
     from transformers import AutoTokenizer
 
+    tokenizer = AutoTokenizer.from_pretrained(model)
     windows = texts.cut(
         "prompts",
         texts.read(args.text),
-        AutoTokenizer.from_pretrained(model),
+        tokenizer,
         args.prompt_tokens,
         limit=args.prompts * args.prompt_tokens,
     )
     prompts: list[list[int]] = windows.tokens[: args.prompts].tolist()
+    if args.ask:
+        parts = tokenizer.batch_decode(prompts)
+        chats = [[{"role": "user", "content": f"{args.ask}\n\n{part}"}] for part in parts]
+        prompts = tokenizer.apply_chat_template(
+            chats, add_generation_prompt=True, return_dict=False
+        )
     return prompts
 
 
@@ -161,7 +182,7 @@ def _report(
     print(common.markdown(header, rows))
     if args.out:
         settings = {"prompts": args.prompts, "prompt_tokens": args.prompt_tokens}
-        settings["tokens"] = args.tokens
+        settings |= {"tokens": args.tokens, "ask": args.ask}
         report = {**common.facts(), "model": Path(model).name, "engine": options, "job": settings}
         common.write_json(args.out, {**report, "contenders": results})
 
