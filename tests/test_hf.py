@@ -93,6 +93,17 @@ def test_every_plan_equals_the_equations(model: str, tmp_path: Path) -> None:
         assert (logits - expected).abs().max() < 1e-4, name
 
 
+def test_pickled_weights_are_read_only_where_asked_for(tmp_path: Path) -> None:
+    path = write_llama(tmp_path, layers=LAYERS)
+    expected = load_file(path / "model.safetensors")
+    torch.save(expected, path / "pytorch_model.bin")
+    (path / "model.safetensors").unlink()
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        hf.load(path, "identity")
+    model = hf.load(path, "identity", use_safetensors=False)
+    assert torch.equal(model.state_dict()["model.norm.weight"], expected["model.norm.weight"])
+
+
 def test_plans_differ(folder: Path) -> None:
     """The tolerance of the test above tells every plan from every other."""
     ids = prompts(1, 48)[0]

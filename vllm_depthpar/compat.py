@@ -18,7 +18,7 @@ from functools import wraps
 from math import gcd
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.errors import (
@@ -47,6 +47,9 @@ from vllm_depthpar.families import FAMILIES
 from vllm_depthpar.plan import Plan, PlanError, resolve
 from vllm_depthpar.shape import ModelShape
 from vllm_depthpar.sources import ARCHITECTURE, OLD_ARCHITECTURE
+
+if TYPE_CHECKING:
+    from vllm import LLM
 
 SUPPORTED = SpecifierSet(">=0.32,<0.34")
 
@@ -313,6 +316,15 @@ def let_draft_blocks_differ() -> None:
             group.create_metadata_builders(self.vllm_config, self.device, kernel_block_size=size)
 
     DraftModelProposer.initialize_attn_backend = initialize_attn_backend
+
+
+def shut_down(engine: LLM) -> None:
+    """End an engine and its workers now: when the interpreter exits it is too late, since Python
+    ends vLLM's workers first, and their shared memory stays.
+
+    Relies on: every client of vLLM's core has `shutdown`.
+    """
+    engine.llm_engine.engine_core.shutdown()
 
 
 def kv_cache_bytes(vllm_config: VllmConfig) -> int:

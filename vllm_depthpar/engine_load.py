@@ -33,9 +33,9 @@ def serve(connection: Connection, model: str, flags: Sequence[str]) -> None:
         try:
             job = connection.recv()
         except EOFError:  # nothing more is asked
-            # At the interpreter's exit it would come too late: Python ends vLLM's workers first,
-            # and their shared memory stays. Relies on: both of vLLM's clients of a core have it.
-            engine.llm_engine.engine_core.shutdown()
+            from vllm_depthpar import compat
+
+            compat.shut_down(engine)
             return
         answer: dict[str, float] | RuntimeError
         try:

@@ -104,7 +104,8 @@ def load(
         spec: a `Plan`, or a spec that `vllm_depthpar.plan.resolve` takes; None for the plan that
             the checkpoint's config.json carries.
         dtype: what the weights are converted to.
-        kwargs: more arguments of `from_pretrained`.
+        kwargs: more arguments of `from_pretrained`. Pickled weights are read only where they say
+            ``use_safetensors=False``.
 
     Returns:
         The model, in evaluation mode.
@@ -163,8 +164,9 @@ def _weights(
 ) -> PreTrainedModel:
     """Load all layers. Those `absent` need not be in the checkpoint: exported ones lack them."""
     model_type = getattr(transformers, family_of(config.to_dict()).architectures[0])
+    options = {"use_safetensors": True, **kwargs}
     model, report = model_type.from_pretrained(
-        path, config=config, dtype=dtype, output_loading_info=True, **kwargs
+        path, config=config, dtype=dtype, output_loading_info=True, **options
     )
     missing = {int(name.split(".")[2]) for name in report["missing_keys"] if ".layers." in name}
     if lost := sorted(missing - set(absent)):
