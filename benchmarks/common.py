@@ -40,13 +40,13 @@ def facts() -> dict[str, Any]:
     }
 
 
-def arguments(description: str) -> argparse.ArgumentParser:
-    """A parser with what all benchmarks take."""
+def arguments(description: str, rounds: int = 5) -> argparse.ArgumentParser:
+    """A parser with what all benchmarks take; `rounds` if the user names no other number."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument(
         "--plans", nargs="+", default=["auto"], metavar="PLAN", help="JSON, a plan file, auto, ..."
     )
-    parser.add_argument("--rounds", type=at_least(1), default=5, help="(5)")
+    parser.add_argument("--rounds", type=at_least(1), default=rounds, help=f"({rounds})")
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="(bfloat16)"
     )

@@ -29,7 +29,7 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
 
-from vllm_depthpar import metric_files
+from vllm_depthpar import metric_files, sources
 from vllm_depthpar.meter import Meter, bucket_of, layers_by_kind
 from vllm_depthpar.metric_files import Metric, MetricFiles
 from vllm_depthpar.picture import draw
@@ -56,10 +56,11 @@ ENV = {
 
 
 class Run(NamedTuple):
-    """A server with a plan, and the folder of its checkpoint."""
+    """A server with a plan, the folder of its checkpoint, and the file of its plan."""
 
     server: Server
     folder: Path
+    plan: Path
 
     def get(self, path: str) -> httpx.Response:
         headers = {"Authorization": f"Bearer {KEY}"}
@@ -70,11 +71,14 @@ class Run(NamedTuple):
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     """Two ranks, every forward pass timed; only the `depthpar` plugins of both groups."""
     folder = write_tokenizer(write_llama(tmp_path_factory.mktemp("model"), layers=LAYERS))
-    arguments = ["--model-impl", "depthpar", "--hf-overrides", json.dumps({"depthpar": SPEC})]
-    arguments += ["--tensor-parallel-size", "2", "--served-model-name", NAME, "--api-key", KEY]
-    with serve(folder, *EAGER, *arguments, env=ENV, timeout=900) as server:
+    plan = tmp_path_factory.mktemp("plan") / "plan.json"
+    plan.write_text(json.dumps(SPEC))
+    arguments = ["--model-impl", "depthpar", "--tensor-parallel-size", "2"]
+    arguments += ["--served-model-name", NAME, "--api-key", KEY]
+    env = {**ENV, sources.ENV: str(plan)}
+    with serve(folder, *EAGER, *arguments, env=env, timeout=900) as server:
         assert len(folders(server)) == 1
-        yield Run(server, folder)
+        yield Run(server, folder, plan)
     assert folders(server) == []
 
 
@@ -84,11 +88,14 @@ def folders(server: Server) -> list[Path]:
     return list(memory.glob(f"{metric_files.NAME}-{server.process.pid}-*"))
 
 
-def complete(server: Server, prompt: str | list[str], count: int) -> None:
+def complete(server: Server, prompt: str | list[str], count: int) -> list[dict[str, Any]]:
     body = {"model": NAME, "prompt": prompt, "max_tokens": count, "ignore_eos": True}
+    body |= {"temperature": 0, "logprobs": 1}
     headers = {"Authorization": f"Bearer {KEY}"}
     url = f"{server.url}/v1/completions"
-    httpx.post(url, json=body, headers=headers, timeout=120).raise_for_status()
+    reply = httpx.post(url, json=body, headers=headers, timeout=120)
+    choices: list[dict[str, Any]] = reply.raise_for_status().json()["choices"]
+    return choices
 
 
 def samples(server: Server) -> list[Sample]:
@@ -163,12 +170,23 @@ def test_plan_endpoint(run: Run) -> None:
     shape = ModelShape.from_config(json.loads((run.folder / "config.json").read_text()))
     assert answer["digest"] == PLAN.digest
     assert resolve(answer["plan"], LAYERS) == PLAN
-    assert answer["picture"] == draw(PLAN, shape, 2, "--hf-overrides")
+    assert answer["picture"] == draw(PLAN, shape, 2, sources.ENV)
     assert answer["predicted"]["speedup"] > 1
     assert run.get("/v1/depthpar/plan").json()["predicted"] is None
     wrong = run.get("/v1/depthpar/plan?device=h1000&link=nvlink4")
     assert wrong.status_code == 400
     assert "device 'h1000' is unknown; allowed: " in wrong.json()["error"]["message"]
+
+
+def test_a_plan_file_that_changes_has_no_effect(run: Run) -> None:
+    def seen() -> tuple[Any, Any]:
+        return run.get("/v1/depthpar/plan").json(), complete(run.server, "the same words", 8)
+
+    before = seen()
+    run.plan.write_text('{"skip": {"speedup": 2}}')
+    assert seen() == before
+    run.plan.unlink()
+    assert seen() == before
 
 
 def test_stats_endpoint_says_what_the_metrics_say(run: Run) -> None:
