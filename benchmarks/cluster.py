@@ -302,11 +302,13 @@ def launch(
     if label == NONE:
         plugins = "without_communication"
         path = f"{_plugin_folder(folder)}:{HERE}:{path}"
+    # It would win over --kv-cache-memory-bytes.
+    inherited = {key: os.environ[key] for key in os.environ if key != "VLLM_CPU_KVCACHE_SPACE"}
     processes = []
     cores = [str(core) for core in sorted(os.sched_getaffinity(0))[:2]]
     for host in (0,) if together else (0, 1):
         env = {
-            **os.environ,
+            **inherited,
             "PYTHONPATH": path,
             "VLLM_PLUGINS": plugins,
             "VLLM_HOST_IP": hosts.addresses[host],

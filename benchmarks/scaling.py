@@ -6,7 +6,8 @@ for each number of ranks: nothing is fitted on what is measured here.
 
 The model has SmolLM2's sizes and dummy weights, but 12 heads and 12 KV heads of 64, which 1 to 4
 ranks can share. Every rank has one thread. Ranks that outnumber the cores take turns on them, and
-are predicted as if each had its share of a core.
+are predicted as if each had its share of a core. They reduce over vLLM's shared memory where its
+build has that, as on CPUs with AVX-512, else over the host's loopback.
 
 Engines are alive together in lots, all but the one that is measured stopped. Every figure is
 written down as it comes: a run that was ended goes on where it was, and a report has what is there.
@@ -20,6 +21,7 @@ import os
 import signal
 import statistics
 import tempfile
+import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -28,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import common
+import completions_client
 import shapes
 from matplotlib.figure import Figure
 
@@ -36,9 +39,9 @@ from vllm_depthpar.bench_settings import THROUGHPUT, Load, Settings, Setup
 from vllm_depthpar.bench_stages import Engines
 from vllm_depthpar.calibrate import measure as calibrate
 from vllm_depthpar.cost import step_time
-from vllm_depthpar.engine_process import Worker
+from vllm_depthpar.engine_process import Worker, call
 from vllm_depthpar.journal import Journal
-from vllm_depthpar.machines import LINKS, Device
+from vllm_depthpar.machines import LINKS, Device, Link
 from vllm_depthpar.plan import resolve
 from vllm_depthpar.progress import step_bar
 from vllm_depthpar.rounds import in_turn, summary, written
@@ -61,6 +64,9 @@ KV_SLACK = 1.5
 # A rank of this model takes a gigabyte, or three with the longest loads.
 ALIVE = 6
 MOST_ROUNDS = 99
+# In the journal: whether ranks reduce over shared memory, and the round trip of a message if not.
+SHARED_MEMORY, LOOPBACK = "shared memory", "loopback"
+PORT = 7077
 
 
 @dataclass(frozen=True)
@@ -174,10 +180,15 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     facts = common.facts()
     journal = Journal(["scaling", CONFIG, TOKENS, facts["versions"], facts["cpu"]])
+    if SHARED_MEMORY not in journal:
+        journal.add({SHARED_MEMORY: call(_reduces_over_shared_memory)})
+    if LOOPBACK not in journal:
+        journal.add({LOOPBACK: _loopback()})
     for name in args.sweeps:
         measure(name, args.rounds, journal)
     axes = {name: judged(axis, journal) for name, axis in AXES.items()}
     report = {**facts, "model": CONFIG}
+    report |= {name: journal[name] for name in (SHARED_MEMORY, LOOPBACK)}
     report["machine"] = {tp: journal[_rank(tp)] for tp in (1, 2, 3, 4) if _rank(tp) in journal}
     report["axes"] = axes = {name: axis for name, axis in axes.items() if axis["points"]}
     for name, axis in axes.items():
@@ -253,6 +264,19 @@ def _step_seconds(engines: Engines, running: Worker, load: Load) -> float:
     return load.batch / found["decode_tokens_per_second"]
 
 
+def _reduces_over_shared_memory() -> bool:
+    from vllm_depthpar import compat
+
+    return compat.has_shared_memory_all_reduce()
+
+
+def _loopback() -> float:
+    """Seconds that a message takes there and back."""
+    address = ("127.0.0.1", PORT)
+    threading.Thread(target=completions_client.echo, args=address, daemon=True).start()
+    return completions_client.round_trip(*address)
+
+
 def _key(sweep: str, point: Point, number: int) -> str:
     return f"{sweep}, {point}, {number}"
 
@@ -270,7 +294,7 @@ def predicted(point: Point, journal: Journal) -> float:
         SHAPE,
         plan,
         shared(device, min(1.0, hardware.CORES / point.tp)),
-        LINKS["shm"] if point.tp > 1 else None,
+        _link(journal) if point.tp > 1 else None,
         point.tp,
         point.batch,
         point.context + TOKENS // 2,
@@ -285,7 +309,16 @@ def shared(device: Device, share: float) -> Device:
         memory_bandwidth=share * device.memory_bandwidth,
         flops=tuple((rows, share * rate) for rows, rate in device.flops),
         layer_seconds=device.layer_seconds / share,
+        reduce_seconds=device.reduce_seconds / share,
+        plain_reduce_seconds=device.plain_reduce_seconds / share,
     )
+
+
+def _link(journal: Journal) -> Link:
+    """Between the ranks; on the loopback what counts is the ranks' own work."""
+    if journal[SHARED_MEMORY]:
+        return LINKS["shm"]
+    return Link("loopback", journal[LOOPBACK] / 2, math.inf)
 
 
 def judged(axis: Axis, journal: Journal) -> dict[str, Any]:

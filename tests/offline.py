@@ -28,11 +28,12 @@ from vllm_depthpar.server_process import free_port
 COMMON = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "WARNING",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
     # vLLM 0.32 writes these artifacts on a CPU but cannot load them again.
     "VLLM_USE_AOT_COMPILE": "0",
     "MASTER_ADDR": "127.0.0.1",
 }
+# Enough for every case here; it is filled with zeros at every start.
+KV_BYTES = 128 << 20
 THREADS = {"VLLM_CPU_OMP_THREADS_BIND": "0-1", "OMP_NUM_THREADS": "2"}
 # More ranks than cores: let the kernel place them.
 UNBOUND = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
@@ -145,6 +146,7 @@ def _engine_run(case: Case, ranks: int, compiled: bool) -> Result:
             "skip_tokenizer_init": True,
             "disable_log_stats": True,
             "seed": 0,
+            "kv_cache_memory_bytes": KV_BYTES,
             **chosen,
             **case.engine,
         },
@@ -207,6 +209,7 @@ def _rank(
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
     os.environ.update(env, RANK=str(rank), LOCAL_RANK=str(rank))
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would win over KV_BYTES
     # PyTorch read it when it was imported.
     torch.set_num_threads(int(env["OMP_NUM_THREADS"]))
     from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
@@ -218,6 +221,8 @@ def _rank(
             f"host {rank}" if hosts else _memory(env) + name(communicator).lstrip("/")
         )
     )
+    # vLLM collects garbage several times in every start: half a second each over what it imports.
+    gc.freeze()
     results = []
     ranks = int(env["WORLD_SIZE"])
     for case in torch.load(job, weights_only=False):

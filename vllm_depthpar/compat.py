@@ -39,6 +39,7 @@ from vllm.forward_context import get_forward_context, is_forward_context_availab
 from vllm.logger import init_logger
 from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+from vllm.platforms import current_platform
 from vllm.transformers_utils.repo_utils import is_mistral_model_repo
 from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
 
@@ -379,6 +380,15 @@ def reduces_over_shared_memory(group: GroupCoordinator) -> bool:
     """
     communicator = group.device_communicator
     return isinstance(getattr(communicator, "dist_module", None), _CPUSHMDistributed)
+
+
+def has_shared_memory_all_reduce() -> bool:
+    """Whether vLLM's CPU kernels for this processor have it: those for AVX2 alone have not.
+
+    Relies on: `CpuCommunicator` looks for the operator `init_shm_manager`.
+    """
+    current_platform.import_kernels()
+    return hasattr(torch.ops._C, "init_shm_manager")
 
 
 def this_host() -> str:
