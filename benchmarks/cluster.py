@@ -51,7 +51,7 @@ LOADS = {
     "prefill, 4 x 128": (4, 128, 1, "prefill"),
 }
 # The model: sizes as in the design's prototype; the vocabulary is Llama 2's.
-MODEL = {
+MODEL: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "num_hidden_layers": 24,

@@ -30,8 +30,8 @@ from vllm_depthpar.server_process import Server, serve
 NAME = "model"
 # Said of a place, so that the answers differ.
 WORDS = ("amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "haven", "inlet", "jetty")
-FLAGS = ("--served-model-name", NAME, "--dtype", "float32", "--enforce-eager")
-FLAGS += ("--max-model-len", "256", "--max-num-seqs", "256")
+FLAGS = ["--served-model-name", NAME, "--dtype", "float32", "--enforce-eager"]
+FLAGS += ["--max-model-len", "256", "--max-num-seqs", "256"]
 HEALTH_SECONDS = 30
 MOST_GROWTH = 0.05
 

@@ -175,7 +175,8 @@ def serve(connection: Connection, model: str, flags: list[str], eager: bool) -> 
                 engine.llm_engine.step()
             answer = time.perf_counter() - begun
         else:
-            answer = add(engine, *job)
+            answer = None
+            add(engine, *job)
             spent.update(dict.fromkeys(spent, 0))
         connection.send(answer)
 

@@ -73,7 +73,7 @@ def use_gloo() -> None:
 def ladder(checkout: str, length: int, compiled: bool) -> dict[str, Step]:
     """Ladder Residual's gpt-fast models: standard, ladder, and (the authors' upper bound) standard
     without any all-reduce. Made and initialized as their benchmark.py does, in float32."""
-    stand_ins = {
+    stand_ins: dict[str, dict[str, Any]] = {
         # Called with --use_flash_attention only.
         "flash_attn": {"flash_attn_varlen_func": None, "flash_attn_with_kvcache": None},
         "liger_kernel.ops.rms_norm": {"LigerRMSNormFunction": _RMSNorm},

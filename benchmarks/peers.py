@@ -22,7 +22,7 @@ from two_hosts import Link, NotPossible, TwoHosts, exit_on_sigterm
 from vllm_depthpar.rounds import spread, summary
 
 RANK = Path(__file__).with_name("peer_rank.py")
-_, PROMPT_TOKENS, TOKENS, _ = LOADS["decode, batch 1"]
+PROMPT_TOKENS, TOKENS = LOADS["decode, batch 1"][1:3]
 PORT = 29400
 SECONDS = 600
 
