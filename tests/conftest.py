@@ -5,6 +5,8 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["VLLM_NO_USAGE_STATS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# In GiB, the least there is: every server fills it with zeros when it starts.
+os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
 
 # Two teams of OpenMP threads on the same cores wait for each other's time slices: far slower than
 # one thread each. `make test` runs one pytest worker for each of two cores.
