@@ -222,7 +222,9 @@ def _rank(
         )
     )
     # vLLM collects garbage several times in every start: half a second each over what it imports.
+    # It freezes the heap, too, and thaws it when an engine ends: the next ones would pay again.
     gc.freeze()
+    gc.freeze = gc.unfreeze = lambda: None
     results = []
     ranks = int(env["WORLD_SIZE"])
     for case in torch.load(job, weights_only=False):
