@@ -57,7 +57,14 @@ def measured(sizes: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path
     out = tmp_path_factory.mktemp("bench") / "results.json"
     command = [sys.executable, "-m", "vllm_depthpar.cli", *sizes, "--out", str(out)]
     env = {**os.environ, "TORCHDYNAMO_DISABLE": "1"}
-    bench = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, start_new_session=True)
+    bench = subprocess.Popen(
+        command,
+        env=env,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        # A shell makes what it runs in the background ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         started: list[psutil.Process] = []
         deadline = time.monotonic() + 900

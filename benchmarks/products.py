@@ -1,0 +1,90 @@
+"""The matrix products of a decoding step alone: those of 30 layers, and of the same in 15 pairs.
+
+As vLLM 0.32 computes them on a CPU (oneDNN, weights packed once), at the bundled SmolLM2-135M's
+sizes in float32, in turns. What a plan of pairs can save in a step is this, and half of the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import common
+import torch
+
+from vllm_depthpar import bundled
+from vllm_depthpar.checkpoint import read_config
+from vllm_depthpar.rounds import spread, summary
+from vllm_depthpar.shape import ModelShape
+
+ROWS = (1, 8)
+# Takes {inputs of a product: activations}.
+Products = Callable[[dict[int, torch.Tensor]], None]
+
+
+def main() -> None:
+    """Measure, print a table, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=common.at_least(1), default=25, help="(25)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON")
+    args = parser.parse_args()
+    shape = ModelShape.from_config(read_config(str(bundled.prepare())))
+    alone, pairs = products(shape, 1), products(shape, 2)
+    rows, report = [], {}
+    for batch in ROWS:
+        inputs = {
+            width * size: torch.randn(batch, width * size)
+            for width in (1, 2)
+            for size in (shape.hidden, shape.heads * shape.head_dim, shape.intermediate)
+        }
+        found = [(seconds(alone, inputs), seconds(pairs, inputs)) for _ in range(args.rounds)]
+        ratios = [of_alone / of_pairs for of_alone, of_pairs in found]
+        times = [[1e3 * of for of in column] for column in zip(*found, strict=True)]
+        rows.append([str(batch), *(spread(column, ".1f") for column in times), spread(ratios)])
+        report[batch] = {
+            "alone_ms": summary(times[0]),
+            "pairs_ms": summary(times[1]),
+            "speedup": summary(ratios),
+        }
+    print(common.markdown(["batch", "layers alone, ms", "pairs, ms", "speed"], rows))
+    if args.out:
+        common.write_json(args.out, {**common.facts(), "batches": report})
+
+
+def products(shape: ModelShape, width: int) -> Products:
+    """Those of all layers, so many of them side by side."""
+    from vllm import _custom_ops as ops
+    from vllm.platforms import current_platform
+
+    current_platform.import_kernels()
+    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    sizes = [
+        (shape.hidden, width * (q + 2 * kv)),
+        (width * q, shape.hidden),
+        (shape.hidden, 2 * width * shape.intermediate),
+        (width * shape.intermediate, shape.hidden),
+    ]
+    packed = [
+        (size, ops.create_onednn_mm(torch.full((size, out), 0.01), primitive_cache_size=8))
+        for _ in range(shape.layers // width)
+        for size, out in sizes
+    ]
+
+    def run(inputs: dict[int, torch.Tensor]) -> None:
+        for size, handler in packed:
+            ops.onednn_mm(handler, inputs[size], None)
+
+    return run
+
+
+def seconds(run: Products, inputs: dict[int, torch.Tensor]) -> float:
+    """Of one step."""
+    begun = time.perf_counter()
+    run(inputs)
+    return time.perf_counter() - begun
+
+
+if __name__ == "__main__":
+    common.run_main(main)
