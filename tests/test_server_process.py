@@ -1,5 +1,7 @@
 """Starting and stopping real servers: what one says that fails, and what remains of one."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import models
@@ -41,3 +43,23 @@ def test_nothing_remains(tmp_path: Path) -> None:
     assert alive == []
     assert not server.healthy()
     server.stop()  # once more, which is harmless
+
+
+def test_ends_with_a_killed_caller(tmp_path: Path) -> None:
+    """Even while it is stopped, as the contenders of a benchmark are that wait."""
+    caller = """
+import signal, sys, time
+from vllm_depthpar.server_process import Server
+server = Server(sys.argv[1])
+server.signal(signal.SIGSTOP)
+print(server.process.pid, flush=True)
+time.sleep(600)
+"""
+    command = [sys.executable, "-c", caller, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        server = psutil.Process(int(process.stdout.readline()))
+        assert server.is_running()
+        process.kill()
+    _, alive = psutil.wait_procs([server], timeout=10)
+    assert alive == []

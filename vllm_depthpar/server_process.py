@@ -31,7 +31,8 @@ LAST_LINES = 30
 class Server:
     """A started ``vllm serve MODEL *args``; `stop` must be called, or use `serve`.
 
-    The server is the leader of a process group of its own, so that its workers end with it.
+    The server is the leader of a process group of its own, so that its workers end with it. They
+    also end if this process is killed.
     """
 
     def __init__(
@@ -59,6 +60,12 @@ class Server:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+        # It waits for a line. The end of the pipe without one is the end of this process.
+        self._guard = subprocess.Popen(
+            ["sh", "-c", f"read line || kill -KILL -{self.process.pid}"],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
 
     def wait(self, timeout: float = 300) -> None:
         """Return when the server answers; RuntimeError if it ends or takes `timeout` seconds."""
@@ -99,6 +106,8 @@ class Server:
             self.signal(sent)
             with suppress(subprocess.TimeoutExpired):
                 self.process.wait(SHUTDOWN_SECONDS)
+        if self._guard.poll() is None:
+            self._guard.communicate(b"\n")
 
     def log_text(self) -> str:
         """All that the server has written so far."""
