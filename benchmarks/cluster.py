@@ -9,7 +9,8 @@ within every round, and a round's ratios are taken within it.
 free. Of the time between the two a plan's share is (T_plain - T_plan) / (T_plain - T_none), T being
 the time of a token.
 
-With the link "shm" both ranks are on one host, and vLLM reduces over its memory.
+With the link "shm" both ranks are on one host, and vLLM reduces over its memory if its kernels for
+the processor can (those for AVX-512 can, those for AVX2 alone can not).
 
 Needs Linux, root and iproute2; says so and exits with 2 where it has not.
 """
