@@ -371,3 +371,36 @@ def test_a_wrong_interval_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     metric_files.prepare()
     assert metric_files.FOLDER_ENV not in os.environ
     assert metric_files.folder() is None
+
+
+def test_what_killed_servers_leave_is_removed() -> None:
+    """And nothing of one that runs."""
+    starts = (
+        "import os, sys; from vllm_depthpar import metric_files; metric_files.prepare(); "
+        "print(os.environ[metric_files.FOLDER_ENV], flush=True); sys.stdin.read()"
+    )
+
+    def start() -> tuple[subprocess.Popen[str], Path]:
+        env = {key: os.environ[key] for key in os.environ if key != metric_files.FOLDER_ENV}
+        process = subprocess.Popen(
+            [sys.executable, "-c", starts],
+            env=env,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout
+        return process, Path(process.stdout.readline().strip())
+
+    killed, left = start()
+    runs, kept = start()
+    assert left.is_dir()
+    killed.kill()
+    killed.communicate()
+    assert left.is_dir()
+    ends, removed = start()
+    assert [left.exists(), kept.exists(), removed.exists()] == [False, True, True]
+    for process in (runs, ends):
+        process.communicate()
+    assert not kept.exists()
+    assert not removed.exists()

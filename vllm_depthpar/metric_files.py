@@ -18,6 +18,7 @@ the file names and keys that its `MultiProcessCollector` takes apart.
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
 import os
 import shutil
@@ -71,12 +72,34 @@ def prepare() -> None:
     inherited = multiprocessing.parent_process() is not None and FOLDER_ENV in os.environ
     if every() == 0 or VLLM_FOLDER_ENV in os.environ or inherited:
         return
-    os.environ[FOLDER_ENV] = path = tempfile.mkdtemp(
-        prefix=f"{NAME}-{os.getpid()}-", dir=MEMORY if MEMORY.is_dir() else None
-    )
+    parent = MEMORY if MEMORY.is_dir() else Path(tempfile.gettempdir())
+    _remove_left(parent)
+    # It gets the name that `_remove_left` looks for once it is locked.
+    hidden = tempfile.mkdtemp(prefix=f".{NAME}-{os.getpid()}-", dir=parent)
+    fcntl.flock(os.open(hidden, os.O_RDONLY), fcntl.LOCK_EX)
+    path = str(parent / Path(hidden).name.removeprefix("."))
+    os.rename(hidden, path)
+    os.environ[FOLDER_ENV] = path
     # At the end of this process and of no fork of it; atexit would not run in one of
     # multiprocessing's.
     Finalize(None, shutil.rmtree, args=(path, True), exitpriority=0)
+
+
+def _remove_left(parent: Path) -> None:
+    """Folders of servers that were killed: their locks went with them. A process id would not do:
+    containers may share the memory and not the ids."""
+    for path in parent.glob(f"{NAME}-*"):
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except OSError:  # another user's, or gone by now
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(path, ignore_errors=True)
+        except BlockingIOError:
+            pass
+        finally:
+            os.close(descriptor)
 
 
 def folder() -> Path | None:
