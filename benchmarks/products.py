@@ -9,12 +9,14 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import common
 import torch
 
 from vllm_depthpar import bundled
+from vllm_depthpar.calibrate import layer_products
 from vllm_depthpar.checkpoint import read_config
 from vllm_depthpar.rounds import spread, summary
 from vllm_depthpar.shape import ModelShape
@@ -59,17 +61,17 @@ def products(shape: ModelShape, width: int) -> Products:
     from vllm.platforms import current_platform
 
     current_platform.import_kernels()
-    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    sizes = [
-        (shape.hidden, width * (q + 2 * kv)),
-        (width * q, shape.hidden),
-        (shape.hidden, 2 * width * shape.intermediate),
-        (width * shape.intermediate, shape.hidden),
-    ]
+    # Layers side by side are one layer with all of their heads.
+    wide = replace(
+        shape,
+        heads=width * shape.heads,
+        kv_heads=width * shape.kv_heads,
+        intermediate=width * shape.intermediate,
+    )
     packed = [
         (size, ops.create_onednn_mm(torch.full((size, out), 0.01), primitive_cache_size=8))
         for _ in range(shape.layers // width)
-        for size, out in sizes
+        for out, size in layer_products(wide, tp=1)
     ]
 
     def run(inputs: dict[int, torch.Tensor]) -> None:

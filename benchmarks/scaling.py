@@ -45,6 +45,7 @@ from vllm_depthpar.machines import LINKS, Device, Link
 from vllm_depthpar.plan import resolve
 from vllm_depthpar.progress import step_bar
 from vllm_depthpar.rounds import in_turn, summary, written
+from vllm_depthpar.server_process import HOST, free_port
 from vllm_depthpar.shape import ModelShape
 
 CONFIG = shapes.config("smollm2-135m") | {
@@ -66,7 +67,6 @@ ALIVE = 6
 MOST_ROUNDS = 99
 # In the journal: whether ranks reduce over shared memory, and the round trip of a message if not.
 SHARED_MEMORY, LOOPBACK = "shared memory", "loopback"
-PORT = 7077
 
 
 @dataclass(frozen=True)
@@ -272,7 +272,7 @@ def _reduces_over_shared_memory() -> bool:
 
 def _loopback() -> float:
     """Seconds that a message takes there and back."""
-    address = ("127.0.0.1", PORT)
+    address = (HOST, free_port())
     threading.Thread(target=completions_client.echo, args=address, daemon=True).start()
     return completions_client.round_trip(*address)
 

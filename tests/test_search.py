@@ -100,14 +100,9 @@ def test_rounds_correct_what_does_not_add_up() -> None:
     assert np.mean([regret(seed, together=2) for seed in range(10)]) < 0.15
 
 
-@pytest.mark.parametrize("seeds", [range(at, at + 25) for at in range(0, 100, 25)])
-def test_all_methods_are_nowhere_worse_than_one(seeds: range) -> None:
+@pytest.mark.parametrize("seed", range(100))
+def test_all_methods_are_nowhere_worse_than_one(seed: int) -> None:
     """Not a law, as draws differ: of the landscapes 0 to 1000 it fails in 207 and 671."""
-    for seed in seeds:
-        all_methods_are_nowhere_worse_than_one(seed)
-
-
-def all_methods_are_nowhere_worse_than_one(seed: int) -> None:
     landscape = Landscape(seed, together=1)
     fronts = {}
     for methods in (["pair"], ["skip"], ["group"], ["pair", "skip", "group"]):

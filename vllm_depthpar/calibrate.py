@@ -83,7 +83,7 @@ def measure_products(
     shape: ModelShape, tp: int, kind: str, dtype: torch.dtype
 ) -> tuple[float, tuple[tuple[int, float], ...]]:
     """Bytes per second of products with one row, and (rows, FLOP/s) of those with `ROWS`."""
-    layer = _layer(shape, tp)
+    layer = layer_products(shape, tp)
     parameters = sum(out * of for out, of in layer)
 
     def seconds(rows: int) -> float:
@@ -123,7 +123,7 @@ def _product_seconds(size: tuple[int, int], rows: int, kind: str, dtype: torch.d
         return min(run_seconds(run) for _ in range(REPEATS) for run in runs)
 
 
-def _layer(shape: ModelShape, tp: int) -> list[tuple[int, int]]:
+def layer_products(shape: ModelShape, tp: int) -> list[tuple[int, int]]:
     """(outputs, inputs) of the products of a layer on one rank, large ones with fewer outputs."""
     q, kv = shape.heads * shape.head_dim // tp, shape.kv_heads * shape.head_dim // tp
     intermediate = shape.intermediate // tp

@@ -74,7 +74,8 @@ def prepare() -> None:
         return
     parent = MEMORY if MEMORY.is_dir() else Path(tempfile.gettempdir())
     _remove_left(parent)
-    # It gets the name that `_remove_left` looks for once it is locked.
+    # It gets the name that `_remove_left` looks for once it is locked, for as long as this process
+    # lives.
     hidden = tempfile.mkdtemp(prefix=f".{NAME}-{os.getpid()}-", dir=parent)
     fcntl.flock(os.open(hidden, os.O_RDONLY), fcntl.LOCK_EX)
     path = str(parent / Path(hidden).name.removeprefix("."))
