@@ -8,6 +8,7 @@ start `vllm serve`. Compiled engines pay: whether anything is compiled is decide
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import multiprocessing
 import os
@@ -15,6 +16,7 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from multiprocessing import forkserver
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -40,7 +42,12 @@ UNBOUND = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 
 _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(
-    ["offline", "vllm.entrypoints.llm", "vllm.model_executor.models.llama"]
+    [
+        "offline",
+        "vllm.entrypoints.llm",
+        "vllm.model_executor.models.llama",
+        "vllm.v1.worker.cpu_worker",
+    ]
 )
 
 
@@ -86,16 +93,20 @@ def run(
             **os.environ,
             **COMMON,
             **(UNBOUND if ranks > 1 else {}),
-            "MASTER_PORT": str(free_port()),
             "WORLD_SIZE": str(ranks),
         }
         # What is decorated with torch.compile at import stays so in every fork.
         with patch.dict(os.environ, COMMON, TORCHDYNAMO_DISABLE="1"):
             forkserver.ensure_running()
+        # vLLM ends and begins the connection of its ranks with each engine. On one port, an early
+        # rank would find the store of the engine before, which is about to end, and wait there.
+        ports = _different_ports(len(cases))
         logs = [Path(folder, f"{rank}.log") for rank in range(ranks)]
         new = multiprocessing.get_context("spawn") if compiled else _forks
         processes: list[BaseProcess] = [
-            new.Process(target=_rank, args=(rank, env, log, job, answer, compiled, hosts))
+            new.Process(
+                target=_rank, args=(rank, env, ports, timeout, log, job, answer, compiled, hosts)
+            )
             for rank, log in enumerate(logs)
         ]
         deadline = time.monotonic() + timeout
@@ -103,24 +114,41 @@ def run(
             for process in processes:
                 process.start()
         try:
-            for process in processes:
-                process.join(deadline - time.monotonic())
+            # Not one after the other: a rank whose peer is gone may wait for it for half an hour.
+            while running := [process for process in processes if process.exitcode is None]:
+                if any(process.exitcode for process in processes) or time.monotonic() > deadline:
+                    break
+                wait([process.sentinel for process in running], deadline - time.monotonic())
         finally:
+            codes = [process.exitcode for process in processes]
             for process in processes:
                 process.kill()
                 process.join()
             # A forked process ends without the destructors that would remove it.
-            for left in Path("/dev/shm").glob(f"{_memory(env)}*"):
+            for left in Path("/dev/shm").glob(f"{_memory(ports)}*"):
                 left.unlink()
-        if any(process.exitcode for process in processes):
-            raise RuntimeError("\n".join(log.read_text()[-4000:] for log in logs))
+        if any(code != 0 for code in codes):
+            ends = []
+            for rank, (code, log) in enumerate(zip(codes, logs, strict=True)):
+                text = log.read_text()
+                print(f"--- rank {rank}\n{text[-8000:]}")
+                how = "still at work" if code is None else f"exit code {code}"
+                ends.append(f"rank {rank}: {how}: {(text.split(chr(10))[-2:] or [''])[0]}")
+            raise RuntimeError("; ".join(ends))
         results: list[Result] = torch.load(answer, weights_only=False)
         return results
 
 
-def _memory(env: dict[str, str]) -> str:
+def _different_ports(count: int) -> list[int]:
+    ports: set[int] = set()
+    while len(ports) < count:
+        ports.add(free_port())
+    return list(ports)
+
+
+def _memory(ports: list[int]) -> str:
     """How the names of a run's shared memory begin."""
-    return f"offline-{env['MASTER_PORT']}"
+    return f"offline-{ports[0]}-"
 
 
 def _engine_run(case: Case, ranks: int, compiled: bool) -> Result:
@@ -199,6 +227,8 @@ def _engine_run(case: Case, ranks: int, compiled: bool) -> Result:
 def _rank(
     rank: int,
     env: dict[str, str],
+    ports: list[int],
+    timeout: float,
     log: Path,
     job: Path,
     answer: Path,
@@ -210,25 +240,32 @@ def _rank(
         os.dup2(output.fileno(), 2)
     os.environ.update(env, RANK=str(rank), LOCAL_RANK=str(rank))
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would win over KV_BYTES
+    faulthandler.enable()
+    faulthandler.dump_traceback_later(timeout - 10)
     # PyTorch read it when it was imported.
     torch.set_num_threads(int(env["OMP_NUM_THREADS"]))
     from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
+    from vllm.platforms.cpu import CpuPlatform
 
     name = _CPUSHMDistributed.make_group_name
     # vLLM's ranks use shared memory if they agree on a name for it, as on one host they do.
     _CPUSHMDistributed.make_group_name = staticmethod(
         lambda communicator: (
-            f"host {rank}" if hosts else _memory(env) + name(communicator).lstrip("/")
+            f"host {rank}" if hosts else _memory(ports) + name(communicator).lstrip("/")
         )
     )
     # vLLM collects garbage several times in every start: half a second each over what it imports.
     # It freezes the heap, too, and thaws it when an engine ends: the next ones would pay again.
-    gc.freeze()
+    freeze = gc.freeze
     gc.freeze = gc.unfreeze = lambda: None
     results = []
     ranks = int(env["WORLD_SIZE"])
-    for case in torch.load(job, weights_only=False):
+    for case, port in zip(torch.load(job, weights_only=False), ports, strict=True):
+        freeze()
+        os.environ["MASTER_PORT"] = str(port)
         results.append(_engine_run(case, ranks, compiled))
+        # It looks at everything in every module; once will do.
+        CpuPlatform.register_triton_kernel_overrides = staticmethod(lambda: None)
         if ranks == 1:
             from vllm.distributed import cleanup_dist_env_and_memory
 
