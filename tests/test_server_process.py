@@ -1,5 +1,6 @@
-"""Starting and stopping real servers: what one says that fails, and what remains of one."""
+"""Starting and stopping real servers and engines: what one says that fails, and what remains."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -45,21 +46,39 @@ def test_nothing_remains(tmp_path: Path) -> None:
     server.stop()  # once more, which is harmless
 
 
-def test_ends_with_a_killed_caller(tmp_path: Path) -> None:
-    """Even while it is stopped, as the contenders of a benchmark are that wait."""
-    caller = """
-import signal, sys, time
+SERVER = """
 from vllm_depthpar.server_process import Server
-server = Server(sys.argv[1])
-server.signal(signal.SIGSTOP)
-print(server.process.pid, flush=True)
+started = Server(model)
+"""
+# With workers of vLLM's, one for each of two ranks.
+ENGINE = """
+from vllm_depthpar import engine_load
+from vllm_depthpar.engine_process import Worker
+flags = ["--enforce-eager", "--load-format", "dummy", "--tensor-parallel-size", "2"]
+started = Worker("an engine", engine_load.serve, model, flags)
+started.receive()
+"""
+CALLER = """
+import signal, sys, time
+model = sys.argv[1]
+{start}
+started.signal(signal.SIGSTOP)
+print(started.process.pid, flush=True)
 time.sleep(600)
 """
-    command = [sys.executable, "-c", caller, str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+
+
+@pytest.mark.parametrize(("start", "least"), [(SERVER, 1), (ENGINE, 3)], ids=["server", "engine"])
+def test_ends_with_a_killed_caller(start: str, least: int, tmp_path: Path) -> None:
+    """Even while it is stopped, as the contenders of a benchmark are that wait."""
+    model = models.write_llama(tmp_path / "model", layers=2)
+    command = [sys.executable, "-c", CALLER.format(start=start), str(model)]
+    env = {**os.environ, "TORCHDYNAMO_DISABLE": "1"}
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
-        server = psutil.Process(int(process.stdout.readline()))
-        assert server.is_running()
+        leader = psutil.Process(int(process.stdout.readline()))
+        processes = [leader, *leader.children(recursive=True)]
+        assert len(processes) >= least
         process.kill()
-    _, alive = psutil.wait_procs([server], timeout=10)
+    _, alive = psutil.wait_procs(processes, timeout=10)
     assert alive == []

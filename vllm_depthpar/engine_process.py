@@ -3,18 +3,17 @@ its memory until the process ends."""
 
 from __future__ import annotations
 
-import ctypes
 import json
 import multiprocessing
 import os
 import signal
-import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from vllm_depthpar.process_group import ProcessGroup
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -26,7 +25,6 @@ _PLAIN = {"VLLM_PLUGINS": ""}
 _LAST_LINES = 20
 # vLLM gives its workers ten seconds to end.
 _STOP_SECONDS = 30
-_PR_SET_PDEATHSIG = 1
 
 
 class EngineError(RuntimeError):
@@ -44,8 +42,8 @@ class EngineError(RuntimeError):
 class Worker:
     """A new process that runs `target(connection, *args)`; its output goes to a file.
 
-    It leads a process group of its own, so that processes of vLLM's pause and end with it. `stop`
-    must be called.
+    It leads a process group of its own, so that processes of vLLM's pause and end with it. They
+    also end if this process is killed. `stop` must be called.
 
     Args:
         label: for messages.
@@ -73,6 +71,8 @@ class Worker:
             args=({**_ENV, **(env or {})}, self._log.name, progress, target, theirs, *args),
         )
         self.process.start()
+        assert self.process.pid
+        self._group = ProcessGroup(self.process.pid)
         theirs.close()
 
     def receive(self) -> Any:
@@ -104,8 +104,7 @@ class Worker:
 
     def signal(self, number: signal.Signals) -> None:
         """Signal the process and those that it started."""
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid or 0, number)
+        self._group.signal(number)
 
     def stop(self) -> None:
         """End the process: by itself if it waits for a request, else in the middle of its work."""
@@ -117,6 +116,7 @@ class Worker:
         self.signal(signal.SIGKILL)
         self.process.kill()
         self.process.join()
+        self._group.release()
         self._log.close()
 
 
@@ -189,8 +189,6 @@ def flags_of(options: Mapping[str, object]) -> list[str]:
 def _run(
     env: Mapping[str, str], log: str, progress: bool, target: Callable[..., None], *args: object
 ) -> None:
-    if sys.platform == "linux":  # end with the caller, even if that is killed
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     os.setsid()
     with open(log, "wb") as output:
         os.dup2(output.fileno(), 1)

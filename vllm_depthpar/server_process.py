@@ -16,6 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from vllm_depthpar.process_group import ProcessGroup
+
 HOST = "127.0.0.1"
 
 # For a small CPU machine: one GiB of KV cache, and nothing sent anywhere. The environment wins.
@@ -60,12 +62,7 @@ class Server:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        # It waits for a line. The end of the pipe without one is the end of this process.
-        self._guard = subprocess.Popen(
-            ["sh", "-c", f"read line || kill -KILL -{self.process.pid}"],
-            stdin=subprocess.PIPE,
-            start_new_session=True,
-        )
+        self._group = ProcessGroup(self.process.pid)
 
     def wait(self, timeout: float = 300) -> None:
         """Return when the server answers; RuntimeError if it ends or takes `timeout` seconds."""
@@ -96,8 +93,7 @@ class Server:
 
     def signal(self, number: signal.Signals) -> None:
         """Signal the server and all processes it started."""
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, number)
+        self._group.signal(number)
 
     def stop(self) -> None:
         """End the server and all processes it started; harmless when it has ended already."""
@@ -106,8 +102,7 @@ class Server:
             self.signal(sent)
             with suppress(subprocess.TimeoutExpired):
                 self.process.wait(SHUTDOWN_SECONDS)
-        if self._guard.poll() is None:
-            self._guard.communicate(b"\n")
+        self._group.release()
 
     def log_text(self) -> str:
         """All that the server has written so far."""
