@@ -16,9 +16,9 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from . import hf
-from .hf import ParallelBlock, Stream
-from .plan import Plan
+from vllm_depthpar import hf
+from vllm_depthpar.hf import ParallelBlock, Stream
+from vllm_depthpar.plan import Plan
 
 Objective = Literal["distil", "next-token"]
 

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from . import __version__, hf
-from .hf import ParallelBlock
-from .journal import Journal
-from .plan import Plan, PlanError, resolve
-from .steps import Step, Steps, steps
-from .texts import Windows
+from vllm_depthpar import __version__, hf
+from vllm_depthpar.hf import ParallelBlock
+from vllm_depthpar.journal import Journal
+from vllm_depthpar.plan import Plan, PlanError, resolve
+from vllm_depthpar.steps import Step, Steps, steps
+from vllm_depthpar.texts import Windows
 
 _WAYS_AT_ONCE = 64
 

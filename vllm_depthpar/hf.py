@@ -35,10 +35,10 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from . import ladder_config
-from .families import family_of, windows
-from .plan import Plan, PlanError, resolve
-from .sources import KEY
+from vllm_depthpar import ladder_config
+from vllm_depthpar.families import family_of, windows
+from vllm_depthpar.plan import Plan, PlanError, resolve
+from vllm_depthpar.sources import KEY
 
 Stream: TypeAlias = Tensor | tuple[Tensor, Tensor]
 

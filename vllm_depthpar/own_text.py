@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import engine_process, files
-from .checkpoint import fingerprint, read_config
-from .journal import Journal
-from .plan import resolve
-from .shape import ModelShape
-from .texts import TextError
+from vllm_depthpar import engine_process, files
+from vllm_depthpar.checkpoint import fingerprint, read_config
+from vllm_depthpar.journal import Journal
+from vllm_depthpar.plan import resolve
+from vllm_depthpar.shape import ModelShape
+from vllm_depthpar.texts import TextError
 
 TOPICS = (
     "a river", "bread", "the railway", "a lost letter", "bicycles", "the moon", "a small town",

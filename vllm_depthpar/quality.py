@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 
-from . import hf, own_text, texts
-from .checkpoint import fingerprint, read_config
-from .evaluate import Evaluator, Quality
-from .ladder_checkpoint import ladder_of
-from .plan import Plan, resolve
-from .progress import bar
-from .sources import KEY
-from .steps import Steps
-from .texts import Windows
+from vllm_depthpar import hf, own_text, texts
+from vllm_depthpar.checkpoint import fingerprint, read_config
+from vllm_depthpar.evaluate import Evaluator, Quality
+from vllm_depthpar.ladder_checkpoint import ladder_of
+from vllm_depthpar.plan import Plan, resolve
+from vllm_depthpar.progress import bar
+from vllm_depthpar.sources import KEY
+from vllm_depthpar.steps import Steps
+from vllm_depthpar.texts import Windows
 
 
 @dataclass(frozen=True)

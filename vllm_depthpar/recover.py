@@ -21,12 +21,12 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import ProgressCallback, Trainer, TrainingArguments
 
-from . import files
-from .distil import Distillation, Objective
-from .plan import PlanError
-from .progress import bar
-from .refit import refit
-from .texts import Windows
+from vllm_depthpar import files
+from vllm_depthpar.distil import Distillation, Objective
+from vllm_depthpar.plan import PlanError
+from vllm_depthpar.progress import bar
+from vllm_depthpar.refit import refit
+from vllm_depthpar.texts import Windows
 
 Train = Literal["blocks", "norms", "lora", "all"]
 _MEASURED_BATCH = 2

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import hf
-from .distil import Distillation
-from .hf import ParallelBlock, Stream
+from vllm_depthpar import hf
+from vllm_depthpar.distil import Distillation
+from vllm_depthpar.hf import ParallelBlock, Stream
 
 # In units of the mean power of an input of the down projections; where none helps the block is left
 # alone, as if by an infinite one.
