@@ -1,21 +1,64 @@
 """`vllm serve` many times over, paying for its imports once.
 
-The real command in a real process of its own: a parent imports what the command imports, then
-forks for each call, and the child runs vLLM's `main` as the console script does.
+The real command in a real process of its own, which runs vLLM's `main` as the console script does.
+It is forked from a process that has imported what the command imports, and so are its engine and
+workers from it.
 """
 
 from __future__ import annotations
 
-import gc
-import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from unittest.mock import patch
+
+import preloaded
+
+from vllm_depthpar.process_group import ProcessGroup
+
+
+class Process:
+    """`vllm serve *args` with `env` as its environment and its output appended to `log`.
+
+    It leads a process group of its own. With the methods of `subprocess.Popen` that `Server` uses.
+    """
+
+    def __init__(self, args: Sequence[str], env: Mapping[str, str], log: Path) -> None:
+        self._process: BaseProcess = preloaded.process(_vllm_serve, args, dict(env), str(log))
+        self._process.start()
+        assert self._process.pid
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        """Its exit code; None while it runs."""
+        return self._process.exitcode
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """To it alone."""
+        os.kill(self.pid, number)
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Its exit code, once it has ended; subprocess.TimeoutExpired after `timeout` seconds."""
+        self._process.join(timeout)
+        if (code := self.poll()) is None:
+            raise subprocess.TimeoutExpired("vllm serve", timeout or 0)
+        return code
+
+
+@contextmanager
+def forked_servers() -> Iterator[None]:
+    """Every `Server` is started like this meanwhile."""
+    with patch("vllm_depthpar.server_process.start_process", Process):
+        yield
 
 
 @dataclass(frozen=True)
@@ -38,70 +81,38 @@ class Outcome:
 def run(calls: list[Call], timeout: float = 60) -> list[Outcome]:
     """Make the calls one after the other; each may take `timeout` seconds."""
     with tempfile.TemporaryDirectory() as folder:
-        job = Path(folder, "calls.json")
-        job.write_text(json.dumps([asdict(call) for call in calls]))
-        done = subprocess.run(
-            [sys.executable, __file__, str(job), str(timeout)],
-            capture_output=True,
-            text=True,
-            timeout=120 + timeout * len(calls),
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
-        return [Outcome(**outcome) for outcome in json.loads(done.stdout.splitlines()[-1])]
+        return [
+            _outcome(call, Path(folder, str(number)), timeout) for number, call in enumerate(calls)
+        ]
 
 
-def _call(call: Call, timeout: float) -> Outcome:
-    with tempfile.TemporaryFile() as output:
-        child = os.fork()
-        if child == 0:
-            _vllm_serve(call, output.fileno())
-        deadline, code, text = time.monotonic() + timeout, None, ""
-        while time.monotonic() < deadline:
-            ended, status = os.waitpid(child, os.WNOHANG)
-            output.seek(0)
-            text = output.read().decode(errors="replace")
-            if ended:
-                code = os.waitstatus_to_exitcode(status)
-                break
-            if call.until and call.until in text:
-                break
-            time.sleep(0.05)
-        if code is None:
-            os.killpg(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-        return Outcome(code, text)
+def _outcome(call: Call, log: Path, timeout: float) -> Outcome:
+    log.touch()
+    process = Process(call.args, {**os.environ, **call.env}, log)
+    group = ProcessGroup(process.pid)
+    deadline = time.monotonic() + timeout
+    while (code := process.poll()) is None and time.monotonic() < deadline:
+        if call.until and call.until in log.read_text(errors="replace"):
+            break
+        time.sleep(0.05)
+    group.signal(signal.SIGKILL)
+    process.wait()
+    group.release()
+    return Outcome(code, log.read_text(errors="replace"))
 
 
-def _vllm_serve(call: Call, output: int) -> None:
-    """Never returns."""
+def _vllm_serve(args: Sequence[str], env: Mapping[str, str], log: str) -> None:
     os.setsid()
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    os.environ.update(call.env)
-    sys.argv = ["vllm", "serve", *call.args]
-    code = 0
-    try:
-        from vllm.entrypoints.cli.main import main
+    preloaded.become(env, log)
+    fork = multiprocessing.get_context("fork")
+    # On a CPU vLLM sets "spawn", whatever its environment says.
+    multiprocessing.get_context = lambda method=None: fork  # type: ignore[assignment]
+    sys.argv = ["vllm", "serve", *args]
+    from vllm.entrypoints.cli.main import main
 
+    try:
         main()
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else 1
-    except BaseException:
+    except Exception:
         # What the interpreter does with an exception nobody caught.
         sys.excepthook(*sys.exc_info())
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-if __name__ == "__main__":
-    import vllm.entrypoints.cli.serve
-    import vllm.entrypoints.openai.api_server
-    import vllm.model_executor.models.llama  # noqa: F401
-
-    # vLLM collects garbage again and again while it starts: half a second each over these imports.
-    gc.freeze()
-    job, limit = sys.argv[1:]
-    answers = [_call(Call(**call), float(limit)) for call in json.loads(Path(job).read_text())]
-    print(json.dumps([asdict(answer) for answer in answers]))
+        sys.exit(1)

@@ -15,13 +15,13 @@ import os
 import tempfile
 import time
 from dataclasses import dataclass, field
-from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import preloaded
 import torch
 
 from vllm_depthpar.server_process import free_port
@@ -39,16 +39,6 @@ KV_BYTES = 128 << 20
 THREADS = {"VLLM_CPU_OMP_THREADS_BIND": "0-1", "OMP_NUM_THREADS": "2"}
 # More ranks than cores: let the kernel place them.
 UNBOUND = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
-
-_forks = multiprocessing.get_context("forkserver")
-_forks.set_forkserver_preload(
-    [
-        "offline",
-        "vllm.entrypoints.llm",
-        "vllm.model_executor.models.llama",
-        "vllm.v1.worker.cpu_worker",
-    ]
-)
 
 
 @dataclass(frozen=True)
@@ -95,20 +85,16 @@ def run(
             **(UNBOUND if ranks > 1 else {}),
             "WORLD_SIZE": str(ranks),
         }
-        # What is decorated with torch.compile at import stays so in every fork.
-        with patch.dict(os.environ, COMMON, TORCHDYNAMO_DISABLE="1"):
-            forkserver.ensure_running()
         # vLLM ends and begins the connection of its ranks with each engine. On one port, an early
         # rank would find the store of the engine before, which is about to end, and wait there.
         ports = _different_ports(len(cases))
         logs = [Path(folder, f"{rank}.log") for rank in range(ranks)]
-        new = multiprocessing.get_context("spawn") if compiled else _forks
-        processes: list[BaseProcess] = [
-            new.Process(
-                target=_rank, args=(rank, env, ports, timeout, log, job, answer, compiled, hosts)
-            )
-            for rank, log in enumerate(logs)
-        ]
+        spawn = multiprocessing.get_context("spawn")
+        processes: list[BaseProcess] = []
+        for rank, log in enumerate(logs):
+            given = (rank, env, ports, timeout, log, job, answer, compiled, hosts)
+            new = spawn.Process(target=_rank, args=given) if compiled else None
+            processes.append(new or preloaded.process(_rank, *given))
         deadline = time.monotonic() + timeout
         with patch.dict(os.environ, env):
             for process in processes:
@@ -235,10 +221,7 @@ def _rank(
     compiled: bool,
     hosts: bool,
 ) -> None:
-    with log.open("wb") as output:
-        os.dup2(output.fileno(), 1)
-        os.dup2(output.fileno(), 2)
-    os.environ.update(env, RANK=str(rank), LOCAL_RANK=str(rank))
+    preloaded.become({**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}, str(log))
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would win over KV_BYTES
     faulthandler.enable()
     faulthandler.dump_traceback_later(timeout - 10)
@@ -254,8 +237,7 @@ def _rank(
             f"host {rank}" if hosts else _memory(ports) + name(communicator).lstrip("/")
         )
     )
-    # vLLM collects garbage several times in every start: half a second each over what it imports.
-    # It freezes the heap, too, and thaws it when an engine ends: the next ones would pay again.
+    # vLLM freezes the heap, too, and thaws it when an engine ends: the next ones would pay again.
     freeze = gc.freeze
     gc.freeze = gc.unfreeze = lambda: None
     results = []

@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from forked_serve import forked_servers
 from models import write_llama
 from processes import command_line
 
@@ -46,12 +47,9 @@ def hosts(tmp_path: Path, smollm2: Path) -> Iterator[tuple[Server, Server]]:
     with ExitStack() as stack:
         nodes = []
         for rank, role in enumerate(([], ["--headless"])):
-            node = Server(
-                model,
-                *[*options, "--node-rank", str(rank), *role],
-                env=env,
-                log=tmp_path / f"{rank}.log",
-            )
+            arguments = [*options, "--node-rank", str(rank), *role]
+            with forked_servers():
+                node = Server(model, *arguments, env=env, log=tmp_path / f"{rank}.log")
             stack.callback(node.stop)
             nodes.append(node)
         first, second = nodes

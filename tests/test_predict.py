@@ -205,12 +205,13 @@ def test_a_broken_file_is_refused(cache: Path, content: str) -> None:
 
 def test_measures_products() -> None:
     shape = ModelShape.from_config({**CONFIG, "hidden_size": 256, "intermediate_size": 512})
-    bandwidth, flops = measure_products(shape, 2, "cpu", torch.bfloat16)
+    bandwidth, flops = measure_products(shape, 2, "cpu", torch.float32)
     assert 1e8 < bandwidth < 1e13
     assert [rows for rows, _ in flops] == list(ROWS)
     assert all(1e8 < rate < 1e14 for _, rate in flops)
-    # Many rows share the reading of a weight: one row is never the cheapest per row.
-    assert flops[-1][1] > bandwidth
+    # Many rows share the reading of a weight: one row is never the cheapest per row. In float32:
+    # some processors have no instructions for bfloat16, and are as slow with many rows.
+    assert flops[-1][1] > 2 * bandwidth / shape.dtype_bytes
 
 
 def test_calibrates(model: str, tmp_path: Path, cache: Path) -> None:

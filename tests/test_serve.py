@@ -15,6 +15,7 @@ import httpx
 import jsonschema
 import pytest
 import torch
+from forked_serve import forked_servers
 from models import prompts, write_llama
 from openai import BadRequestError, NotFoundError, OpenAI
 from prometheus import scrape
@@ -37,7 +38,7 @@ def server(smollm2: Path) -> Iterator[Server]:
     arguments += ["--max-model-len", "1024", "--max-num-batched-tokens", str(BATCHED_TOKENS)]
     arguments += ["--max-num-seqs", "16", "--enable-prompt-tokens-details"]
     env = {"VLLM_LOGGING_LEVEL": "INFO", "TORCHDYNAMO_DISABLE": "1"}
-    with serve(smollm2, *arguments, env=env) as running:
+    with forked_servers(), serve(smollm2, *arguments, env=env) as running:
         yield running
 
 
@@ -339,7 +340,11 @@ def test_two_ranks(tmp_path: Path) -> None:
         generated: list[int] = answer.json()["choices"][0]["token_ids"]
         return generated
 
-    with serve(folder, *arguments, env=env) as server, ThreadPoolExecutor(1) as pool:
+    with (
+        forked_servers(),
+        serve(folder, *arguments, env=env) as server,
+        ThreadPoolExecutor(1) as pool,
+    ):
         file.write_text('{"skip": [1, 2, 3]}')
         generated = generate(server, 12)
         running = pool.submit(generate, server, 200)
@@ -357,7 +362,7 @@ def test_embeddings(smollm2: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     arguments = ["--model-impl", "depthpar", "--hf-overrides", json.dumps({"depthpar": PLAN})]
     arguments += ["--runner", "pooling", "--dtype", "float32", "--enforce-eager"]
     arguments += ["--max-model-len", "512", "--served-model-name", NAME]
-    with serve(smollm2, *arguments) as server:
+    with forked_servers(), serve(smollm2, *arguments) as server:
         client = OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120)
         answer = client.embeddings.create(model=NAME, input=TEXTS[:3], encoding_format="float")
     model = hf.load(smollm2, PLAN)

@@ -18,6 +18,7 @@ import jsonschema
 import pytest
 import schemathesis
 import torch
+from forked_serve import forked_servers
 from hypothesis import given, settings
 from models import write_llama, write_tokenizer
 from prometheus import scrape, scraping
@@ -76,7 +77,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     arguments = ["--model-impl", "depthpar", "--tensor-parallel-size", "2"]
     arguments += ["--served-model-name", NAME, "--api-key", KEY]
     env = {**ENV, sources.ENV: str(plan)}
-    with serve(folder, *EAGER, *arguments, env=env, timeout=900) as server:
+    with forked_servers(), serve(folder, *EAGER, *arguments, env=env, timeout=900) as server:
         assert len(folders(server)) == 1
         yield Run(server, folder, plan)
     assert folders(server) == []
@@ -279,7 +280,8 @@ def test_dashboard_and_alerts_find_data(run: Run, tmp_path: Path) -> None:
 def test_a_plain_model_has_none(run: Run) -> None:
     """The same checkpoint and plugins without `--model-impl`."""
     env = {**ENV, "VLLM_PLUGINS": "depthpar,depthpar_metrics"}
-    with serve(run.folder, *EAGER, "--served-model-name", NAME, env=env, timeout=900) as server:
+    arguments = [*EAGER, "--served-model-name", NAME]
+    with forked_servers(), serve(run.folder, *arguments, env=env, timeout=900) as server:
         complete(server, "plain", 3)
         assert samples(server) == []
         missing = httpx.get(f"{server.url}/v1/depthpar/plan")

@@ -14,6 +14,7 @@ from typing import Any
 import lm_eval
 import pytest
 import torch
+from forked_serve import forked_servers
 from lm_eval.tasks import TaskManager
 from models import write_llama
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -96,7 +97,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("DEPTHPAR_CACHE", str(folder / "cache"))
         patch.setenv("TORCHDYNAMO_DISABLE", "1")
         patch.setattr(tempfile, "tempdir", str(folder))
-        yield folder
+        with forked_servers():
+            yield folder
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -52,16 +52,12 @@ class Server:
             os.close(handle)
             log = Path(name)
         self.log = log
-        command = [str(Path(sys.executable).with_name("vllm")), "serve", str(model)]
-        with open(self.log, "wb") as output:
-            self.process = subprocess.Popen(
-                [*command, "--host", HOST, "--port", str(self.port), *args],
-                env={**DEFAULT_ENV, **os.environ, **(env or {})},
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        self.log.write_bytes(b"")
+        self.process = start_process(
+            [str(model), "--host", HOST, "--port", str(self.port), *args],
+            {**DEFAULT_ENV, **os.environ, **(env or {})},
+            self.log,
+        )
         self._group = ProcessGroup(self.process.pid)
 
     def wait(self, timeout: float = 300) -> None:
@@ -111,6 +107,21 @@ class Server:
     def _last_lines(self) -> str:
         lines = self.log_text().splitlines()[-LAST_LINES:]
         return "\n".join([f"the end of {self.log}", *lines])
+
+
+def start_process(
+    args: Sequence[str], env: Mapping[str, str], log: Path
+) -> subprocess.Popen[bytes]:
+    """``vllm serve *args``, the leader of a session of its own; its output is appended to `log`."""
+    with open(log, "ab") as output:
+        return subprocess.Popen(
+            [str(Path(sys.executable).with_name("vllm")), "serve", *args],
+            env=dict(env),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
 
 @contextmanager

@@ -1,0 +1,58 @@
+"""Processes forked from one that has imported vLLM, which takes longer than most tests.
+
+Compiled models pay for their imports: whether anything is compiled is decided there.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+from collections.abc import Callable, Mapping
+from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
+from unittest.mock import patch
+
+import setproctitle
+
+# It finds a process's title now, and not once the environment has been exchanged.
+setproctitle.getproctitle()
+
+_forks = multiprocessing.get_context("forkserver")
+_forks.set_forkserver_preload(
+    [
+        "offline",
+        "forked_serve",
+        "vllm.entrypoints.llm",
+        "vllm.entrypoints.cli.main",
+        "vllm.entrypoints.cli.serve",
+        "vllm.entrypoints.openai.api_server",
+        "vllm.model_executor.models.llama",
+        "vllm.v1.worker.cpu_worker",
+    ]
+)
+
+
+def process(target: Callable[..., None], *args: object) -> BaseProcess:
+    """A process, not started, that runs `target(*args)` and finds vLLM imported.
+
+    Its environment is that of the first call; it must set its own.
+    """
+    with patch.dict(os.environ, TORCHDYNAMO_DISABLE="1"):
+        forkserver.ensure_running()
+    return _forks.Process(target=target, args=args)
+
+
+def become(env: Mapping[str, str], log: str) -> None:
+    """What a new program would begin with: an environment, and a file that takes its output."""
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.close(output)
+    os.environ.clear()
+    os.environ.update(env)
+    from vllm.logger import _configure_vllm_root_logger
+
+    _configure_vllm_root_logger()
+    # vLLM collects garbage several times in every start: half a second each over what it imports.
+    gc.freeze()
