@@ -1,23 +1,18 @@
-"""vLLM's numbers against the reference on transformers (`vllm_depthpar.hf`)."""
+"""SmolLM2 in vLLM against the reference: every kind of plan, one rank and three, fp32 and bf16."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from equations import plain_logits
-from models import LLAMA3_ROPE, prompts, quantize_int8, write_llama
 from offline import Case, Result, run
+from reference import check, spec_of
 from texts import TEXTS
 from transformers import AutoTokenizer
 
 from vllm_depthpar import hf
-from vllm_depthpar.plan import Plan, resolve
 
 # Of SmolLM2's 30 layers. TP 3 runs blocks of 2 folded, and blocks of 3 dealt out to the ranks.
 PLANS: dict[str, Any] = {
@@ -39,34 +34,7 @@ PLANS: dict[str, Any] = {
     "ladder over pairs": {"pair": [18, 28], "ladder": 12},
     "ladder and skip": {"skip": {"speedup": 1.1}, "ladder": 8},
 }
-LOGPROB = 1e-3
 GREEDY = 64
-
-
-def spec_of(plan: Any) -> Any:
-    return "identity" if plan == "plain" else plan
-
-
-def check(result: Result, case: Case, model: Callable[[torch.Tensor], Any]) -> None:
-    """Prompt log-probabilities within the bound, and each generated token the reference's best.
-
-    The second is the same as equal greedy continuations, by induction over the tokens.
-    """
-    texts = [
-        torch.tensor(prompt + tokens)
-        for prompt, tokens in zip(case.prompts, result.tokens, strict=True)
-    ]
-    # Padding comes after the text, where a causal model does not see it.
-    with torch.no_grad():
-        logits = model(torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)).logits
-    for prompt, text, row, logprobs in zip(
-        case.prompts, texts, logits, result.prompt_logprobs, strict=True
-    ):
-        reference = row[: len(text)].log_softmax(-1)
-        expected = reference[:-1].gather(1, text[1:, None])[: len(prompt) - 1, 0]
-        torch.testing.assert_close(logprobs, expected, atol=LOGPROB, rtol=0)
-        assert len(text) == len(prompt) + case.max_tokens
-        assert torch.equal(reference[len(prompt) - 1 : -1].argmax(-1), text[len(prompt) :])
 
 
 @pytest.fixture(scope="session")
@@ -118,232 +86,6 @@ def test_identity_is_plain(one_rank: Answers) -> None:
 def test_three_ranks_equal_reference(name: str, three_ranks: Answers, smollm2: Path) -> None:
     case, result = three_ranks[name]
     check(result, case, hf.load(smollm2, spec_of(case.plan)))
-
-
-# Ways into and out of ladder blocks, as in test_hf.py.
-LADDERS: list[Any] = [
-    {"ladder": "all"},
-    {"ladder": [0, 2, 3, 5]},
-    {"pair": [0, 6], "ladder": "all"},
-    {"pair": [1, 5], "ladder": [3, 4, 5]},
-    {"skip": {"speedup": 1.5}, "ladder": [0, 2]},
-]
-# Every kind of block: TP 2 deals blocks of two out to the ranks, and cuts blocks of three where one
-# rank gets heads of two layers.
-FAMILY: list[Any] = [
-    {"pair": [1, 5]},
-    {"blocks": [[0, 3, 1], [4], [2, 5]], "ladder": [0, 1, 3, 4]},
-]
-FAMILIES: dict[str, dict[str, Any]] = {
-    "Mistral": {"model_type": "mistral", "sliding_window": 8},
-    "Qwen2": {"model_type": "qwen2", "hidden": 128, "tie": True},
-    "Qwen3": {"model_type": "qwen3"},
-}
-# Shapes of the families, each with plans that exercise it. Six layers.
-RANDOM: dict[str, tuple[dict[str, Any], list[Any]]] = {
-    "GQA, untied": ({}, [{"pair": [1, 5]}, {"pair": [0, 6], "group": 3}, {"pair": [0, 6]}]),
-    "MHA, tied": ({"kv_heads": 4, "tie": True}, [{"pair": [2, 6]}, {"blocks": [[0], [2, 1], [5]]}]),
-    "one KV head": ({"kv_heads": 1}, [{"pair": [0, 6]}, {"pair": [1, 5]}]),
-    "biases": (
-        {"attention_bias": True, "mlp_bias": True},
-        [{"pair": [1, 5]}, {"pair": [0, 3], "group": 3}],
-    ),
-    "llama3 rope": ({"rope_scaling": LLAMA3_ROPE}, [{"pair": [1, 5]}]),
-    "ladders": ({"attention_bias": True, "mlp_bias": True}, LADDERS),
-    **{name: (shape, FAMILY) for name, shape in FAMILIES.items()},
-    # 3 heads: TP 2 cuts no layer of it, but does cut a pair.
-    "odd heads, in pairs": ({"hidden": 96, "heads": 3, "kv_heads": 3}, [{"pair": [0, 6]}]),
-}
-
-
-def test_ladders_between_two_hosts(tmp_path: Path) -> None:
-    """With messages that are started and waited for apart, and a plan without any ladder."""
-    folder = write_llama(tmp_path, attention_bias=True, mlp_bias=True)
-    plans = [*LADDERS, {"pair": [1, 5]}]
-    cases = [Case(folder, plan, prompts(4, 40).tolist(), max_tokens=16) for plan in plans]
-    for case, result in zip(cases, run(cases, ranks=2, hosts=True), strict=True):
-        check(result, case, hf.load(folder, case.plan))
-
-
-def test_checkpoints_of_the_ladder_authors(tmp_path: Path) -> None:
-    """Served as they are: no `--model-impl`, no remote code."""
-    ladders: dict[str, int | list[int]] = {"LlamaForCausalLM": 3, "LlamaLadderForCausalLM": [1, 4]}
-    cases = []
-    for architecture, ladder in ladders.items():
-        folder = tmp_path / architecture
-        write_llama(folder, ladder_layers=ladder, architecture=architecture)
-        cases.append(Case(folder, "plain", prompts(4, 40).tolist(), max_tokens=16))
-    llama = write_llama(tmp_path / "llama")
-    for case, result, ladder in zip(cases, run(cases), ladders.values(), strict=True):
-        check(result, case, hf.load(llama, {"ladder": ladder}))
-        check(result, case, hf.load(case.model, {"ladder": ladder}))
-
-
-def test_three_hosts(tmp_path: Path) -> None:
-    folder = write_llama(tmp_path, hidden=96, heads=3, kv_heads=3, layers=4, vocab=576)
-    case = Case(folder, {"pair": [1, 3], "ladder": 3}, prompts(2, 40).tolist(), max_tokens=4)
-    (result,) = run([case], ranks=3, hosts=True)
-    check(result, case, hf.load(folder, case.plan))
-
-
-def test_compiled_ladder_on_two_hosts(tmp_path: Path) -> None:
-    folder = write_llama(tmp_path, layers=4)
-    case = Case(folder, {"pair": [1, 3], "ladder": 3}, prompts(4, 40).tolist(), max_tokens=16)
-    (result,) = run([case], ranks=2, hosts=True, compiled=True)
-    check(result, case, hf.load(folder, case.plan))
-
-
-@pytest.fixture(scope="module")
-def random_cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
-    cases = {}
-    for name, (shape, plans) in RANDOM.items():
-        folder = write_llama(tmp_path_factory.mktemp("llama"), **shape)
-        for plan in plans:
-            cases[f"{name} {json.dumps(plan)}"] = Case(
-                folder, plan, prompts(4, 40).tolist(), max_tokens=16
-            )
-    return cases
-
-
-RANDOM_NAMES = [
-    f"{name} {json.dumps(plan)}" for name, (_, plans) in RANDOM.items() for plan in plans
-]
-
-
-@pytest.fixture(scope="module", params=[1, 2], ids=["TP1", "TP2"])
-def random_results(
-    request: pytest.FixtureRequest, random_cases: dict[str, Case]
-) -> dict[str, Result]:
-    return dict(zip(random_cases, run(list(random_cases.values()), request.param), strict=True))
-
-
-@pytest.mark.parametrize("name", RANDOM_NAMES)
-def test_random_model_equals_reference(
-    name: str, random_cases: dict[str, Case], random_results: dict[str, Result]
-) -> None:
-    case = random_cases[name]
-    check(random_results[name], case, hf.load(case.model, case.plan))
-
-
-def test_identity_of_other_families_is_plain(tmp_path: Path) -> None:
-    """vLLM's own class of each family gives the same numbers, to the last bit."""
-    cases = [
-        Case(folder, plan, prompts(1, 40).tolist(), max_tokens=4)
-        for name, shape in FAMILIES.items()
-        for folder in [write_llama(tmp_path / name, layers=2, **shape)]
-        for plan in ("plain", "identity")
-    ]
-    results = iter(run(cases))
-    for plain, identity in zip(results, results, strict=True):
-        assert identity.tokens == plain.tokens
-        for ours, theirs in zip(identity.prompt_logprobs, plain.prompt_logprobs, strict=True):
-            assert torch.equal(ours, theirs)
-
-
-def test_windows_of_some_layers(tmp_path: Path) -> None:
-    """Each block has the window of its layers, wherever it runs. Against the equations."""
-    kinds = ["full_attention", "sliding_attention"] * 3
-    some: dict[str, tuple[dict[str, Any], Any]] = {
-        "Mistral": ({"layer_types": kinds}, [[3, 1], [0, 2, 4], [5]]),
-        "Qwen2": ({"use_sliding_window": True, "max_window_layers": 3}, [[0, 2, 1], [3], [5, 4]]),
-        "Qwen3": ({"use_sliding_window": True, "layer_types": kinds}, [[3, 1], [0, 2, 4], [5]]),
-    }
-    cases = []
-    for name, (keys, blocks) in some.items():
-        folder = write_llama(tmp_path / name, **{**FAMILIES[name], "sliding_window": 8, **keys})
-        cases.append(Case(folder, {"blocks": blocks}, prompts(2, 40).tolist(), max_tokens=16))
-    for case, result in zip(cases, run(cases), strict=True):
-        plan = resolve(case.plan, len(kinds))
-
-        def reference(
-            texts: torch.Tensor, folder: Path = case.model, plan: Plan = plan
-        ) -> SimpleNamespace:
-            return SimpleNamespace(
-                logits=torch.stack([plain_logits(folder, plan, text) for text in texts]).float()
-            )
-
-        check(result, case, reference)
-
-
-def test_compiled_plans_of_one_shape(tmp_path: Path) -> None:
-    """torch.compile, and vLLM's compile cache: plans whose graphs differ in order only.
-
-    Compiled, a model of two blocks is one graph without a break, with plain vLLM's number of
-    kernels for two layers.
-    """
-    three, two = (
-        write_llama(tmp_path / str(layers), layers=layers, model_type="qwen3") for layers in (3, 2)
-    )
-    cases = [
-        Case(folder, plan, prompts(4, 40).tolist(), max_tokens=16)
-        for folder, plan in (
-            (three, {"blocks": [[0, 1], [2]]}),
-            (three, {"blocks": [[2], [0, 1]]}),
-            (two, "plain"),
-        )
-    ]
-    results = run(cases, compiled=True)
-    for case, result in zip(cases, results, strict=True):
-        check(result, case, hf.load(case.model, spec_of(case.plan)))
-    # The first engine of a process also compiles what is not the model.
-    _, ours, plain = (result.compilation for result in results)
-    assert ours == plain
-    assert (ours["graphs"], ours["breaks"]) == (1, 0)
-    assert ours["kernels"] > 0
-
-
-def test_ngram_speculation(tmp_path: Path) -> None:
-    """Speculated tokens are verified by the restructured model: its own greedy text comes out."""
-    folder = write_llama(tmp_path, vocab=64)
-    repeating = [row.tolist() * 4 for row in prompts(4, 10, vocab=64)]
-    speculation = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
-    case = Case(
-        folder,
-        {"pair": [1, 5]},
-        repeating,
-        max_tokens=24,
-        engine={"speculative_config": speculation},
-    )
-    (result,) = run([case])
-    check(result, case, hf.load(folder, case.plan))
-
-
-def test_drafts_with_blocks_of_different_widths(tmp_path: Path) -> None:
-    """Whatever the draft says, the answers are the unmodified model's."""
-    model = write_llama(tmp_path / "model")
-    draft = write_llama(
-        tmp_path / "draft", architecture="DepthParForCausalLM", depthpar={"pair": [1, 3]}
-    )
-    speculation = {"method": "draft_model", "model": str(draft), "num_speculative_tokens": 2}
-    case = Case(
-        model,
-        "plain",
-        prompts(8, 60).tolist(),
-        max_tokens=60,
-        engine={"speculative_config": speculation, "max_num_seqs": 4},
-    )
-    (result,) = run([case])
-    check(result, case, hf.load(model, "identity"))
-
-
-def test_prequantized_checkpoint_on_two_ranks(tmp_path: Path) -> None:
-    """int8 pairs, each layer with its own norms on its own rank: as far off as plain int8 is."""
-    source = write_llama(
-        tmp_path / "fp32", hidden=128, heads=4, kv_heads=2, head_dim=32, intermediate=256
-    )
-    int8, dequantized = quantize_int8(source, tmp_path)
-    plans = ("plain", {"pair": [0, 6]}, {"pair": [1, 5]})
-    cases = [Case(int8, plan, prompts(4, 40).tolist(), dtype="bfloat16") for plan in plans]
-    errors = []
-    for case, result in zip(cases, run(cases, ranks=2), strict=True):
-        model = hf.load(dequantized, spec_of(case.plan))
-        with torch.no_grad():
-            text = torch.tensor(case.prompts)
-            reference = model(text).logits[:, :-1].log_softmax(-1).gather(2, text[:, 1:, None])
-        errors.append((torch.stack(result.prompt_logprobs) - reference[..., 0]).abs().mean().item())
-    plain, *ours = errors
-    assert 0 < plain < 0.2
-    assert max(ours) < 1.5 * plain, errors
 
 
 BF16_PLANS = ("plain", {"pair": [12, 28]})
