@@ -7,7 +7,6 @@ workers from it.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -104,9 +103,6 @@ def _outcome(call: Call, log: Path, timeout: float) -> Outcome:
 def _vllm_serve(args: Sequence[str], env: Mapping[str, str], log: str) -> None:
     os.setsid()
     preloaded.become(env, log)
-    fork = multiprocessing.get_context("fork")
-    # On a CPU vLLM sets "spawn", whatever its environment says.
-    multiprocessing.get_context = lambda method=None: fork  # type: ignore[assignment]
     sys.argv = ["vllm", "serve", *args]
     from vllm.entrypoints.cli.main import main
 

@@ -1,4 +1,4 @@
-"""Processes forked from one that has imported vLLM, which takes longer than most tests.
+"""Processes forked from one that has imported vLLM, which takes longer than most tests do.
 
 Compiled models pay for their imports: whether anything is compiled is decided there.
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from unittest.mock import patch
@@ -43,14 +44,36 @@ def process(target: Callable[..., None], *args: object) -> BaseProcess:
     return _forks.Process(target=target, args=args)
 
 
-def become(env: Mapping[str, str], log: str) -> None:
+@contextmanager
+def forked_engines() -> Iterator[None]:
+    """Every `engine_process.Worker` is forked like this meanwhile."""
+
+    def start(target: Callable[..., None], *args: object) -> BaseProcess:
+        new = process(_with, dict(os.environ), target, *args)
+        new.start()
+        return new
+
+    with patch("vllm_depthpar.engine_process.start_process", start):
+        yield
+
+
+def _with(env: Mapping[str, str], target: Callable[..., None], *args: object) -> None:
+    become(env)
+    target(*args)
+
+
+def become(env: Mapping[str, str], log: str | None = None) -> None:
     """What a new program would begin with: an environment, and a file that takes its output."""
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    os.close(output)
+    if log is not None:
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.close(output)
     os.environ.clear()
     os.environ.update(env)
+    fork = multiprocessing.get_context("fork")
+    # vLLM's workers, too: on a CPU it sets "spawn", whatever the environment says.
+    multiprocessing.get_context = lambda method=None: fork  # type: ignore[assignment]
     from vllm.logger import _configure_vllm_root_logger
 
     _configure_vllm_root_logger()

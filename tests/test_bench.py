@@ -9,13 +9,18 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict
+from io import StringIO
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import psutil
 import pytest
+from forked_serve import forked_servers
 from models import write_llama
+from preloaded import forked_engines
 from processes import command_line
 
 from vllm_depthpar import bench_report, machines
@@ -83,11 +88,17 @@ def measured(sizes: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path
     engines = json.loads(out.read_text())["stages"]["engines"]
     assert len(engines["rounds"]) == 1
 
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == "", "quiet where there is no terminal"
+    with (
+        patch.dict(os.environ, env),
+        forked_engines(),
+        forked_servers(),
+        redirect_stdout(StringIO()) as stdout,
+        redirect_stderr(StringIO()) as stderr,
+    ):
+        assert main([*sizes, "--out", str(out)]) == 0
+    assert stderr.getvalue() == "", "quiet where there is no terminal"
     assert json.loads(out.read_text())["stages"]["engines"] == engines, "was not measured again"
-    assert done.stdout == out.with_suffix(".md").read_text()
+    assert stdout.getvalue() == out.with_suffix(".md").read_text()
     return out
 
 
@@ -173,7 +184,8 @@ def test_two_ranks_one_contender_at_a_time(
 ) -> None:
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
     more = ["--tp", 2, "--plans", "identity", "--parts", "latency", "--rounds", 1]
-    assert main(arguments(model, *more, "--one-at-a-time", "--json")) == 0
+    with forked_engines():
+        assert main(arguments(model, *more, "--one-at-a-time", "--json")) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["summary"]["baseline"] == "identity"
     (found,) = record["stages"]["engines"]["rounds"]

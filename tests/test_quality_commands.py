@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from models import write_llama, write_tokenizer
+from preloaded import forked_engines
 from transformers import AutoTokenizer
 
 from vllm_depthpar import hf, plan
@@ -165,7 +166,8 @@ def test_search_for_a_speed_on_own_text(
     out = tmp_path / "fast.json"
     machine = ["--device", "h100", "--link", "p2p-off", "--tp", 2]
     goal = ["--speedup", 1.2, *machine, "--methods", "pair,ladder", "--rounds", 2]
-    run("search", model, *goal, "--tokens", 1024, "--window", 64, "--out", out)
+    with forked_engines():
+        run("search", model, *goal, "--tokens", 1024, "--window", 64, "--out", out)
     assert "calibrating on 1024 tokens that the model writes" in capsys.readouterr().err
     report = json.loads((tmp_path / "fast-report.json").read_text())
     assert report["plan"]["predicted_speedup"] >= 1.2

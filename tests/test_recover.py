@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from models import write_llama, write_tokenizer
+from preloaded import forked_engines
 from safetensors.torch import load_file
 
 from vllm_depthpar import hf
@@ -152,7 +153,8 @@ def test_text_that_the_model_writes(
     out = tmp_path / "out"
     own = ["recover", model, "--plan", PAIRS, "--own-text", 6000, "--window", 64, "--out"]
     more = ["--refit", 1024, "--tokens", 256, "--evaluations", 1]
-    assert main([str(argument) for argument in [*own, out, *more]]) == 0
+    with forked_engines():
+        assert main([str(argument) for argument in [*own, out, *more]]) == 0
     record = json.loads((out / "recovery.json").read_text())
     assert record["texts"].keys() == {"own-prose", "own-chats"}
     assert 4000 < sum(record["texts"].values()) < 6500

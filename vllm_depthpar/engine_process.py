@@ -10,6 +10,7 @@ import signal
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,13 +65,9 @@ class Worker:
         self.label = label
         self._busy = True
         self._log = tempfile.NamedTemporaryFile(prefix="depthpar-engine-", suffix=".log")  # noqa: SIM115
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(
-            target=_run,
-            args=({**_ENV, **(env or {})}, self._log.name, progress, target, theirs, *args),
-        )
-        self.process.start()
+        self.connection, theirs = multiprocessing.Pipe()
+        given = {**_ENV, **(env or {})}
+        self.process = start_process(_run, given, self._log.name, progress, target, theirs, *args)
         assert self.process.pid
         self._group = ProcessGroup(self.process.pid)
         theirs.close()
@@ -118,6 +115,13 @@ class Worker:
         self.process.join()
         self._group.release()
         self._log.close()
+
+
+def start_process(target: Callable[..., None], *args: object) -> BaseProcess:
+    """A new process, started, that runs `target(*args)`."""
+    process = multiprocessing.get_context("spawn").Process(target=target, args=args)
+    process.start()
+    return process
 
 
 def call(target: Callable[..., Any], *args: object, progress: bool = False) -> Any:
