@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import io
 import json
 import shutil
 import sys
+from collections.abc import Iterator
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -74,7 +76,8 @@ def _convert(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    with contextlib.redirect_stderr(io.StringIO()):  # progress bars, not all of which have a switch
+    # The first is for progress bars, not all of which have a switch.
+    with contextlib.redirect_stderr(io.StringIO()), _read_once():
         tokenizer = AutoTokenizer.from_pretrained(**source, model_max_length=8192)
         # The file says `tokenizer.ggml.pre = smollm`, single digits before GPT-2's rule, which
         # transformers does not read: without it the spaces in "a  1" split in the wrong place.
@@ -101,6 +104,22 @@ def _convert(gguf: Path, folder: Path) -> None:
     # the GGUF has rounded to float32.
     _edit(folder / "config.json", drop=("_model_name_or_path", "unk_token_id"), rms_norm_eps=1e-5)
     _edit(folder / "tokenizer_config.json", drop=("is_local", "local_files_only"))
+
+
+@contextlib.contextmanager
+def _read_once() -> Iterator[None]:
+    """Keep what transformers makes of the file anew for every use and every module of the model:
+    half of all the time."""
+    import gguf
+
+    made = {"GGUFReader": gguf.GGUFReader, "get_tensor_name_map": gguf.get_tensor_name_map}
+    for name, make in made.items():
+        setattr(gguf, name, functools.cache(make))
+    try:
+        yield
+    finally:
+        for name, make in made.items():
+            setattr(gguf, name, make)
 
 
 def _edit(path: Path, drop: tuple[str, ...], **values: float) -> None:
