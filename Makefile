@@ -87,7 +87,7 @@ demo: $(INSTALLED) ## Plan, one answer, and speed beside plain vLLM's
 	@$(BIN)/python -m vllm_depthpar.demo
 
 test: $(INSTALLED) ## Run the tests (ARGS="-k name" for some of them)
-	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(INSTALLED) ## Check style and types
 	@$(BIN)/ruff check .
