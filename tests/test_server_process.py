@@ -8,6 +8,7 @@ from pathlib import Path
 import models
 import psutil
 import pytest
+from forked_serve import forked_servers
 
 from vllm_depthpar.server_process import serve
 
@@ -15,6 +16,7 @@ from vllm_depthpar.server_process import serve
 def test_failure_shows_the_log(tmp_path: Path) -> None:
     log = tmp_path / "log"
     with (
+        forked_servers(),
         pytest.raises(RuntimeError, match=r"^vllm serve ended with exit code 1: ") as error,
         serve(tmp_path / "no-such-model", log=log),
     ):
@@ -73,7 +75,7 @@ def test_ends_with_a_killed_caller(start: str, least: int, tmp_path: Path) -> No
     """Even while it is stopped, as the contenders of a benchmark are that wait."""
     model = models.write_llama(tmp_path / "model", layers=2)
     command = [sys.executable, "-c", CALLER.format(start=start), str(model)]
-    env = {**os.environ, "TORCHDYNAMO_DISABLE": "1"}
+    env = {**os.environ, "TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         leader = psutil.Process(int(process.stdout.readline()))
