@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from unittest.mock import patch
 
@@ -32,8 +31,7 @@ class Process:
     """
 
     def __init__(self, args: Sequence[str], env: Mapping[str, str], log: Path) -> None:
-        self._process: BaseProcess = preloaded.process(_vllm_serve, args, dict(env), str(log))
-        self._process.start()
+        self._process = preloaded.start_process(_vllm_serve, args, dict(env), str(log))
         assert self._process.pid
         self.pid = self._process.pid
 

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import faulthandler
 import gc
-import multiprocessing
 import os
 import tempfile
 import time
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -24,6 +22,7 @@ from unittest.mock import patch
 import preloaded
 import torch
 
+from vllm_depthpar import engine_process
 from vllm_depthpar.server_process import free_port
 
 # The same in every process, from its first import on.
@@ -89,16 +88,14 @@ def run(
         # rank would find the store of the engine before, which is about to end, and wait there.
         ports = _different_ports(len(cases))
         logs = [Path(folder, f"{rank}.log") for rank in range(ranks)]
-        spawn = multiprocessing.get_context("spawn")
-        processes: list[BaseProcess] = []
-        for rank, log in enumerate(logs):
-            given = (rank, env, ports, timeout, log, job, answer, compiled, hosts)
-            new = spawn.Process(target=_rank, args=given) if compiled else None
-            processes.append(new or preloaded.process(_rank, *given))
+        start = engine_process.start_process if compiled else preloaded.start_process
         deadline = time.monotonic() + timeout
-        with patch.dict(os.environ, env):
-            for process in processes:
-                process.start()
+        # A new process imports with it; a fork takes it later.
+        with patch.dict(os.environ, env if compiled else {}):
+            processes = [
+                start(_rank, rank, env, ports, timeout, log, job, answer, compiled, hosts)
+                for rank, log in enumerate(logs)
+            ]
         try:
             # Not one after the other: a rank whose peer is gone may wait for it for half an hour.
             while running := [process for process in processes if process.exitcode is None]:
@@ -119,7 +116,7 @@ def run(
                 text = log.read_text()
                 print(f"--- rank {rank}\n{text[-8000:]}")
                 how = "still at work" if code is None else f"exit code {code}"
-                ends.append(f"rank {rank}: {how}: {(text.split(chr(10))[-2:] or [''])[0]}")
+                ends.append(": ".join([f"rank {rank}", how, *text.splitlines()[-1:]]))
             raise RuntimeError("; ".join(ends))
         results: list[Result] = torch.load(answer, weights_only=False)
         return results

@@ -34,14 +34,16 @@ _forks.set_forkserver_preload(
 )
 
 
-def process(target: Callable[..., None], *args: object) -> BaseProcess:
-    """A process, not started, that runs `target(*args)` and finds vLLM imported.
+def start_process(target: Callable[..., None], *args: object) -> BaseProcess:
+    """As `engine_process.start_process`, and `target` finds vLLM imported.
 
-    Its environment is that of the first call; it must set its own.
+    The process's environment is that of the first call; it must `become` what it is to be.
     """
     with patch.dict(os.environ, TORCHDYNAMO_DISABLE="1"):
         forkserver.ensure_running()
-    return _forks.Process(target=target, args=args)
+    process = _forks.Process(target=target, args=args)
+    process.start()
+    return process
 
 
 @contextmanager
@@ -49,9 +51,7 @@ def forked_engines() -> Iterator[None]:
     """Every `engine_process.Worker` is forked like this meanwhile."""
 
     def start(target: Callable[..., None], *args: object) -> BaseProcess:
-        new = process(_with, dict(os.environ), target, *args)
-        new.start()
-        return new
+        return start_process(_with, dict(os.environ), target, *args)
 
     with patch("vllm_depthpar.engine_process.start_process", start):
         yield
