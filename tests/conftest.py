@@ -26,6 +26,14 @@ settings.register_profile("depthpar", deadline=None)
 settings.load_profile("depthpar")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--every-combination",
+        action="store_true",
+        help="test_compiled.py: all plans, placements and dtypes, not a choice of them",
+    )
+
+
 @pytest.fixture
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """An empty cache: nothing is known from another test."""

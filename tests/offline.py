@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import compiled_order
 import preloaded
 import torch
 
@@ -60,7 +61,8 @@ class Result:
     prompt_logprobs: list[torch.Tensor]  # [tokens - 1]
     tokens: list[list[int]]
     logits: list[torch.Tensor]  # every tensor of logits the model computed, in turn: [rows, vocab]
-    compilation: dict[str, int]  # graphs, breaks in them, kernels; all 0 where nothing is compiled
+    # graphs, breaks in them, kernels, reads before a write; all 0 where nothing is compiled
+    compilation: dict[str, int]
 
 
 def run(
@@ -142,6 +144,9 @@ def _engine_run(case: Case, ranks: int, compiled: bool) -> Result:
 
     dynamo_utils.counters.clear()
     metrics.reset()
+    if compiled:
+        compiled_order.watch()
+        compiled_order.early_reads.clear()
     chosen: dict[str, Any] = {}
     if case.plan != "plain":
         chosen = {"model_impl": "depthpar", "hf_overrides": {"depthpar": case.plan}}
@@ -203,6 +208,7 @@ def _engine_run(case: Case, ranks: int, compiled: bool) -> Result:
             "graphs": dynamo_utils.counters["stats"]["unique_graphs"],
             "breaks": sum(dynamo_utils.counters["graph_break"].values()),
             "kernels": metrics.generated_kernel_count,
+            "early reads": len(compiled_order.early_reads),
         },
     )
 

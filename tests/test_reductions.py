@@ -98,7 +98,7 @@ def _sums() -> None:
             shape = (ranks, 2, tokens, 64)
             terms = torch.randn(shape, generator=generator).to(dtype)
             flights = [reductions.start(term.clone()) for term in terms[rank]]
-            first = reductions.wait(flights[0], behind=flights[1].arrived)
+            first = reductions.wait(flights[0], behind=flights[1].ticket)
             second = reductions.wait(flights[1])
             result = torch.stack([first, second])
             close = {"rtol": 0.05, "atol": 0.1} if dtype == torch.bfloat16 else {}
@@ -111,11 +111,11 @@ def _sums() -> None:
         torch.full((3,), float(sum(range(ranks)))),
     )
     try:
-        reductions.wait(reductions.start(torch.ones(2))._replace(arrived=torch.ones(2)))
+        reductions.wait(reductions.start(torch.ones(2))._replace(ticket=torch.ones(2)))
     except RuntimeError as error:
         assert "not started" in str(error)
     else:
-        raise AssertionError("a wait in the wrong tensor went unnoticed")
+        raise AssertionError("a wait with the wrong ticket went unnoticed")
     schedulers = {
         (task / "comm").read_text().strip(): os.sched_getscheduler(int(task.name))
         for task in Path("/proc/self/task").iterdir()
@@ -222,7 +222,7 @@ def _compiled_overlap() -> None:
 
 
 def _memory() -> None:
-    """Nothing is copied: a start allocates what arrives, and a wait nothing."""
+    """Nothing is copied: a start allocates what arrives and a ticket of a byte, a wait nothing."""
     from torch import distributed
     from torch.profiler import ProfilerActivity, profile
 
@@ -236,7 +236,7 @@ def _memory() -> None:
     names = {event.key for event in profiler.key_averages()}
     assert not names & {"aten::clone", "aten::copy_"}, names
     allocated = sum(max(event.self_cpu_memory_usage, 0) for event in profiler.key_averages())
-    assert allocated == term.nbytes
+    assert allocated == term.nbytes + 1
 
 
 def _death() -> None:
@@ -300,10 +300,9 @@ def _cuda_graph() -> None:
 
     def block() -> torch.Tensor:
         term = x @ weight
-        arrived = torch.ops.depthpar.start_all_reduce(term, group.unique_name)
+        ticket = torch.ops.depthpar.start_all_reduce(term, group.unique_name)
         y = (x * 3) @ weight
-        torch.ops.depthpar.wait_all_reduce(term, arrived, y)
-        return arrived * 10 + y
+        return torch.ops.depthpar.wait_all_reduce(term, ticket, y) * 10 + y
 
     block()
     torch.cuda.synchronize()

@@ -346,16 +346,15 @@ def test_every_third_forward_pass_is_timed(tmp_path: Path) -> None:
 def test_stopwatch_times_only_while_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter([10.0, 11.0, 15.0, 16.0, 16.0, 18.0, 19.0, 20.0])
     monkeypatch.setattr("vllm_depthpar.stopwatch.perf_counter", lambda: next(now))
-    stopwatch, ended = Stopwatch(), []
-    start: Any = stopwatch.apart(lambda term: (term, lambda: ended.append(term)))
-    start("untimed")[1]()
+    stopwatch = Stopwatch()
+    start: Any = stopwatch.apart(lambda term: lambda: term)
+    assert start("untimed")() == "untimed"
     assert stopwatch.count == 0
     stopwatch.begin()
-    finish_first = start("first")[1]  # takes 1 s; 4 s of computation
-    finish_second = start("second")[1]  # 1 s
-    finish_first()  # 2 s, then 1 s of computation
-    finish_second()  # 1 s
-    assert ended == ["untimed", "first", "second"]
+    finish_first = start("first")  # takes 1 s; 4 s of computation
+    finish_second = start("second")  # 1 s
+    assert finish_first() == "first"  # 2 s, then 1 s of computation
+    assert finish_second() == "second"  # 1 s
     assert (stopwatch.count, stopwatch.exposed, stopwatch.hidden) == (2, 5.0, 5.0)
 
 

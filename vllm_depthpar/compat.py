@@ -31,7 +31,13 @@ from packaging.version import InvalidVersion, Version
 from pydantic import ValidationError
 from transformers import PreTrainedConfig
 from vllm import envs
-from vllm.config import CUDAGraphMode, ModelConfig, VllmConfig, get_current_vllm_config
+from vllm.config import (
+    CompilationMode,
+    CUDAGraphMode,
+    ModelConfig,
+    VllmConfig,
+    get_current_vllm_config,
+)
 from vllm.distributed import get_tp_group, parallel_state
 from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
 from vllm.distributed.parallel_state import GroupCoordinator
@@ -255,6 +261,11 @@ def _check_features(vllm_config: VllmConfig, plan: Plan, tp: int) -> None:
             f"{' and '.join(map(str, widths))}, an unquantized checkpoint, or a plan without "
             f"parallel blocks"
         )
+
+
+def compiles(vllm_config: VllmConfig) -> bool:
+    """Whether vLLM gives the model to torch.compile."""
+    return vllm_config.compilation_config.mode != CompilationMode.NONE
 
 
 def plan_from(config: PreTrainedConfig) -> Plan:

@@ -1,8 +1,9 @@
 """All-reduces over the tensor-parallel group that are started and waited for apart.
 
 `Reductions.start` sends this rank's term on its way and returns; what is computed until
-`Reductions.wait` hides the time it takes. Both are custom ops, tied to each other by their operands
-alone, so that torch.compile cannot move one past the other.
+`Reductions.wait` hides the time it takes. Both are custom ops that change none of their operands:
+the sum is an output of the wait, so that whatever reads it depends on the wait by the graph's own
+edges, and the wait on the start. torch.compile cannot move one past the other.
 
 Where they run:
 
@@ -19,6 +20,7 @@ Where they run:
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import partial as bind
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,11 +56,11 @@ class InFlight(NamedTuple):
 
     Attributes:
         partial: this rank's term. Held here because it is read until the wait.
-        arrived: the sum, once waited for; before that, undefined.
+        ticket: what the wait is to find it by; the sum itself where it is there already.
     """
 
     partial: Tensor
-    arrived: Tensor
+    ticket: Tensor
 
 
 class Reductions:
@@ -96,14 +98,14 @@ class Reductions:
         Args:
             flight: what `start` returned.
             behind: a tensor that must exist before the wait begins: the output of what is to hide
-                it, or the `arrived` of an all-reduce that was started after that.
+                it, or the ticket of an all-reduce that was started after that.
 
         Raises:
             RuntimeError: the connection to another rank broke, or the wait timed out.
         """
-        if self.overlap:
-            torch.ops.depthpar.wait_all_reduce(flight.partial, flight.arrived, behind)
-        return flight.arrived
+        if not self.overlap:
+            return flight.ticket
+        return torch.ops.depthpar.wait_all_reduce(flight.partial, flight.ticket, behind)
 
 
 @stopwatch.whole
@@ -111,54 +113,72 @@ def _through_vllm(partial: Tensor) -> Tensor:
     return get_tp_group().all_reduce(partial)
 
 
-# Between start and wait, by the address of `arrived`.
+# Between start and wait, by the address of the ticket.
 _in_flight: dict[int, Finish] = {}
 
 
 def _start_all_reduce(partial: Tensor, group_name: str) -> Tensor:
     start = _start_on_cuda if partial.is_cuda else _start_on_cpu
-    arrived, finish = start(partial, group_named(group_name))
-    _in_flight[arrived.data_ptr()] = finish
-    return arrived
+    ticket = _ticket(partial)
+    _in_flight[ticket.data_ptr()] = start(partial, group_named(group_name))
+    return ticket
 
 
-def _wait_all_reduce(partial: Tensor, arrived: Tensor, behind: Tensor | None) -> None:
-    finish = _in_flight.pop(arrived.data_ptr(), None)
+def _wait_all_reduce(partial: Tensor, ticket: Tensor, behind: Tensor | None) -> Tensor:
+    finish = _in_flight.pop(ticket.data_ptr(), None)
     if finish is None:
-        raise RuntimeError("all-reduce waited for in a tensor that it was not started with")
-    finish()
+        raise RuntimeError("all-reduce waited for with a ticket that it was not started with")
+    return finish()
+
+
+def _ticket(partial: Tensor) -> Tensor:
+    """Nothing but an address that no other tensor has while it is held."""
+    return partial.new_empty(1, dtype=torch.uint8)
 
 
 @stopwatch.apart
-def _start_on_cpu(partial: Tensor, group: GroupCoordinator) -> tuple[Tensor, Finish]:
+def _start_on_cpu(partial: Tensor, group: GroupCoordinator) -> Finish:
     partial = partial.contiguous()
     ranks, me = group.world_size, group.rank_in_group
     exchange = _exchanges.get(group)
     small = exchange is not None and (ranks - 1) * partial.nbytes <= SMALL_BYTES
     if ranks > 2 and not small:
-        arrived = partial.clone()  # Gloo sums in place, and an op may not return its argument
-        return arrived, group.device_group.allreduce([arrived]).wait
+        return _sum_over_gloo(partial, group)
     peers = [rank for rank in range(ranks) if rank != me]
     terms = {rank: torch.empty_like(partial) for rank in peers}
     if exchange is not None and small:
         ticket = exchange.start(_bytes(partial), {r: _bytes(term) for r, term in terms.items()})
-        wait: Finish = bind(exchange.wait, ticket)
+        wait: Callable[[], None] = bind(exchange.wait, ticket)
     else:
         wait = _swap_over_gloo(partial, terms, group)
     arrived = terms[peers[0]]
     terms[me] = partial
 
-    def finish() -> None:
+    def finish() -> Tensor:
         wait()
         # In the order of ranks on every rank: all get the same bits.
         for rank in range(ranks):
             if rank != peers[0]:
                 arrived.add_(terms[rank])
+        return arrived
 
-    return arrived, finish
+    return finish
 
 
-def _swap_over_gloo(partial: Tensor, terms: dict[int, Tensor], group: GroupCoordinator) -> Finish:
+def _sum_over_gloo(partial: Tensor, group: GroupCoordinator) -> Finish:
+    total = partial.clone()  # Gloo sums in place, and an op may not return its argument
+    work = group.device_group.allreduce([total])
+
+    def finish() -> Tensor:
+        work.wait()
+        return total
+
+    return finish
+
+
+def _swap_over_gloo(
+    partial: Tensor, terms: dict[int, Tensor], group: GroupCoordinator
+) -> Callable[[], None]:
     gloo = group.device_group
     # Receives first: a sender whose peer is ready sends at once.
     works = [gloo.recv([term], rank, _TAG) for rank, term in terms.items()]
@@ -197,18 +217,24 @@ def _connect(group: GroupCoordinator) -> None:
     let_compute_run_first()
 
 
-def _start_on_cuda(partial: Tensor, group: GroupCoordinator) -> tuple[Tensor, Finish]:
+def _start_on_cuda(partial: Tensor, group: GroupCoordinator) -> Finish:
     if capturing_a_piece():
         # A graph of a piece must end with all its streams joined, and the wait may be in another.
-        return communicator_all_reduce(group, partial), lambda: None
+        total = communicator_all_reduce(group, partial)
+        return lambda: total
     compute, side = torch.cuda.current_stream(), _side_stream(partial.device)
-    # Also what makes reuse of the side stream's memory safe: whatever read an earlier `arrived`
-    # was enqueued before this point.
+    # Also what makes reuse of the side stream's memory safe: whatever read an earlier sum was
+    # enqueued before this point.
     side.wait_stream(compute)
     with torch.cuda.stream(side):
         arrived = communicator_all_reduce(group, partial)
         done = side.record_event()
-    return arrived, lambda: torch.cuda.current_stream().wait_event(done)
+
+    def finish() -> Tensor:
+        torch.cuda.current_stream().wait_event(done)
+        return arrived
+
+    return finish
 
 
 _side_streams: dict[torch.device, torch.cuda.Stream] = {}
@@ -225,14 +251,13 @@ _library = Library("depthpar", "FRAGMENT")
 direct_register_custom_op(
     "start_all_reduce",
     _start_all_reduce,
-    fake_impl=lambda partial, group_name: torch.empty_like(partial),
+    fake_impl=lambda partial, group_name: _ticket(partial),
     target_lib=_library,
 )
 direct_register_custom_op(
     "wait_all_reduce",
     _wait_all_reduce,
-    mutates_args=["arrived"],
-    fake_impl=lambda partial, arrived, behind: None,
+    fake_impl=lambda partial, ticket, behind: torch.empty_like(partial),
     target_lib=_library,
 )
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-Finish = Callable[[], None]
+# Waits for an all-reduce, and returns the sum.
+Finish = Callable[[], torch.Tensor]
 
 
 class Stopwatch:
@@ -54,28 +55,29 @@ class Stopwatch:
 
         return timed
 
-    def apart(self, start: Callable[..., tuple[torch.Tensor, Finish]]) -> Callable[..., Any]:
+    def apart(self, start: Callable[..., Finish]) -> Callable[..., Finish]:
         """Let an all-reduce be timed that `start` begins and that the function it returns ends."""
 
         @wraps(start)
-        def timed(*args: Any) -> tuple[torch.Tensor, Finish]:
+        def timed(*args: Any) -> Finish:
             if not self.running:
                 return start(*args)
             begun = perf_counter()
-            arrived, finish = start(*args)
+            finish = start(*args)
             started = perf_counter()
             self.exposed += started - begun
             before = self.exposed
 
-            def timed_finish() -> None:
+            def timed_finish() -> torch.Tensor:
                 waited = perf_counter()
                 # Less what the rank spent in another all-reduce, if one was in flight, too.
                 self.hidden += waited - started - (self.exposed - before)
-                finish()
+                arrived = finish()
                 self.exposed += perf_counter() - waited
                 self.count += 1
+                return arrived
 
-            return arrived, timed_finish
+            return timed_finish
 
         return timed
 

@@ -34,6 +34,7 @@ from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
 from vllm.model_executor.models.utils import AutoWeightsLoader, extract_layer_index
 
 from vllm_depthpar.compat import (
+    compiles,
     let_draft_blocks_differ,
     logger,
     member_of_this_rank,
@@ -42,6 +43,7 @@ from vllm_depthpar.compat import (
 )
 from vllm_depthpar.families import family_of
 from vllm_depthpar.fold import fold_gain_, shard_of
+from vllm_depthpar.inductor import keep_mutations_in_order
 from vllm_depthpar.meter import watch
 from vllm_depthpar.plan import Plan
 from vllm_depthpar.reductions import InFlight, Reductions
@@ -148,14 +150,14 @@ class BlockDecoderLayer(LlamaDecoderLayer):
         # attention's during this MLP. `behind` is how a compiler knows.
         term = None
         if pending.attention is not None and pending.mlp is not None:
-            term = self.reductions.wait(pending.attention, behind=pending.mlp.arrived)
+            term = self.reductions.wait(pending.attention, behind=pending.mlp.ticket)
         hidden_states, residual = _norm(self.input_layernorm, term, residual)
         attention = self.self_attn(positions, hidden_states)
         flight = self.reductions.start(attention) if self.before_ladder else None
 
         term = None
         if pending.mlp is not None:
-            behind = attention if flight is None else flight.arrived
+            behind = attention if flight is None else flight.ticket
             term = self.reductions.wait(pending.mlp, behind)
         hidden_states, residual = _norm(self.post_attention_layernorm, term, residual)
         mlp = self.mlp(hidden_states)
@@ -355,6 +357,8 @@ class DepthParModel(LlamaModel):
     """A model whose `layers` are the blocks of a plan."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: object) -> None:
+        if compiles(vllm_config):
+            keep_mutations_in_order()
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=make_decoder_layer)
         self.plan = plan_of(vllm_config)
         if self.plan.ladder and not self.layers[0].reductions.overlap and is_global_first_rank():
