@@ -57,6 +57,7 @@ from vllm_depthpar.sources import ARCHITECTURE, OLD_ARCHITECTURE
 
 if TYPE_CHECKING:
     from vllm import LLM
+    from vllm.model_executor.layers.attention import Attention
 
 SUPPORTED = SpecifierSet(">=0.32,<0.34")
 
@@ -280,9 +281,29 @@ def plan_of(vllm_config: VllmConfig) -> Plan:
 
 def base_shape(config: PreTrainedConfig) -> ModelShape:
     """The shape of the checkpoint, as it was before the plan."""
-    return ModelShape.from_config(
-        {**config.to_dict(), "num_hidden_layers": config.depthpar_base_layers}
-    )
+    return ModelShape.from_config(base_config(config))
+
+
+def base_config(config: PreTrainedConfig) -> dict[str, Any]:
+    """The checkpoint's config.json, as it was before the plan."""
+    return {**config.to_dict(), "num_hidden_layers": config.depthpar_base_layers}
+
+
+def on_weights_loaded(attention: Attention, call: Callable[[], None]) -> None:
+    """Have a function called whenever weights have been loaded: all of a checkpoint's, or those of
+    one update, be they all or not.
+
+    Relies on: `process_weights_after_loading` and `finalize_layerwise_reload` call the first's
+    namesake of every attention, after all other layers'.
+    """
+    process = attention.process_weights_after_loading
+
+    @wraps(process)
+    def process_weights_after_loading(act_dtype: torch.dtype) -> None:
+        process(act_dtype)
+        call()
+
+    attention.process_weights_after_loading = process_weights_after_loading
 
 
 def let_draft_blocks_differ() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from vllm_depthpar.families import family_of
@@ -80,17 +81,33 @@ class ModelShape:
         widths = {len(block) for block in plan.blocks}
         return [tp for tp in range(1, limit + 1) if all(self.fits(w, tp) for w in widths)]
 
+    def layer_tensors(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of one decoder layer's tensors, by their names in it."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        projections = {
+            "self_attn.q_proj": (q, self.hidden, self.qkv_bias),
+            "self_attn.k_proj": (kv, self.hidden, self.qkv_bias),
+            "self_attn.v_proj": (kv, self.hidden, self.qkv_bias),
+            "self_attn.o_proj": (self.hidden, q, self.output_bias),
+            "mlp.gate_proj": (self.intermediate, self.hidden, self.mlp_bias),
+            "mlp.up_proj": (self.intermediate, self.hidden, self.mlp_bias),
+            "mlp.down_proj": (self.hidden, self.intermediate, self.mlp_bias),
+        }
+        tensors: dict[str, tuple[int, ...]] = {}
+        for name, (out, into, bias) in projections.items():
+            tensors[f"{name}.weight"] = (out, into)
+            if bias:
+                tensors[f"{name}.bias"] = (out,)
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{norm}.weight"] = (self.hidden,)
+        if self.qk_norm:
+            for norm in ("q_norm", "k_norm"):
+                tensors[f"self_attn.{norm}.weight"] = (self.head_dim,)
+        return tensors
+
     def layer_parameters(self) -> int:
         """Parameters of one decoder layer, its norms included."""
-        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        attention = self.hidden * (2 * q + 2 * kv)
-        mlp = 3 * self.hidden * self.intermediate
-        biases = (
-            self.qkv_bias * (q + 2 * kv)
-            + self.output_bias * self.hidden
-            + self.mlp_bias * (2 * self.intermediate + self.hidden)
-        )
-        return attention + mlp + biases + 2 * self.hidden + self.qk_norm * 2 * self.head_dim
+        return sum(prod(shape) for shape in self.layer_tensors().values())
 
     def weight_bytes(self, plan: Plan, tp: int = 1) -> int:
         """Bytes of weights on one rank (norms and biases counted as if they were cut, too)."""

@@ -14,8 +14,7 @@ Unified Layer Skipping: arXiv 2404.06954.
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -30,15 +29,19 @@ from vllm.model_executor.layers.linear import (
     QKVParallelLinear,
     RowParallelLinear,
 )
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
 from vllm.model_executor.models.utils import AutoWeightsLoader, extract_layer_index
 
+from vllm_depthpar.checkpoint_tensors import Expected, lacks, split_name
 from vllm_depthpar.compat import (
+    base_config,
     compiles,
     let_draft_blocks_differ,
     logger,
     member_of_this_rank,
     narrowed_tensor_parallel,
+    on_weights_loaded,
     plan_of,
 )
 from vllm_depthpar.families import family_of
@@ -51,11 +54,17 @@ from vllm_depthpar.vllm_attention import HeadNorm, attention_of
 
 Weights = Iterable[tuple[str, torch.Tensor]]
 
-_LAYER = re.compile(r"(^|.*\.)layers\.(\d+)\.(.*)")
 # The norm whose gain is folded into a projection.
 _NORM_BEFORE = {
     "self_attn.qkv_proj": "input_layernorm",
     "mlp.gate_up_proj": "post_attention_layernorm",
+}
+# The checkpoint's projections in each of vLLM's, by what vLLM calls them there.
+_SHARD_IDS: dict[str, tuple[object, ...]] = {
+    "self_attn.qkv_proj": ("q", "k", "v"),
+    "self_attn.o_proj": (None,),
+    "mlp.gate_up_proj": (0, 1),
+    "mlp.down_proj": (None,),
 }
 
 
@@ -76,7 +85,7 @@ def make_decoder_layer(*, vllm_config: VllmConfig, prefix: str) -> nn.Module:
     elif get_tensor_model_parallel_world_size() % len(block) == 0:
         layer = DealtDecoderLayer(vllm_config, prefix, members=len(block))
     else:
-        layer = WideDecoderLayer(vllm_config, prefix, members=len(block))
+        layer = WideDecoderLayer(vllm_config, prefix, block)
     layer.join(ladder=plan.is_ladder(position), before_ladder=plan.is_ladder(position + 1))
     return layer
 
@@ -204,129 +213,186 @@ class DealtDecoderLayer(BlockDecoderLayer):
             )
 
 
+class Part(NamedTuple):
+    """Names one tensor of the checkpoint in a wide layer.
+
+    Attributes:
+        parameter: of the wide layer.
+        shard_id: which part of a merged projection it is, in vLLM's words.
+        member: whose it is.
+    """
+
+    parameter: str
+    shard_id: object
+    member: int
+
+
 class WideDecoderLayer(BlockDecoderLayer):
     """A block of m layers as one decoder layer m times as wide, the members' norms folded in.
 
-    Weights arrive tensor by tensor and in any order; each goes straight to its place in this
-    rank's shard. `finish_loading` then folds the gains in place.
+    Weights arrive tensor by tensor and in any order, when the model is made and whenever they are
+    loaded again. They are held until the block is complete, and only then handed to the weight
+    loaders of its parameters, which put them in their place in this rank's shard and fold the gains
+    in. Until then the block is what it was: it never runs on the weights of two updates.
     """
 
-    def __init__(self, vllm_config: VllmConfig, prefix: str, members: int) -> None:
+    def __init__(self, vllm_config: VllmConfig, prefix: str, block: tuple[int, ...]) -> None:
+        self.members = len(block)
         super().__init__(
-            vllm_config, prefix, config=widened(vllm_config.model_config.hf_config, members)
+            vllm_config, prefix, config=widened(vllm_config.model_config.hf_config, self.members)
         )
-        self.members = members
+        self._block = block
+        self._held: dict[Part, torch.Tensor] = {}
         attention = self.self_attn
         # TP that is no multiple of the members deals out KV heads, and copies none.
         for name, heads in (("q_norm", attention.num_heads), ("k_norm", attention.num_kv_heads)):
             if norm := getattr(attention, name, None):
                 setattr(attention, name, HeadNorm(norm, heads))
-        self._reset()
-
-    def _reset(self) -> None:
-        self._gains: dict[tuple[str, int], torch.Tensor] = {}
-        self._summed_biases: dict[str, torch.Tensor] = {}
-        # (projection, shard id, member) -> rows of the parameter, None where it is elsewhere.
-        self._loaded: dict[tuple[str, object, int], slice | None] = {}
+        for name, shard_ids in _SHARD_IDS.items():
+            linear = self.get_submodule(name)
+            linear.weight.weight_loader = _member_loader(linear, shard_ids)
+            if linear.bias is not None and isinstance(linear, ColumnParallelLinear):
+                linear.bias.weight_loader = _member_loader(linear, shard_ids)
+        self._parts = frozenset(self._expected())
+        on_weights_loaded(attention.attn, self.let_go)
 
     def load_weights(self, weights: Weights) -> set[str]:
-        """Take ("member.parameter", full tensor) pairs; returns the parameters they belong to."""
-        names = set()
-        for name, tensor in weights:
-            member, _, parameter = name.partition(".")
-            self._load(parameter, int(member), tensor)
-            names.add(parameter)
-        return names
+        """Take ("member.parameter", full tensor) pairs, of right shapes.
 
-    def _load(self, name: str, member: int, tensor: torch.Tensor) -> None:
-        module_name, _, leaf = name.rpartition(".")
-        if module_name in _NORM_BEFORE.values():
-            self._gains[module_name, member] = tensor.to(torch.float32, copy=True)
-            return
-        linear = self.get_submodule(module_name)
-        if isinstance(linear, HeadNorm):
-            self._loaded[name, None, member] = self._load_gains(linear, member, tensor)
-            return
-        param = getattr(linear, leaf, None)
-        if not isinstance(linear, LinearBase) or not isinstance(param, nn.Parameter):
-            raise ValueError(f"checkpoint tensor {name!r} has no place in a wide layer")
-        if isinstance(linear, RowParallelLinear):
-            if leaf == "weight":
-                where = self._place(param.data, 1, tensor, member, linear.tp_rank)
-            else:
-                # Every member's output bias is added once: they sum.
-                total = self._summed_biases.setdefault(
-                    name, torch.zeros(param.shape, dtype=torch.float32, device=param.device)
-                )
-                total += tensor.to(total)
-                where = None
-            self._loaded[name, None, member] = where
-            return
-        shard_id = tensor.shard_id  # set by vLLM's WeightsMapper
-        offset, size = _rows_of(linear, shard_id)
-        where = self._place(
-            param.data.narrow(0, offset, size), 0, tensor, member, linear.tp_rank, offset
-        )
-        self._loaded[name, shard_id, member] = where
-
-    def _load_gains(self, norm: HeadNorm, member: int, tensor: torch.Tensor) -> slice | None:
-        """Give the gain of a member, (head_dim,), to its heads on this rank."""
-        qkv, gains = self.self_attn.qkv_proj, norm.weight.data
-        heads = len(gains) * qkv.tp_size // self.members
-        return self._place(gains, 0, tensor.expand(heads, -1), member, qkv.tp_rank)
-
-    @staticmethod
-    def _place(
-        shard: torch.Tensor, dim: int, tensor: torch.Tensor, member: int, rank: int, offset: int = 0
-    ) -> slice | None:
-        where = shard_of(member, tensor.shape[dim], rank, shard.shape[dim])
-        if where is None:
-            return None
-        source, target = where
-        index = (slice(None),) * dim
-        shard[(*index, target)].copy_(tensor[(*index, source)])
-        return slice(target.start + offset, target.stop + offset)
-
-    def finish_loading(self) -> None:
-        """Fold the gains once everything has arrived.
+        Returns:
+            The parameters that were loaded: all of the block's if it is complete now, else none.
 
         Raises:
-            ValueError: the checkpoint lacked a tensor of this block.
+            ValueError: a tensor has no place in the block.
         """
-        if not self._loaded and not self._gains:
-            return  # `--load-format dummy`
-        for key in self._expected():
-            if key not in self._loaded:
-                raise ValueError(f"checkpoint lacks {key[0]!r} ({key[1]}) of member {key[2]}")
-        for projection, norm in _NORM_BEFORE.items():
-            weight = self.get_submodule(projection).weight.data
-            for member in range(self.members):
-                if (norm, member) not in self._gains:
-                    raise ValueError(f"checkpoint lacks '{norm}.weight' of member {member}")
-                for (name, _, owner), rows in self._loaded.items():
-                    if name == f"{projection}.weight" and owner == member and rows is not None:
-                        fold_gain_(weight[rows], self._gains[norm, member])
-            nn.init.ones_(self.get_submodule(norm).weight)
-        for name, total in self._summed_biases.items():
-            self.get_parameter(name).data.copy_(total)
-        self._reset()
+        loaded: set[str] = set()
+        for name, tensor in weights:
+            member, _, parameter = name.partition(".")
+            part = Part(parameter, getattr(tensor, "shard_id", None), int(member))
+            if part not in self._parts:
+                raise ValueError(f"checkpoint tensor {parameter!r} has no place in a wide layer")
+            # On a GPU it may lie in a buffer that the next tensors will be in.
+            self._held[part] = tensor if tensor.is_cpu else tensor.clone()
+            if len(self._held) == len(self._parts):
+                self._load(self._held)
+                self._held = {}
+                loaded.update(name for name, _ in self.named_parameters())
+        return loaded
 
-    def _expected(self) -> Iterator[tuple[str, object, int]]:
-        shard_ids: dict[str, tuple[object, ...]] = {
-            "self_attn.qkv_proj": ("q", "k", "v"),
-            "mlp.gate_up_proj": (0, 1),
-            "self_attn.o_proj": (None,),
-            "mlp.down_proj": (None,),
-        }
-        for projection, ids in shard_ids.items():
+    def missing(self) -> list[tuple[int, str]]:
+        """What has to come before what has come is loaded, as (layer of the checkpoint, parameter);
+        nothing if nothing has come."""
+        if not self._held:
+            return []
+        parts = self._parts - self._held.keys()
+        return sorted((self._block[part.member], part.parameter) for part in parts)
+
+    def keep(self) -> None:
+        """Hold what has come beyond the call that brought it: its memory may be used again."""
+        self._held = {part: tensor.clone() for part, tensor in self._held.items()}
+
+    def let_go(self) -> None:
+        """Forget what was held: an update has ended, and the next must be complete by itself."""
+        if missing := self.missing():
+            logger.warning(
+                "the update lacks %s of layer %d and %d more tensors of the layers %s, which keep "
+                "the weights that they had",
+                missing[0][1],
+                missing[0][0],
+                len(missing) - 1,
+                ", ".join(map(str, self._block)),
+            )
+        self._held = {}
+
+    def _load(self, parts: dict[Part, torch.Tensor]) -> None:
+        biases: dict[str, torch.Tensor] = {}
+        head_gains: dict[str, list[torch.Tensor]] = {}
+        for part in sorted(parts, key=lambda part: part.member):
+            module, _, leaf = part.parameter.rpartition(".")
+            tensor = parts[part]
+            if module in _NORM_BEFORE.values():
+                continue
+            if isinstance(self.get_submodule(module), HeadNorm):
+                head_gains.setdefault(part.parameter, []).append(tensor)
+            elif leaf == "bias" and isinstance(self.get_submodule(module), RowParallelLinear):
+                # Every member's output bias is added once: they sum.
+                zeros = torch.zeros_like(tensor, dtype=torch.float32)
+                biases[part.parameter] = biases.get(part.parameter, zeros) + tensor
+            else:
+                gain = None
+                if leaf == "weight" and module in _NORM_BEFORE:
+                    gain = parts[Part(f"{_NORM_BEFORE[module]}.weight", None, part.member)]
+                param = self.get_parameter(part.parameter)
+                param.weight_loader(param, tensor, part.member, part.shard_id, gain)
+        for name in _NORM_BEFORE.values():
+            biases[f"{name}.weight"] = torch.ones(self.hidden_size)
+        for name, gains in head_gains.items():
+            biases[name] = self._of_this_rank(gains, len(self.get_parameter(name)))
+        for name, tensor in biases.items():
+            param = self.get_parameter(name)
+            getattr(param, "weight_loader", default_weight_loader)(param, tensor)
+
+    def _of_this_rank(self, gains: list[torch.Tensor], heads: int) -> torch.Tensor:
+        """One row for each of this rank's heads: the gain, (head_dim,), of the member it is of."""
+        qkv = self.self_attn.qkv_proj
+        each = heads * qkv.tp_size // self.members
+        rows = torch.stack(gains).repeat_interleave(each, 0)
+        return rows[qkv.tp_rank * heads :][:heads]
+
+    def _expected(self) -> Iterator[Part]:
+        names: list[tuple[str, tuple[object, ...]]] = [
+            (f"{norm}.weight", (None,)) for norm in _NORM_BEFORE.values()
+        ]
+        for projection, shard_ids in _SHARD_IDS.items():
             for leaf, _ in self.get_submodule(projection).named_parameters():
-                for shard_id in ids:
-                    for member in range(self.members):
-                        yield f"{projection}.{leaf}", shard_id, member
+                names.append((f"{projection}.{leaf}", shard_ids))
         for name, module in self.named_modules():
             if isinstance(module, HeadNorm):
+                names.append((f"{name}.weight", (None,)))
+        for name, shard_ids in names:
+            for shard_id in shard_ids:
                 for member in range(self.members):
-                    yield f"{name}.weight", None, member
+                    yield Part(name, shard_id, member)
+
+
+def _member_loader(linear: LinearBase, shard_ids: Iterable[object]) -> Callable[..., None]:
+    """A weight loader, as vLLM's parameters have one, of a wide layer's projection.
+
+    It holds no reference to the layer: vLLM keeps loaders beyond the life of a model.
+    """
+    rank = linear.tp_rank
+    if isinstance(linear, ColumnParallelLinear):
+        dim, rows = 0, {shard_id: _rows_of(linear, shard_id) for shard_id in shard_ids}
+    else:
+        dim, rows = 1, {}
+
+    def load_member(
+        param: nn.Parameter,
+        loaded_weight: torch.Tensor,
+        member: int,
+        shard_id: object = None,
+        gain: torch.Tensor | None = None,
+    ) -> None:
+        """Put what this rank holds of one member's tensor where it belongs, the gain folded in.
+
+        Args:
+            param: of the wide layer, on this rank.
+            loaded_weight: the checkpoint's tensor, whole.
+            member: whose it is.
+            shard_id: which part of a merged projection it is, in vLLM's words.
+            gain: (in,), of the norm before the projection.
+        """
+        part = param.data.narrow(0, *rows[shard_id]) if rows else param.data
+        place = shard_of(member, loaded_weight.shape[dim], rank, part.shape[dim])
+        if place is None:
+            return
+        source, target = ((slice(None),) * dim + (index,) for index in place)
+        part[target].copy_(loaded_weight[source])
+        # vLLM loads onto the meta device first, so as to count.
+        if gain is not None and not param.is_meta:
+            fold_gain_(part[target], gain)
+
+    return load_member
 
 
 def _rows_of(linear: ColumnParallelLinear, shard_id: object) -> tuple[int, int]:
@@ -361,6 +427,9 @@ class DepthParModel(LlamaModel):
             keep_mutations_in_order()
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=make_decoder_layer)
         self.plan = plan_of(vllm_config)
+        self.expected = Expected(base_config(vllm_config.model_config.hf_config))
+        # Random ones need not be loaded before a part of them can be.
+        self.has_weights = vllm_config.load_config.load_format == "dummy"
         if self.plan.ladder and not self.layers[0].reductions.overlap and is_global_first_rank():
             logger.warning(
                 "plan %s: its ladder blocks gain no speed here: %s",
@@ -371,11 +440,20 @@ class DepthParModel(LlamaModel):
             )
 
     def load_weights(self, weights: Weights) -> set[str]:
-        """Load a checkpoint with the original layers' names."""
-        loaded = super().load_weights(addressed(weights, self.plan))
+        """Load a checkpoint with the original layers' names, or, once there are weights, any part
+        of one: see `WideDecoderLayer`.
+
+        Raises:
+            PlanError: a tensor has a wrong shape, or is of a layer that the model does not have, or
+                is missing where there were no weights before.
+        """
+        loaded = super().load_weights(addressed(weights, self.plan, self.expected))
         for layer in self.layers:
-            if isinstance(layer, WideDecoderLayer):
-                layer.finish_loading()
+            if isinstance(layer, WideDecoderLayer) and (missing := layer.missing()):
+                if not self.has_weights:
+                    raise lacks(*missing[0])
+                layer.keep()
+        self.has_weights = True
         return loaded
 
 
@@ -394,15 +472,20 @@ class DepthParForCausalLM(LlamaForCausalLM):
 
     def is_unused_checkpoint_weight(self, name: str) -> bool:
         """True for the weights of skipped layers: files that hold nothing else are not read."""
-        match = _LAYER.match(name)
-        return match is not None and int(match[2]) in self.model.plan.skipped
+        place = split_name(name)
+        return place is not None and place[1] in self.model.plan.skipped
 
 
-def addressed(weights: Weights, plan: Plan) -> Iterator[tuple[str, torch.Tensor]]:
+def addressed(
+    weights: Weights, plan: Plan, expected: Expected
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Rename layer K of the checkpoint to where the plan runs it; drop skipped layers.
 
     "layers.K.x" becomes "layers.B.x" for a layer that is alone in block B, and "layers.B.M.x"
     for member M of a block of several.
+
+    Raises:
+        PlanError: a tensor is not what it is expected to be.
     """
     places = {
         layer: f"{position}.{member}" if len(block) > 1 else f"{position}"
@@ -410,8 +493,11 @@ def addressed(weights: Weights, plan: Plan) -> Iterator[tuple[str, torch.Tensor]
         for member, layer in enumerate(block)
     }
     for name, tensor in weights:
-        match = _LAYER.match(name)
-        if match is None:
+        expected.check(name, tensor.shape)
+        place = split_name(name)
+        if place is None:
             yield name, tensor
-        elif int(match[2]) in places:
-            yield f"{match[1]}layers.{places[int(match[2])]}.{match[3]}", tensor
+            continue
+        before, layer, rest = place
+        if layer in places:
+            yield f"{before}layers.{places[layer]}.{rest}", tensor
