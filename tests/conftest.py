@@ -7,6 +7,8 @@ os.environ["VLLM_NO_USAGE_STATS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # In GiB, the least there is: every server fills it with zeros when it starts.
 os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
+# What "auto" is must not depend on the processor; `auto_dtype` is for tests of both.
+os.environ.setdefault("DEPTHPAR_DTYPE", "float32")
 
 # Two teams of OpenMP threads on the same cores wait for each other's time slices: far slower than
 # one thread each. `make test` runs one pytest worker for each of two cores.
@@ -40,6 +42,14 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DEPTHPAR_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(params=["float32", "bfloat16"])
+def auto_dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What the commands take for "auto", also in processes of their own: on one processor this, on
+    another that."""
+    monkeypatch.setenv("DEPTHPAR_DTYPE", request.param)
+    return str(request.param)
 
 
 @pytest.fixture(scope="session")

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from models import prompts, write_llama
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from vllm_depthpar import distil, hf, refit
+from vllm_depthpar import checkpoint, distil, hf, refit
 from vllm_depthpar.distil import Distillation, Objective
 from vllm_depthpar.plan import resolve
 
@@ -118,34 +120,37 @@ def test_other_families(tmp_path: Path, shape: dict[str, Any]) -> None:
 def test_only_what_may_change_is_the_students_own(folder: Path) -> None:
     teacher = hf.load_unmodified(folder)
     tested = Distillation(teacher, resolve(PLANS["pairs"], LAYERS))
+    assert tested.changes() == {}
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    tested.unfreeze("blocks")
     own = tested.changes()
-    layers = {name.split(".")[2] for name in own}
-    assert layers == {"2", "3", "4", "5"}
     assert own.keys() == {
         name
         for name, _ in teacher.named_parameters()
-        if name.startswith(tuple(f"model.layers.{layer}." for layer in layers))
+        if name.startswith(tuple(f"model.layers.{layer}." for layer in (2, 3, 4, 5)))
     }
-    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
-    tested.unfreeze("blocks")
     optimizer = torch.optim.SGD([p for p in tested.parameters() if p.requires_grad], lr=1.0)
     tested(prompts(2, 16))["loss"].backward()
     optimizer.step()
     assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
     assert not any(torch.equal(tensor, before[name]) for name, tensor in own.items())
     everything = Distillation(teacher, resolve("identity", LAYERS), everything=True)
+    everything.unfreeze("all")
     assert everything.changes().keys() == dict(teacher.named_parameters()).keys()
 
 
 @pytest.mark.parametrize(
     ("what", "share"), [("blocks", 1.0), ("norms", 4 * 2 * 64), ("lora", None)]
 )
-def test_what_is_trained(folder: Path, what: str, share: float | None) -> None:
-    """And only that is saved while training."""
-    tested = Distillation(hf.load_unmodified(folder), resolve(PLANS["pairs"], LAYERS))
-    own = sum(tensor.numel() for tensor in tested.changes().values())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_trained(folder: Path, what: str, share: float | None, dtype: torch.dtype) -> None:
+    """In float32, and only that is saved while training."""
+    model = hf.load_unmodified(folder, dtype)
+    tested = Distillation(model, resolve(PLANS["pairs"], LAYERS))
+    own = sum(p.numel() for layer in model.model.layers[2:] for p in layer.parameters())
     tested.unfreeze(what, rank=2)
     trained = {name: p for name, p in tested.named_parameters() if p.requires_grad}
+    assert {parameter.dtype for parameter in trained.values()} == {torch.float32}
     count = sum(parameter.numel() for parameter in trained.values())
     if what == "blocks":
         assert count == own
@@ -161,9 +166,11 @@ def test_what_is_trained(folder: Path, what: str, share: float | None) -> None:
 
 def test_adapters_merge_into_what_they_are_on(folder: Path) -> None:
     ids = prompts(2, 16)
-    tested = Distillation(hf.load_unmodified(folder), resolve(PLANS["pairs"], LAYERS))
+    teacher = hf.load_unmodified(folder)
+    original = load_file(folder / "model.safetensors")
+    tested = Distillation(teacher, resolve(PLANS["pairs"], LAYERS))
     tested.unfreeze("lora", rank=2)
-    names = tested.changes().keys()
+    assert all("lora" in name for name in tested.changes())
     with torch.no_grad():
         for name, parameter in tested.named_parameters():
             if "lora_B" in name:
@@ -171,19 +178,46 @@ def test_adapters_merge_into_what_they_are_on(folder: Path) -> None:
     before = tested.eval()(ids)["kl"].item()
     tested.merge()
     merged = tested.changes()
-    assert not any("lora" in name for name in merged)
-    assert len(names) > len(merged) == 4 * 9
+    layers = tuple(f"model.layers.{layer}." for layer in (2, 3, 4, 5))
+    assert merged.keys() == {
+        name for name in original if name.startswith(layers) and "proj" in name
+    }
+    assert not any(torch.equal(tensor, original[name]) for name, tensor in merged.items())
+    assert all(torch.equal(tensor, original[name]) for name, tensor in teacher.named_parameters())
     assert tested(ids)["kl"].item() == pytest.approx(before, rel=1e-4)
     untouched = Distillation(hf.load_unmodified(folder), resolve(PLANS["pairs"], LAYERS))
     assert tested(ids)["kl"].item() != pytest.approx(untouched.eval()(ids)["kl"].item(), rel=0.01)
+
+
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("what", ["blocks", "norms", "lora", "all", "refit"])
+def test_copies_begin_as_what_is_in_the_checkpoint(tmp_path: Path, tie: bool, what: str) -> None:
+    """Not as what it was rounded to for the teacher, be they trained, refitted or merged into."""
+    path = write_llama(tmp_path, layers=LAYERS, tie=tie)
+    original = load_file(path / "model.safetensors")
+    model = hf.load_unmodified(path, torch.bfloat16)
+    plan, read = resolve(PLANS["pairs"], LAYERS), partial(checkpoint.read_tensors, str(path))
+    tested = Distillation(model, plan, what == "all", bfloat16=True, read=read)
+    if what == "refit":
+        tested.own_downs(tested.changed)
+    else:
+        tested.unfreeze(what)
+    tested.merge()  # of adapters that say nothing yet
+    found = tested.changes()
+    kinds = {"norms": "norm", "lora": "proj", "refit": "down_proj"}
+    layers = ("",) if what == "all" else tuple(f"model.layers.{layer}." for layer in (2, 3, 4, 5))
+    assert found.keys() == {
+        name for name in original if name.startswith(layers) and kinds.get(what, "") in name
+    }
+    assert all(torch.equal(tensor, original[name]) for name, tensor in found.items())
+    assert (tested.student.lm_head.weight is tested.student.model.embed_tokens.weight) == tie
+    assert {tensor.dtype for tensor in model.parameters()} == {torch.bfloat16}
 
 
 def test_bfloat16_computes_on_float32_masters(folder: Path) -> None:
     plan, ids = resolve(PLANS["pairs"], LAYERS), prompts(4, 32)
     exact = Distillation(hf.load_unmodified(folder), plan)
     rounded = Distillation(hf.load_unmodified(folder, torch.bfloat16), plan, bfloat16=True)
-    assert {tensor.dtype for tensor in rounded.changes().values()} == {torch.float32}
-    assert rounded.student.lm_head.weight.dtype == torch.bfloat16
     gradients = []
     for tested in (exact, rounded):
         tested.unfreeze("blocks")
@@ -191,6 +225,8 @@ def test_bfloat16_computes_on_float32_masters(folder: Path) -> None:
         loss.backward()
         parameters = [p for p in tested.parameters() if p.requires_grad]
         gradients.append(torch.cat([p.grad.flatten() for p in parameters]))
+    assert {tensor.dtype for tensor in rounded.changes().values()} == {torch.float32}
+    assert rounded.student.lm_head.weight.dtype == torch.bfloat16
     assert rounded(ids)["kl"].item() == pytest.approx(exact(ids)["kl"].item(), rel=0.05)
     assert functional.cosine_similarity(*gradients, dim=0) > 0.98
     with torch.no_grad():

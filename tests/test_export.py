@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from texts import TEXTS
 from transformers import AutoTokenizer
 
-from vllm_depthpar import compat, export, hf
+from vllm_depthpar import checkpoint, compat, export, hf
 from vllm_depthpar.cli import main
 from vllm_depthpar.plan import PlanError, resolve
 
@@ -137,6 +137,11 @@ def test_changed_tensors_and_shards(model: Path, tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"no tensor 'model\.layers\.3\.x'"):
         export.export(str(sharded), plan, tmp_path / "no", {"model.layers.3.x": change[name]})
     assert not (tmp_path / "no").exists()
+    read = dict(checkpoint.read_tensors(str(sharded), tensors))
+    assert read.keys() == tensors.keys()
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in read.items())
+    with pytest.raises(PlanError, match=r"^the checkpoint has no tensor 'x'; allowed: "):
+        dict(checkpoint.read_tensors(str(sharded), [name, "x"]))
 
 
 def test_wrong_input(model: Path, exported: dict[str, Path], tmp_path: Path) -> None:

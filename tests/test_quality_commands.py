@@ -32,11 +32,13 @@ def run(*arguments: object) -> None:
     assert main([str(argument) for argument in arguments]) == 0
 
 
-def perplexity(model: Path, spec: Any, text: str, window: int, windows: int) -> float:
+def perplexity(
+    model: Path, spec: Any, text: str, window: int, windows: int, dtype: torch.dtype
+) -> float:
     """Of the first windows of a text, by one forward pass each."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     ids = tokenizer(text, add_special_tokens=False).input_ids
-    network, total = hf.load(model, spec), 0.0
+    network, total = hf.load(model, spec, dtype), 0.0
     for at in range(windows):
         row = torch.tensor([[256, *ids[at * (window - 1) : (at + 1) * (window - 1)]]])
         with torch.no_grad():
@@ -44,7 +46,13 @@ def perplexity(model: Path, spec: Any, text: str, window: int, windows: int) -> 
     return float(torch.tensor(total / windows).exp())
 
 
-def test_eval(model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_eval(
+    model: Path,
+    text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    auto_dtype: str,
+) -> None:
     pairs = '{"pair": [2, 6]}'
     out = tmp_path / "new" / "out.json"
     arguments = ["eval", model, "--plan", "plain", "--plan", pairs, "--text", text, "--out", out]
@@ -53,12 +61,16 @@ def test_eval(model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert table[0] == "| plan | blocks | perplexity: passages | KL: passages |"
     report = json.loads(out.read_text())["text"]
     assert report.keys() >= {"date", "versions", "model", "seed", "dtype", "command"}
+    assert report["dtype"] == auto_dtype
+    assert f"; {auto_dtype}" in table[-1]
     (settings,) = report["texts"]
     assert (settings["window"], settings["counted_per_window"]) == (64, 63)
     assert settings["tokens_counted"] == 63 * settings["windows"]
     plain, paired = report["plans"]
     for row, spec in ((plain, "identity"), (paired, json.loads(pairs))):
-        expected = perplexity(model, spec, text.read_text(), 64, settings["windows"])
+        expected = perplexity(
+            model, spec, text.read_text(), 64, settings["windows"], getattr(torch, auto_dtype)
+        )
         assert row["results"]["passages"]["perplexity"] == pytest.approx(expected, rel=1e-3)
     assert plain["results"]["passages"]["kl"] == pytest.approx(0, abs=1e-4)
     assert paired["results"]["passages"]["kl"] > 0.01

@@ -39,8 +39,19 @@ def arguments(model: Path, text: Path, out: Path, *more: object) -> list[str]:
     return [str(argument) for argument in [*command, *small, *more]]
 
 
+def differing(model: Path, out: Path) -> set[str]:
+    """The names of the tensors whose bits or dtype are not the checkpoint's."""
+    original, found = (load_file(one / "model.safetensors") for one in (model, out))
+    assert found.keys() == original.keys()
+    return {
+        name
+        for name, tensor in found.items()
+        if tensor.dtype != original[name].dtype or not torch.equal(tensor, original[name])
+    }
+
+
 def test_recover(
-    model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], auto_dtype: str
 ) -> None:
     out = tmp_path / "new" / "out"
     assert main(arguments(model, text, out, "--tokens", 8192)) == 0
@@ -51,6 +62,7 @@ def test_recover(
     )
     assert unmodified["kl"] == pytest.approx(0, abs=1e-5)
     assert plan["kl"] > 1.1 * refitted["kl"] > 1.1 * end["kl"]
+    assert record["dtype"] == auto_dtype
     assert record["training"] == {**record["training"], "steps": 32, "tokens": 8192}
     assert [one["tokens"] for one in record["curve"]] == [2048, 4096, 6144, 8192]
     assert record["curve"][-1]["passages"] == pytest.approx(end)
@@ -59,9 +71,7 @@ def test_recover(
     card = (out / "README.md").read_text()
     assert f"| {plan['perplexity']:.2f} | {refitted['perplexity']:.2f} |" in card
     # Nothing but the changed layers, and no folder but the checkpoint.
-    original, found = (load_file(one / "model.safetensors") for one in (model, out))
-    changed = {name for name in found if not torch.equal(found[name], original[name])}
-    assert {name.split(".")[2] for name in changed} == {"2", "3", "4", "5"}
+    assert {name.split(".")[2] for name in differing(model, out)} == {"2", "3", "4", "5"}
     assert [path.name for path in out.parent.iterdir()] == ["out"]
     # The folder is the student: same loss as was measured.
     student, teacher = hf.load(out), hf.load_unmodified(model)
@@ -73,7 +83,9 @@ def test_recover(
 
 
 @pytest.mark.parametrize("train", ["norms", "lora", "all"])
-def test_other_ways_to_train(model: Path, text: Path, tmp_path: Path, train: str) -> None:
+def test_other_ways_to_train(
+    model: Path, text: Path, tmp_path: Path, train: str, auto_dtype: str
+) -> None:
     out = tmp_path / "out"
     rate = 1e-4 if train == "all" else 1e-3
     more = ["--train", train, "--tokens", 4096, "--rank", 4, "--refit", 0, "--rate", rate]
@@ -81,15 +93,28 @@ def test_other_ways_to_train(model: Path, text: Path, tmp_path: Path, train: str
     record = json.loads((out / "recovery.json").read_text())
     assert record["quality"]["refit"] == record["quality"]["plan"]
     assert record["quality"]["end"]["passages"]["kl"] < record["quality"]["plan"]["passages"]["kl"]
-    original, found = (load_file(one / "model.safetensors") for one in (model, out))
-    assert found.keys() == original.keys()
-    changed = {name for name in found if not torch.equal(found[name], original[name])}
+    changed, every = differing(model, out), set(load_file(model / "model.safetensors"))
     if train == "all":
-        assert changed == set(original)
+        assert changed == every
     else:
         kind = "layernorm" if train == "norms" else "proj"
         layers = tuple(f"model.layers.{layer}." for layer in (2, 3, 4, 5))
-        assert changed == {name for name in original if name.startswith(layers) and kind in name}
+        assert changed == {name for name in every if name.startswith(layers) and kind in name}
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_what_is_not_changed_is_the_checkpoints(
+    text: Path, tmp_path: Path, stored: torch.dtype, auto_dtype: str
+) -> None:
+    """Bit for bit and in its dtype, whatever the work runs in; and what is to be trained begins as
+    the checkpoint's: without a step, that is how it ends."""
+    model = write_tokenizer(write_llama(tmp_path / "model", layers=LAYERS, dtype=stored), bos=True)
+    more = ["--tokens", 0, "--refit"]
+    assert main(arguments(model, text, tmp_path / "refitted", *more, 2048)) == 0
+    changed = differing(model, tmp_path / "refitted")
+    assert changed == {f"model.layers.{layer}.mlp.down_proj.weight" for layer in (2, 3, 4, 5)}
+    assert main(arguments(model, text, tmp_path / "nothing", *more, 0)) == 0
+    assert not differing(model, tmp_path / "nothing")
 
 
 def test_refit_alone_and_next_token(model: Path, text: Path, tmp_path: Path) -> None:
@@ -192,8 +217,9 @@ def test_wrong_input(
 
 
 def test_two_processes_do_what_one_does(model: Path, text: Path, tmp_path: Path) -> None:
-    """The same windows in every step, half of them on each process."""
-    common = ["--tokens", 4096]
+    """The same windows in every step, half of them on each process. In float32: of a batch of
+    another size bfloat16 makes other sums."""
+    common = ["--tokens", 4096, "--dtype", "float32"]
     assert main(arguments(model, text, tmp_path / "one", *common)) == 0
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m"]
     more = arguments(model, text, tmp_path / "two", *common, "--micro-batch", 2)

@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_less_is_lost_on_text_that_was_not_seen(folder: Path, spec: Any) -> None:
     plan = resolve(spec, LAYERS)
     tested = Distillation(hf.load_unmodified(folder), plan).eval()
-    before = {name: tensor.clone() for name, tensor in tested.changes().items()}
+    before = hf.load_unmodified(folder).state_dict()
     unseen = prompts(16, 64, seed=1)
     with torch.no_grad():
         lost = float(tested(unseen)["kl"])
@@ -39,8 +39,13 @@ def test_less_is_lost_on_text_that_was_not_seen(folder: Path, spec: Any) -> None
     assert left < 0.95 * lost
     assert ridges.keys() == {at for at in range(plan.depth) if plan.is_changed(at)}
     assert sum(shares) == pytest.approx(1)
+    changed = {layer for at in ridges for layer in plan.blocks[at]}
+    fitted = {f"model.layers.{layer}.mlp.down_proj.weight" for layer in changed}
+    assert tested.changes().keys() == fitted
     for name, tensor in tested.changes().items():
-        assert torch.equal(tensor, before[name]) == ("down_proj" not in name), name
+        assert not torch.equal(tensor, before[name]), name
+    for name, tensor in tested.teacher.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
 
 
 def test_what_a_block_can_say_is_found(folder: Path) -> None:

@@ -8,7 +8,8 @@ where plain fine-tuning says one token of it; nothing the text does not show is 
 from __future__ import annotations
 
 import copy
-from typing import Any, Literal, cast
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ from vllm_depthpar.hf import ParallelBlock, Stream
 from vllm_depthpar.plan import Plan
 
 Objective = Literal["distil", "next-token"]
+# The tensors of these names, each with its name.
+Read: TypeAlias = Callable[[Iterable[str]], Iterable[tuple[str, Tensor]]]
 
 # Rows of logits that exist at a time: with 128k tokens of vocabulary 0.5 MB a row.
 _ROWS = 512
@@ -29,16 +32,19 @@ _ROWS = 512
 class Distillation(nn.Module):
     """A teacher and its student.
 
-    The student has copies of what changes; all else are the teacher's own tensors. Blocks before
-    the first changed one are run once for both.
+    All of the student's tensors are the teacher's until they are to change: `unfreeze`, `own` and
+    `merge` give it copies of those, in float32, the master weights. Blocks before the first changed
+    one are run once for both.
 
     Args:
         model: as loaded, not restructured; it becomes the teacher and is not changed.
         plan: the student's.
-        everything: let the student have copies of all tensors, not of the changed blocks' only.
+        everything: let any tensor change, not only those of the changed blocks.
         objective: "next-token" is plain fine-tuning on the text, for comparison.
-        bfloat16: compute in it. The student's copies are in float32 all the same: they are the
-            master weights; what is not trained stays in the dtype of `model`.
+        bfloat16: compute in it, whatever the student's copies are in.
+        read: reads what the student's copies begin as, by their names in the checkpoint: where
+            `model` was loaded in fewer bits than the checkpoint's, they must not begin rounded.
+            By default they begin as the teacher's.
 
     Raises:
         PlanError: the plan is for another number of layers.
@@ -54,6 +60,7 @@ class Distillation(nn.Module):
         everything: bool = False,
         objective: Objective = "distil",
         bfloat16: bool = False,
+        read: Read | None = None,
     ) -> None:
         super().__init__()
         self.plan = plan
@@ -62,20 +69,9 @@ class Distillation(nn.Module):
         self.bfloat16 = bfloat16
         self.changed = [at for at in range(plan.depth) if plan.is_changed(at)]
         self.teacher = model.eval().requires_grad_(False)
-        copied = {
-            id(parameter)
-            for position in self.changed
-            for layer in plan.blocks[position]
-            for parameter in model.model.layers[layer].parameters()
-        }
-        shared = {
-            id(parameter): parameter
-            for parameter in model.parameters()
-            if not everything and id(parameter) not in copied
-        }
+        shared = {id(parameter): parameter for parameter in model.parameters()}
         self.student = hf.restructure(copy.deepcopy(model, shared), plan)
-        for parameter in self.changes().values():
-            parameter.data = parameter.data.float()
+        self._read = read or self._teachers
         # Up to here teacher and student are the same function.
         self.first = 0 if everything else min(self.changed, default=plan.depth)
 
@@ -91,15 +87,52 @@ class Distillation(nn.Module):
             rank: of the low-rank adapters.
             seed: of the adapters' first values.
         """
-        blocks = [self.blocks[position] for position in self.changed]
-        if what == "all":
-            self.student.requires_grad_(True)
-        elif what == "lora":
+        if what == "lora":
             self._adapt(rank, seed)
-        for block in blocks:
-            for name, parameter in block.named_parameters():
-                if what == "blocks" or (what == "norms" and "norm" in name):
-                    parameter.requires_grad_(True)
+            return
+        chosen = self._by_name() if what == "all" else self._of_blocks(self.changed)
+        for parameter in self.own(name for name in chosen if what != "norms" or "norm" in name):
+            parameter.requires_grad_(True)
+
+    def own(self, names: Iterable[str]) -> list[nn.Parameter]:
+        """Give the student float32 copies of tensors, by their names in the checkpoint; returns
+        them. What are its own already it keeps."""
+        wanted, shared, mine = list(names), self._shared(), self._by_name()
+        copies = {}
+        for name, tensor in self._read([name for name in wanted if id(mine[name]) in shared]):
+            master = tensor.to(mine[name].device, torch.float32, copy=True)
+            copies[id(mine[name])] = nn.Parameter(master, requires_grad=False)
+        for module in self.student.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if id(parameter) in copies:  # in all places where it is tied
+                    setattr(module, name, copies[id(parameter)])
+        mine = self._by_name()
+        return [mine[name] for name in wanted]
+
+    def own_downs(self, positions: Iterable[int]) -> dict[str, nn.Parameter]:
+        """`own` the down projections of the blocks at these positions: by their names."""
+        names = [name for name in self._of_blocks(positions) if name.endswith("down_proj.weight")]
+        return dict(zip(names, self.own(names), strict=True))
+
+    def _of_blocks(self, positions: Iterable[int]) -> list[str]:
+        layers = {layer for position in positions for layer in self.plan.blocks[position]}
+        return [
+            name
+            for name in self._by_name()
+            if name.startswith("model.layers.") and int(name.split(".")[2]) in layers
+        ]
+
+    def _by_name(self) -> dict[str, nn.Parameter]:
+        """The student's, by their names in the checkpoint."""
+        found: dict[str, Any] = hf.checkpoint_names(dict(self.student.named_parameters()))
+        return found
+
+    def _shared(self) -> set[int]:
+        return {id(parameter) for parameter in self.teacher.parameters()}
+
+    def _teachers(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        mine = self._by_name()
+        return ((name, mine[name].detach()) for name in names)
 
     def _adapt(self, rank: int, seed: int) -> None:
         """Put adapters on all projections of the changed blocks."""
@@ -114,23 +147,26 @@ class Distillation(nn.Module):
         torch.manual_seed(seed)
         config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names)
         inject_adapter_in_model(config, self.student)
+        for parameter in self.student.parameters():
+            if parameter.requires_grad:  # peft makes them in the projections' dtype
+                parameter.data = parameter.data.float()
 
     def merge(self) -> None:
         """Add the adapters, if there are any, into the projections that they are on."""
-        for module in list(self.student.modules()):
-            for name, child in module.named_children():
-                if hasattr(child, "merge") and hasattr(child, "get_base_layer"):
-                    child.merge()
-                    setattr(module, name, child.get_base_layer())
+        added: dict[str, Tensor] = {}
+        for at, module in list(self.student.named_modules()):
+            if hasattr(module, "get_delta_weight"):  # peft's; it may not be installed
+                added[f"{at}.weight"] = module.get_delta_weight("default").detach()
+                self.student.set_submodule(at, module.get_base_layer())
+        added = hf.checkpoint_names(added)
+        for delta, parameter in zip(added.values(), self.own(added), strict=True):
+            parameter.data += delta
 
     def changes(self) -> dict[str, Tensor]:
         """The student's tensors that are not the teacher's, by their names in the checkpoint."""
-        teacher = {id(parameter) for parameter in self.teacher.parameters()}
-        parameters = dict(self.student.named_parameters())
+        shared = self._shared()
         return {
-            name: tensor
-            for name, tensor in hf.checkpoint_names(parameters).items()
-            if id(tensor) not in teacher
+            name: tensor for name, tensor in self._by_name().items() if id(tensor) not in shared
         }
 
     @property

@@ -21,7 +21,6 @@ from vllm_depthpar.sources import ARCHITECTURE, KEY
 if TYPE_CHECKING:
     from torch import Tensor
 
-INDEX = "model.safetensors.index.json"
 # What belongs to a checkpoint beside weights and config: tokenizer, generation config, licence.
 _KEPT = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "USE_POLICY*", "NOTICE*")
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
@@ -74,7 +73,7 @@ def export(
     _write_weights(source, partial, shards, changes or {})
     for pattern in _KEPT:
         for path in source.glob(pattern):
-            if path.name not in ("config.json", INDEX):
+            if path.name not in ("config.json", checkpoint.INDEX):
                 shutil.copyfile(path, partial / path.name)
     files.write_json(partial / "config.json", exported_config(config, plan))
     if recovery:
@@ -99,16 +98,7 @@ def exported_config(config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
 
 def _shards(source: Path, plan: Plan) -> dict[str, list[str]]:
     """The names of the tensors to keep, by the file that they are in."""
-    from safetensors import safe_open
-
-    index = source / INDEX
-    if index.exists():
-        where = json.loads(index.read_text())["weight_map"]
-    elif (source / "model.safetensors").exists():
-        with safe_open(source / "model.safetensors", framework="pt") as file:
-            where = dict.fromkeys(file.keys(), "model.safetensors")
-    else:
-        raise PlanError(f"{source} has no model.safetensors; allowed: safetensors checkpoints")
+    where = checkpoint.weight_map(source)
     layers = {name: int(match[1]) for name in where if (match := _LAYER.match(name))}
     if missing := sorted(set(plan.kept) - set(layers.values())):
         raise PlanError(
@@ -141,7 +131,9 @@ def _write_weights(
     if lost := sorted(changes.keys() - kept.keys()):
         raise PlanError(f"the checkpoint has no tensor {lost[0]!r} to replace")
     if set(shards) != {"model.safetensors"}:
-        files.write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": kept})
+        files.write_json(
+            out / checkpoint.INDEX, {"metadata": {"total_size": total}, "weight_map": kept}
+        )
 
 
 def card(

@@ -12,6 +12,7 @@ import torch
 
 from vllm_depthpar import hf, own_text, texts
 from vllm_depthpar.checkpoint import fingerprint, read_config
+from vllm_depthpar.dtypes import usable_dtype
 from vllm_depthpar.evaluate import Evaluator, Quality
 from vllm_depthpar.ladder_checkpoint import ladder_of
 from vllm_depthpar.plan import Plan, resolve
@@ -126,10 +127,11 @@ def open_model(model: str, dtype: str = "auto", batch: int = 2) -> Evaluator:
     is the plan's model.
 
     Args:
-        dtype: a name of torch; "auto" is bfloat16 where the hardware multiplies it, else float32.
+        dtype: see `usable_dtype`.
 
     Raises:
-        PlanError: there is no such checkpoint, or it is of no family that can be restructured.
+        PlanError: there is no such checkpoint, or it is of no family that can be restructured; or
+            see `usable_dtype`.
     """
     config = read_config(model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -140,18 +142,6 @@ def open_model(model: str, dtype: str = "auto", batch: int = 2) -> Evaluator:
     absent = unmodified.skipped if unmodified else ()
     loaded = hf.load_unmodified(model, usable_dtype(dtype), absent=absent).to(device)
     return Evaluator(loaded, unmodified, fingerprint(model), batch, absent)
-
-
-def usable_dtype(name: str) -> torch.dtype:
-    """What "auto" means here; see `open_model`."""
-    if name != "auto":
-        dtype: torch.dtype = getattr(torch, name)
-        return dtype
-    if torch.cuda.is_available():
-        return torch.bfloat16
-    # Without these instructions a CPU computes bfloat16 many times slower than float32.
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    return torch.bfloat16 if "amx_bf16" in flags or "avx512_bf16" in flags else torch.float32
 
 
 def settings(domains: Sequence[Windows], evaluator: Evaluator) -> dict[str, Any]:

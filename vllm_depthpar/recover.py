@@ -139,15 +139,16 @@ class Recovery:
             chosen = self._training[:: max(1, len(self._training) // count)][:count]
             with bar("Refit") as advance:
                 found = refit(self._distillation, chosen, on_progress=advance)
-            files.write_bytes(path, save(_downs(self._distillation)))
+            downs = self._distillation.own_downs(found)
+            files.write_bytes(path, save({name: down.detach() for name, down in downs.items()}))
             return found
 
-        ridges = self._once("refit.json", fit)
+        ridges = {int(at): ridge for at, ridge in self._once("refit.json", fit).items()}
+        fitted = load_file(path)
         with torch.no_grad():
-            mine = _downs(self._distillation)
-            for name, tensor in load_file(path).items():
-                mine[name].copy_(tensor)
-        return {int(at): ridge for at, ridge in ridges.items()}
+            for name, down in self._distillation.own_downs(ridges).items():
+                down.copy_(fitted[name])
+        return ridges
 
     def train(self, tokens: int | None, until: float | None) -> dict[str, Any]:
         """Distil.
@@ -262,17 +263,6 @@ def quality(distillation: Distillation, windows: Windows) -> dict[str, float]:
         kl, nll = kl + share * float(losses["kl"]), nll + share * float(losses["nll"])
     distillation.train(training)
     return {"perplexity": math.exp(min(nll, 700)), "kl": kl}
-
-
-def _downs(distillation: Distillation) -> dict[str, Tensor]:
-    """What `refit` changes, by the names in the checkpoint."""
-    return {
-        f"model.layers.{index}.mlp.down_proj.weight": layer.mlp.down_proj.weight.detach()
-        for position in distillation.changed
-        for index, layer in zip(
-            distillation.plan.blocks[position], distillation.blocks[position].layers, strict=True
-        )
-    }
 
 
 def _last_complete(folder: Path) -> str | None:

@@ -43,7 +43,7 @@ def refit(
     """Fit the down projections of the student's changed blocks, in place.
 
     Args:
-        distillation: teacher and student, on one device; what is fitted is in float32.
+        distillation: teacher and student, on one device.
         tokens: (windows, window), 2 batches or more. More tokens than a block's down projections
             have inputs.
         batch: windows that run together.
@@ -67,6 +67,7 @@ def refit(
                         state.target = layer(state.target, **state.context)
             depth = end
         if end is not None and position in distillation.changed:
+            distillation.own_downs([position])
             found[position] = _fit(block, states, distillation.autocast)
         for state in states:
             with distillation.autocast():

@@ -6,6 +6,7 @@ import argparse
 import shutil
 import time
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,8 +98,9 @@ def _run(args: argparse.Namespace) -> str:
     _check_installed(args)
     import torch
 
-    from vllm_depthpar import hf, quality, recover
+    from vllm_depthpar import hf, recover
     from vllm_depthpar.distil import Distillation
+    from vllm_depthpar.dtypes import usable_dtype
 
     process = recover.this_process()
     chosen = _check(args, process.num_processes)
@@ -106,11 +108,18 @@ def _run(args: argparse.Namespace) -> str:
         domains, held_out = _texts(args)  # before the weights load
     training = torch.cat([domain.tokens for domain in domains])
 
-    dtype = quality.usable_dtype(args.dtype)
+    dtype = usable_dtype(args.dtype)
     bfloat16 = dtype == torch.bfloat16
     model = hf.load_unmodified(args.model, dtype).to(process.device)
     unmodified = Distillation(model, plan.resolve("identity", chosen.layers), bfloat16=bfloat16)
-    distillation = Distillation(model, chosen, args.train == "all", args.objective, bfloat16)
+    distillation = Distillation(
+        model,
+        chosen,
+        everything=args.train == "all",
+        objective=args.objective,
+        bfloat16=bfloat16,
+        read=partial(checkpoint.read_tensors, args.model),
+    )
     settings = recover.Settings(
         **{field.name: getattr(args, field.name) for field in fields(recover.Settings)}
     )
