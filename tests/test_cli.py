@@ -187,6 +187,57 @@ def test_wrong_input_is_one_line(model: Path, tmp_path: Path) -> None:
         assert len(done.stderr.splitlines()) == 1
 
 
+# What each command needs besides MODEL and a plan, which follows the last of these.
+COMMANDS = {
+    "plan show": ["--plan"],
+    "predict": ["--device", "h100", "--plan"],
+    "eval": ["--text", "TEXT", "--plan"],
+    "export": ["--out", "OUT", "--plan"],
+    "recover": ["--out", "OUT", "--text", "TEXT", "--plan"],
+    "bench": ["--plans"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    ("given", "words"), [("", "plan is empty text"), ("null.json", "null is no plan")]
+)
+def test_a_plan_that_says_nothing_is_refused(
+    command: str,
+    given: str,
+    words: str,
+    model: Path,
+    text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "null.json").write_text("null\n")
+    names = {"TEXT": str(text), "OUT": str(tmp_path / "out")}
+    options = [names.get(option, option) for option in COMMANDS[command]]
+    last = str(tmp_path / given) if given else given
+    assert main([*command.split(), str(model), *options, last]) == 1
+    line = capsys.readouterr().err
+    assert line.startswith("depthpar: error: ")
+    assert words in line
+    assert len(line.splitlines()) == 1
+
+
+def test_an_empty_variable_is_none(
+    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DEPTHPAR_PLAN", "")
+    assert main(["plan", "show", str(model)]) == 0
+    assert "(from default: auto, " in capsys.readouterr().out
+
+
+def test_auto_of_one_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_llama(tmp_path, layers=1)
+    assert main(["plan", "show", str(tmp_path), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["plan"] == {"layers": 1, "blocks": [[0]]}
+    assert "too few layers to pair any" in shown["source"]
+
+
 def test_schema_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "schema"]) == 0
     assert json.loads(capsys.readouterr().out) == plans.json_schema()

@@ -434,8 +434,9 @@ def test_load_error_is_one_line(text: str, words: str) -> None:
         (b'{"pair":', "malformed JSON (line 1"),
         (b"\xff\xfe\x00", "can't be read (not UTF-8 text)"),
         (b" " * (MAX_SPEC_BYTES + 1), "larger than a plan can be"),
+        (b" null\n", "null is no plan; allowed: a mapping, 'auto' or 'identity'"),
     ],
-    ids=["empty", "cut", "binary", "large"],
+    ids=["empty", "cut", "binary", "large", "null"],
 )
 def test_load_of_a_bad_file_names_the_file(tmp_path: Path, content: bytes, words: str) -> None:
     file = tmp_path / "my plan.json"

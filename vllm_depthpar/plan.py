@@ -80,6 +80,7 @@ class Spec(BaseModel):
 
 
 NAMED = ("auto", "identity")
+NULL = "null is no plan; allowed: a mapping, 'auto' or 'identity'"
 _METHODS = ("blocks", "ladder", "pair", "skip")
 _ADAPTER: TypeAdapter[Any] = TypeAdapter(Spec | Literal["auto", "identity"])
 
@@ -233,7 +234,7 @@ def load(text_or_path: str) -> object:
     """Read a spec from JSON text, one of `NAMED`, or the path of a plan file.
 
     Raises:
-        PlanError: the file is missing or too large, or the JSON is malformed.
+        PlanError: the file is missing or too large, or the JSON is malformed, or null.
     """
     text = text_or_path.strip()
     if text in NAMED:
@@ -245,13 +246,17 @@ def load(text_or_path: str) -> object:
     if len(text.encode(errors="replace")) > MAX_SPEC_BYTES:
         raise PlanError(f"{origin} is larger than a plan can be; allowed: {MAX_SPEC_BYTES} bytes")
     try:
-        return json.loads(text)
+        spec: object = json.loads(text)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno} column {error.colno}: {error.msg}"
     except RecursionError:
         where = "nested too deeply"
     except ValueError:
         where = "a number is too long"
+    else:
+        if spec is None:
+            raise PlanError(f"{origin}: {NULL}")
+        return spec
     raise PlanError(f"{origin} is malformed JSON ({where}); allowed: JSON")
 
 

@@ -29,7 +29,7 @@ def add(commands: Any) -> None:
 
 def _show(args: argparse.Namespace) -> str:
     config = read_config(args.model)
-    override = plan.load(args.plan) if args.plan else None
+    override = plan.load(args.plan) if args.plan is not None else None
     chosen, source = sources.choose(config, override, os.environ.get(sources.ENV), "--plan")
     shape = ModelShape.from_config(config)
     if args.json:
