@@ -68,7 +68,24 @@ def family_of(config: Mapping[str, Any]) -> Family:
             raise PlanError(
                 f"config.json's key {key!r} is not supported; allowed: {kind} models without it"
             )
+    _check_rotary(config, kind)
     return family
+
+
+# How config.json may say which share of a head RoPE turns, at the top or among RoPE's parameters.
+_ROTARY_SHARE = ("partial_rotary_factor", "rotary_pct", "rotary_emb_fraction")
+
+
+def _check_rotary(config: Mapping[str, Any], kind: object) -> None:
+    # transformers' classes of these families turn the whole head, or fail; vLLM's turn the share
+    # that is named. Nobody can say which of the two a checkpoint was trained with.
+    for place in (config, config.get("rope_parameters"), config.get("rope_scaling")):
+        for key in _ROTARY_SHARE:
+            if isinstance(place, Mapping) and place.get(key) not in (None, 1):
+                raise PlanError(
+                    f"config.json's key {key!r} is {place[key]}: transformers turns whole heads "
+                    f"of a {kind}, vLLM that share of them; allowed: 1"
+                )
 
 
 def windows(config: Mapping[str, Any]) -> list[int | None]:
