@@ -19,6 +19,11 @@ def plan(spec: Any) -> list[str]:
     return ["--hf-overrides", json.dumps({"depthpar": spec})]
 
 
+def connector(name: str, **extra: Any) -> list[str]:
+    config = {"kv_connector": name, "kv_role": "kv_both", "kv_connector_extra_config": extra}
+    return ["--kv-transfer-config", json.dumps(config)]
+
+
 # Mistral's config of a model of `write_llama`.
 PARAMS = {
     "dim": 64,
@@ -62,6 +67,18 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"env": {"DEPTHPAR_PLAN": "/nowhere/plan.json"}},
         ["'/nowhere/plan.json'", "No such file", "JSON"],
     ),
+    "plan file that holds null": (
+        {"env": {"DEPTHPAR_PLAN": "FOLDER/null.json"}},
+        ["plan file '", "null.json': null is no plan", "allowed: a mapping"],
+    ),
+    "null": (
+        {"args": plan(None)},
+        ["--hf-overrides, key 'depthpar': null is no plan", "allowed: a mapping"],
+    ),
+    "blank plan": (
+        {"env": {"DEPTHPAR_PLAN": " "}},
+        ["plan is empty text", "allowed: JSON text"],
+    ),
     "plan for another number of layers": (
         {"args": plan({"layers": 32, "pair": [0, 2]})},
         ["'layers'", "32", "allowed: 6"],
@@ -99,6 +116,69 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     "windows that differ side by side": (
         {"model": "windows", "args": plan({"pair": [0, 6]})},
         ["layers 2 and 3 can't run side by side", "windows None and 8", "allowed: "],
+    ),
+    "RoPE of a part of each head": (
+        {"model": "rotary"},
+        ["'partial_rotary_factor' is 0.5", "whole heads of a llama", "allowed: 1"],
+    ),
+    "weights by the names of parameters": (
+        {"args": [*plan({"pair": [0, 2]}), "--load-format", "sharded_state"]},
+        ["--load-format sharded_state", "allowed: auto, safetensors, hf, pt, "],
+    ),
+    "tensorizer": (
+        {"args": [*plan("identity"), "--load-format", "tensorizer"]},
+        ["--load-format tensorizer", "allowed: auto, safetensors, hf, pt, "],
+    ),
+    "KV store without plans": (
+        {"args": [*plan({"pair": [0, 2]}), *connector("NixlConnector")]},
+        ["NixlConnector", "not by plan", "allowed: OffloadingConnector, ", "'identity'"],
+    ),
+    "KV store among others": (
+        {
+            "args": [
+                *plan({"pair": [0, 2]}),
+                *connector(
+                    "MultiConnector",
+                    connectors=[
+                        {"kv_connector": "ExampleConnector", "kv_role": "kv_both"},
+                        {"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"},
+                    ],
+                ),
+            ]
+        },
+        ["LMCacheConnectorV1", "not by plan", "allowed: OffloadingConnector, ", "'identity'"],
+    ),
+    "KV store by another flag": (
+        {
+            "args": [
+                *plan({"pair": [0, 2]}),
+                *["--kv-offloading-size", "1", "--kv-offloading-backend", "lmcache"],
+            ]
+        },
+        ["LMCacheMPConnector", "not by plan", "allowed: OffloadingConnector, ", "'identity'"],
+    ),
+    "KV store behind a memory": (
+        {
+            "args": [
+                *plan({"pair": [0, 2]}),
+                *connector(
+                    "OffloadingConnector",
+                    spec_name="TieringOffloadingSpec",
+                    cpu_bytes_to_use=1 << 20,
+                    secondary_tiers=[{"type": "fs", "root_dir": "/kv"}, {"type": "p2p"}],
+                ),
+            ]
+        },
+        ["tier 'p2p'", "not by plan", "allowed: fs, obj, example"],
+    ),
+    "decode context parallelism": (
+        {
+            "args": [
+                *plan({"blocks": [[0], [1, 2]]}),
+                *["--tensor-parallel-size", "4", "--decode-context-parallel-size", "2"],
+            ]
+        },
+        ["--decode-context-parallel-size 2", "allowed: 1, or a plan without parallel blocks"],
     ),
     "LoRA": ({"args": ["--enable-lora"]}, ["--enable-lora", "merge the adapter"]),
     "pipeline parallelism": (
@@ -139,6 +219,8 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Out
         use_sliding_window=True,
         max_window_layers=3,
     )
+    write_llama(folder / "rotary", partial_rotary_factor=0.5)
+    (folder / "null.json").write_text("null")
     pickled = write_llama(folder / "pickled")
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     consolidated = write_llama(folder / "consolidated", model_type="mistral")
@@ -155,7 +237,9 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Out
             args = [str(folder / named), "--model-impl", "depthpar", "--skip-tokenizer-init"]
             args += ["--host", "127.0.0.1", "--port", port, *given.get("args", [])]
             args = [arg.replace("MODEL", str(model)) for arg in args]
-            calls[name] = Call(args, {"VLLM_LOGGING_LEVEL": "INFO", **given.get("env", {})})
+            given_env = given.get("env", {}).items()
+            env = {key: value.replace("FOLDER", str(folder)) for key, value in given_env}
+            calls[name] = Call(args, {"VLLM_LOGGING_LEVEL": "INFO", **env})
         yield dict(zip(calls, run(list(calls.values())), strict=True))
 
 

@@ -49,9 +49,16 @@ from vllm.platforms import current_platform
 from vllm.transformers_utils.repo_utils import is_mistral_model_repo
 from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
 
-from vllm_depthpar import __version__, ladder_checkpoint, ladder_config, metric_files, sources
+from vllm_depthpar import (
+    __version__,
+    ladder_checkpoint,
+    ladder_config,
+    metric_files,
+    outside_state,
+    sources,
+)
 from vllm_depthpar.families import FAMILIES
-from vllm_depthpar.plan import Plan, PlanError, resolve
+from vllm_depthpar.plan import NULL, Plan, PlanError, resolve
 from vllm_depthpar.shape import ModelShape
 from vllm_depthpar.sources import ARCHITECTURE, OLD_ARCHITECTURE
 
@@ -76,6 +83,9 @@ MISTRAL_FORMAT = (
 
 # Speculation that takes nothing from inside the target model.
 _SPECULATION = ("ngram", "ngram_gpu", "suffix", "draft_model")
+
+# The attribute of vLLM's ModelConfig that says where the plan came from.
+_SOURCE = "depthpar_source"
 
 # Under vLLM's own logger, so that its level, format and handlers apply.
 logger = init_logger("vllm.depthpar")
@@ -151,7 +161,11 @@ class DepthParConfig(VerifyAndUpdateConfig):
         """Replace the config's `depthpar` by the plan's normal form.
 
         `num_hidden_layers` becomes the number of blocks: to vLLM the model has that many layers.
-        The whole config, plan included, is part of vLLM's compile-cache key.
+        The whole config, plan included, is part of vLLM's compile-cache key; where the plan came
+        from is not, and kept where vLLM does not look.
+
+        Relies on: `ModelConfig.compute_hash` takes the dataclass's fields and no other attributes,
+        which copies and pickles keep.
         """
         config = model_config.hf_config
         if getattr(config, "depthpar_base_layers", None) is not None:
@@ -160,13 +174,16 @@ class DepthParConfig(VerifyAndUpdateConfig):
         if type(config) is PreTrainedConfig:
             raise PlanError(MISTRAL_FORMAT)
         overrides = model_config.hf_overrides
+        given = overrides if isinstance(overrides, dict) else {}
+        if sources.KEY in given and given[sources.KEY] is None:
+            raise PlanError(f"--hf-overrides, key {sources.KEY!r}: {NULL}")
         plan, source = sources.choose(
             config.to_dict(),
-            override=overrides.get(sources.KEY) if isinstance(overrides, dict) else None,
+            override=given.get(sources.KEY),
             environ=os.environ.get(sources.ENV),
         )
         config.depthpar = plan.to_spec()
-        config.depthpar_source = source
+        setattr(model_config, _SOURCE, source)
         config.depthpar_base_layers = config.num_hidden_layers
         config.num_hidden_layers = plan.depth
         model_config.model_arch_config = model_config.get_model_arch_config()
@@ -181,6 +198,7 @@ class DepthParConfig(VerifyAndUpdateConfig):
         _check_format(vllm_config)
         _check_shards(plan, shape, tp)
         _check_features(vllm_config, plan, tp)
+        outside_state.check_load_format(vllm_config.load_config.load_format)
         # vLLM asks that the model's head counts be divisible by TP. Blocks differ in theirs,
         # and each was just checked: report what all of them have in common.
         common = gcd(*(len(block) for block in plan.blocks))
@@ -189,9 +207,10 @@ class DepthParConfig(VerifyAndUpdateConfig):
             total_num_attention_heads=common * shape.heads,
             total_num_kv_heads=common * shape.kv_heads,
         )
+        _separate_kv_caches(vllm_config, plan)
         _only_safetensors(vllm_config)
         metric_files.prepare()
-        logger.info("plan %s: %s (from %s)", plan.digest, plan.name, config.depthpar_source)
+        logger.info("plan %s: %s (from %s)", plan.digest, plan.name, source_of(model_config))
 
 
 def _check_format(vllm_config: VllmConfig) -> None:
@@ -233,6 +252,35 @@ def _check_shards(plan: Plan, shape: ModelShape, tp: int) -> None:
             )
 
 
+def _separate_kv_caches(vllm_config: VllmConfig, plan: Plan) -> None:
+    """Name the plan to the KV connector, or refuse it.
+
+    A draft's KV cache is in the same stores, under its target's plan; what it answers is checked.
+
+    Relies on: vLLM makes the connector of `--kv-offloading-size` after this, and adds its own keys
+    to the extra config that it finds; a worker's and a scheduler's connector read no other.
+    """
+    if vllm_config.model_config.runner_type == "draft":
+        return
+    cache, transfer = vllm_config.cache_config, vllm_config.kv_transfer_config
+    connector = transfer.kv_connector if transfer is not None else None
+    if cache.kv_offloading_size is not None:
+        native = cache.kv_offloading_backend == "native"
+        connector = "OffloadingConnector" if native else "LMCacheMPConnector"
+    if connector is None:
+        return
+    tp = vllm_config.parallel_config.tensor_parallel_size
+    kv_heads = vllm_config.model_config.model_arch_config.total_num_kv_heads
+    extra = outside_state.keyed_by_plan(
+        outside_state.connector_named(connector, transfer and transfer.kv_connector_module_path),
+        transfer.kv_connector_extra_config if transfer is not None else {},
+        plan,
+        copies_kv_heads=tp > kv_heads and any(len(block) > 1 for block in plan.blocks),
+    )
+    if transfer is not None:
+        transfer.kv_connector_extra_config = extra
+
+
 def _check_features(vllm_config: VllmConfig, plan: Plan, tp: int) -> None:
     if vllm_config.lora_config is not None:
         raise PlanError(
@@ -246,6 +294,14 @@ def _check_features(vllm_config: VllmConfig, plan: Plan, tp: int) -> None:
         raise PlanError(
             f"--pipeline-parallel-size {stages}: not checked with restructured models; allowed: 1, "
             f"and --tensor-parallel-size for more ranks"
+        )
+    sharers = vllm_config.parallel_config.decode_context_parallel_size
+    if sharers > 1 and any(len(block) > 1 for block in plan.blocks):
+        # vLLM deals a sequence's tokens out to the ranks that hold the same KV heads, and counts
+        # these by the model's number of them. A wide block has more.
+        raise PlanError(
+            f"--decode-context-parallel-size {sharers}: the ranks of side-by-side layers hold "
+            f"different KV heads; allowed: 1, or a plan without parallel blocks"
         )
     speculative = vllm_config.speculative_config
     if speculative is not None and speculative.method not in _SPECULATION:
@@ -277,6 +333,11 @@ def plan_from(config: PreTrainedConfig) -> Plan:
 def plan_of(vllm_config: VllmConfig) -> Plan:
     """The plan of the model that a vLLM config describes."""
     return plan_from(vllm_config.model_config.hf_config)
+
+
+def source_of(model_config: ModelConfig) -> str | None:
+    """Where the plan of a model came from, for people; None for a model without one."""
+    return getattr(model_config, _SOURCE, None)
 
 
 def base_shape(config: PreTrainedConfig) -> ModelShape:

@@ -18,7 +18,13 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group
 
 from vllm_depthpar import metric_files
-from vllm_depthpar.compat import base_shape, kv_cache_bytes, plan_of, rows_of_this_step
+from vllm_depthpar.compat import (
+    base_shape,
+    kv_cache_bytes,
+    plan_of,
+    rows_of_this_step,
+    source_of,
+)
 from vllm_depthpar.metric_files import Counter, Histogram, Metric, MetricFiles
 from vllm_depthpar.picture import facts
 from vllm_depthpar.plan import Plan
@@ -98,7 +104,7 @@ def _publish(files: MetricFiles, vllm_config: VllmConfig, every: int) -> None:
         1,
         digest=plan.digest,
         name=plan.name,
-        source=str(config.hf_config.depthpar_source),
+        source=str(source_of(config)),
         effective_depth=str(plan.depth),
         tensor_parallel_size=str(tp),
     )

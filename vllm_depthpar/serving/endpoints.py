@@ -17,7 +17,7 @@ from vllm.config import VllmConfig
 from vllm.engine.protocol import EngineClient
 
 from vllm_depthpar import cost
-from vllm_depthpar.compat import base_shape, plan_of
+from vllm_depthpar.compat import base_shape, plan_of, source_of
 from vllm_depthpar.machines import LINKS, THIS, device_named, link_named
 from vllm_depthpar.picture import draw
 from vllm_depthpar.plan import PlanError
@@ -84,7 +84,7 @@ def get_plan(
     config = _served(request)
     plan, shape = plan_of(config), base_shape(config.model_config.hf_config)
     tp = config.parallel_config.tensor_parallel_size
-    source = config.model_config.hf_config.depthpar_source
+    source = str(source_of(config.model_config))
     try:
         predicted = _predict(config, device, link, batch, context)
     except PlanError as error:
@@ -136,7 +136,7 @@ def _predict(
 def _served(request: Request) -> VllmConfig:
     """The config of a restructured model."""
     config: VllmConfig | None = request.app.state.depthpar
-    if config is None or getattr(config.model_config.hf_config, "depthpar_source", None) is None:
+    if config is None or source_of(config.model_config) is None:
         raise HTTPException(HTTPStatus.NOT_FOUND, "the model that is served has no plan")
     return config
 
