@@ -51,6 +51,8 @@ class Case:
     dtype: str = "float32"
     max_tokens: int = 1
     logits: bool = False  # keep all logits (one rank only)
+    # Log-probabilities of the answer, not of the prompt: for those vLLM leaves caches unread.
+    cached: bool = False
     engine: dict[str, Any] = field(default_factory=dict)
 
 
@@ -61,6 +63,7 @@ class Result:
     prompt_logprobs: list[torch.Tensor]  # [tokens - 1]
     tokens: list[list[int]]
     logits: list[torch.Tensor]  # every tensor of logits the model computed, in turn: [rows, vocab]
+    logprobs: list[torch.Tensor]  # of the tokens, [max_tokens] each; only if `cached`
     # graphs, breaks in them, kernels, reads before a write; all 0 where nothing is compiled
     compilation: dict[str, int]
 
@@ -184,7 +187,8 @@ def _engine_run(case: Case, ranks: int, compiled: bool) -> Result:
         SamplingParams(
             temperature=0,
             max_tokens=case.max_tokens,
-            prompt_logprobs=0,
+            prompt_logprobs=None if case.cached else 0,
+            logprobs=0 if case.cached else None,
             ignore_eos=True,
             detokenize=False,
         ),
@@ -201,6 +205,19 @@ def _engine_run(case: Case, ranks: int, compiled: bool) -> Result:
                 ]
             )
             for output in outputs
+            if not case.cached
+        ],
+        logprobs=[
+            torch.tensor(
+                [
+                    entry[token].logprob
+                    for entry, token in zip(
+                        output.outputs[0].logprobs, output.outputs[0].token_ids, strict=True
+                    )
+                ]
+            )
+            for output in outputs
+            if case.cached
         ],
         tokens=[list(output.outputs[0].token_ids) for output in outputs],
         logits=seen,

@@ -8,10 +8,14 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import pickle
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import setproctitle
@@ -44,6 +48,25 @@ def start_process(target: Callable[..., None], *args: object) -> BaseProcess:
     process = _forks.Process(target=target, args=args)
     process.start()
     return process
+
+
+def call(function: Callable[..., Any], *args: object, **env: str) -> Any:
+    """What a function that needs a process of its own returns there, with `env` in addition."""
+    with tempfile.TemporaryDirectory() as folder:
+        answer, log = Path(folder, "answer"), Path(folder, "log")
+        environment = {**os.environ, **env}
+        process = start_process(_answer, environment, str(log), answer, function, *args)
+        process.join()
+        if process.exitcode != 0:
+            raise RuntimeError(log.read_text()[-4000:])
+        return pickle.loads(answer.read_bytes())
+
+
+def _answer(
+    env: Mapping[str, str], log: str, answer: Path, function: Callable[..., Any], *args: object
+) -> None:
+    become(env, log)
+    answer.write_bytes(pickle.dumps(function(*args)))
 
 
 @contextmanager

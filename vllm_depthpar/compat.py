@@ -278,7 +278,10 @@ def _separate_kv_caches(vllm_config: VllmConfig, plan: Plan) -> None:
         copies_kv_heads=tp > kv_heads and any(len(block) > 1 for block in plan.blocks),
     )
     if transfer is not None:
-        transfer.kv_connector_extra_config = extra
+        # Not in place: it may be the caller's own, for the next engine, too.
+        vllm_config.kv_transfer_config = dataclasses.replace(
+            transfer, kv_connector_extra_config=extra
+        )
 
 
 def _check_features(vllm_config: VllmConfig, plan: Plan, tp: int) -> None:
