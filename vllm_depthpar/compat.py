@@ -53,10 +53,12 @@ from vllm_depthpar import (
     __version__,
     ladder_checkpoint,
     ladder_config,
+    last_words,
     metric_files,
     outside_state,
     sources,
 )
+from vllm_depthpar.agreement import check_agreement
 from vllm_depthpar.families import FAMILIES
 from vllm_depthpar.plan import NULL, Plan, PlanError, resolve
 from vllm_depthpar.shape import ModelShape
@@ -210,6 +212,7 @@ class DepthParConfig(VerifyAndUpdateConfig):
         _separate_kv_caches(vllm_config, plan)
         _only_safetensors(vllm_config)
         metric_files.prepare()
+        last_words.prepare()
         logger.info("plan %s: %s (from %s)", plan.digest, plan.name, source_of(model_config))
 
 
@@ -341,6 +344,24 @@ def plan_of(vllm_config: VllmConfig) -> Plan:
 def source_of(model_config: ModelConfig) -> str | None:
     """Where the plan of a model came from, for people; None for a model without one."""
     return getattr(model_config, _SOURCE, None)
+
+
+def check_ranks_agree(vllm_config: VllmConfig) -> None:
+    """Compare the plan with that of every rank, all of which make the model now.
+
+    A draft's with those that share its layers: the others may have no draft.
+
+    Relies on: `cpu_group` of vLLM's groups is a process group of torch.distributed.
+
+    Raises:
+        PlanError: see `agreement.check_agreement`.
+    """
+    draft = vllm_config.model_config.runner_type == "draft"
+    group = get_tp_group() if draft else parallel_state.get_world_group()
+    if group.world_size > 1:
+        source = str(source_of(vllm_config.model_config))
+        with last_words.kept():
+            check_agreement(plan_of(vllm_config), source, group.cpu_group)
 
 
 def base_shape(config: PreTrainedConfig) -> ModelShape:
@@ -576,6 +597,8 @@ def _explain(error: BaseException) -> str | None:
     """
     if isinstance(error, PlanError):
         return str(error)
+    if (words := last_words.found()) is not None:
+        return words
     if f"--model-impl {MODEL_IMPL}" not in " ".join(sys.argv).replace("=", " "):
         return None
     if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:

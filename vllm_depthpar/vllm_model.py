@@ -36,6 +36,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, extract_layer_in
 from vllm_depthpar.checkpoint_tensors import Expected, lacks, split_name
 from vllm_depthpar.compat import (
     base_config,
+    check_ranks_agree,
     compiles,
     let_draft_blocks_differ,
     logger,
@@ -465,6 +466,7 @@ class DepthParForCausalLM(LlamaForCausalLM):
     def _init_model(
         self, vllm_config: VllmConfig, prefix: str = "", layer_type: object = None
     ) -> DepthParModel:
+        check_ranks_agree(vllm_config)
         watch(self, vllm_config)
         if vllm_config.model_config.runner_type == "draft":
             let_draft_blocks_differ()

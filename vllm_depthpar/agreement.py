@@ -1,0 +1,42 @@
+"""Whether all ranks of a model have the same plan.
+
+Every node resolves the plan for itself. One with another `DEPTHPAR_PLAN`, or another config.json,
+would make other blocks, and the ranks would wait for each other's all-reduces for ever, or add what
+does not belong together.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch.distributed as dist
+
+from vllm_depthpar.plan import Plan, PlanError
+
+
+def check_agreement(plan: Plan, source: str, group: dist.ProcessGroup) -> None:
+    """Compare the plan's digest with those of all ranks of a group, each of which calls this.
+
+    Args:
+        plan: this rank's.
+        source: where it came from.
+        group: of the processes' CPUs.
+
+    Raises:
+        PlanError: they differ; on every rank, with the same line.
+    """
+    answers: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(answers, (plan.digest, source), group=group)
+    ranks = defaultdict(list)
+    for rank, answer in enumerate(answers):
+        ranks[answer].append(rank)
+    if len({digest for digest, _ in ranks}) > 1:
+        found = "; ".join(
+            f"{digest} on rank {', '.join(map(str, where))} (from {origin})"
+            for (digest, origin), where in ranks.items()
+        )
+        raise PlanError(
+            f"the ranks have different plans: {found}; allowed: the same on every node, from "
+            f"--hf-overrides, DEPTHPAR_PLAN or config.json"
+        )
