@@ -22,6 +22,7 @@ from unittest.mock import patch
 import compiled_order
 import preloaded
 import torch
+import weight_updates
 
 from vllm_depthpar import engine_process
 from vllm_depthpar.server_process import free_port
@@ -53,6 +54,8 @@ class Case:
     logits: bool = False  # keep all logits (one rank only)
     # Log-probabilities of the answer, not of the prompt: for those vLLM leaves caches unread.
     cached: bool = False
+    # First load the weights of this checkpoint in one of the ways of `weight_updates`.
+    update: tuple[str, Path] | None = None
     engine: dict[str, Any] = field(default_factory=dict)
 
 
@@ -182,6 +185,9 @@ def _engine_run(case: Case, ranks: int, compiled: bool) -> Result:
             return logits
 
         model.compute_logits = compute_logits
+    if case.update is not None:
+        way, folder = case.update
+        weight_updates.WAYS[way](llm, folder)
     outputs = llm.generate(
         [TokensPrompt(prompt_token_ids=prompt) for prompt in case.prompts],
         SamplingParams(

@@ -15,6 +15,7 @@ from texts import TEXTS
 from transformers import AutoTokenizer
 
 from vllm_depthpar import checkpoint, compat, export, hf
+from vllm_depthpar.checkpoint_tensors import split_name
 from vllm_depthpar.cli import main
 from vllm_depthpar.plan import PlanError, resolve
 
@@ -108,8 +109,8 @@ def test_changed_tensors_and_shards(model: Path, tmp_path: Path) -> None:
     sharded.mkdir()
     where = {}
     for name in tensors:
-        match = export._LAYER.match(name)
-        where[name] = f"model-{int(match[1]) // 3 + 1 if match else 0}.safetensors"
+        place = split_name(name)
+        where[name] = f"model-{place[1] // 3 + 1 if place else 0}.safetensors"
     for shard in set(where.values()):
         part = {name: tensors[name] for name in where if where[name] == shard}
         save_file(part, sharded / shard, metadata={"format": "pt"})

@@ -7,14 +7,13 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_depthpar.checkpoint_tensors import stored
 from vllm_depthpar.families import family_of
 from vllm_depthpar.plan import PlanError
 from vllm_depthpar.sources import KEY
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-INDEX = "model.safetensors.index.json"
 
 
 def read_config(model: str) -> dict[str, Any]:
@@ -67,24 +66,6 @@ def folder(model: str) -> Path:
     return _downloaded(model, lambda: snapshot_download(model, ignore_patterns=skipped))
 
 
-def weight_map(folder: Path) -> dict[str, str]:
-    """The names of a checkpoint's tensors, each with the file of the folder that it is in.
-
-    Raises:
-        PlanError: it is not in safetensors.
-    """
-    from safetensors import safe_open
-
-    index, single = folder / INDEX, folder / "model.safetensors"
-    if index.exists():
-        found: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        return found
-    if not single.exists():
-        raise PlanError(f"{folder} has no model.safetensors; allowed: safetensors checkpoints")
-    with safe_open(single, framework="pt") as file:
-        return dict.fromkeys(file.keys(), single.name)
-
-
 def read_tensors(model: str, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
     """Tensors by their names, one after the other, exactly as they are in the checkpoint.
 
@@ -92,17 +73,17 @@ def read_tensors(model: str, names: Iterable[str]) -> Iterator[tuple[str, Tensor
         model: see `read_config`, which has accepted it.
 
     Raises:
-        PlanError: see `folder` and `weight_map`; or the checkpoint lacks one.
+        PlanError: see `folder` and `checkpoint_tensors.stored`; or the checkpoint lacks one.
     """
     from safetensors import safe_open
 
     source = folder(model)
-    where = weight_map(source)
+    where = stored(source)
     by_file: dict[str, list[str]] = {}
     for name in names:
         if name not in where:
             raise PlanError(f"the checkpoint has no tensor {name!r}; allowed: {source} with it")
-        by_file.setdefault(where[name], []).append(name)
+        by_file.setdefault(where[name][0], []).append(name)
     for path, inside in by_file.items():
         with safe_open(source / path, framework="pt") as file:
             for name in inside:

@@ -97,35 +97,38 @@ def lacks(layer: int, rest: str) -> PlanError:
     return PlanError(f"layer {layer} of the checkpoint lacks {rest!r}; allowed: whole layers")
 
 
+def has_safetensors(folder: Path) -> bool:
+    """Whether a folder has safetensors of transformers' kind."""
+    return (folder / INDEX).exists() or (folder / "model.safetensors").exists()
+
+
 def stored(folder: Path) -> dict[str, tuple[str, Shape]]:
     """The files and shapes of a folder's tensors, by the tensors' names; none are read.
 
-    Returns:
-        Empty where the folder has no safetensors of transformers' kind.
-
     Raises:
-        PlanError: a file can't be read, or is not there.
+        PlanError: there are no safetensors, or a file can't be read.
     """
     from safetensors import SafetensorError, safe_open
 
-    where, names = folder / INDEX, ["model.safetensors"]
-    if where.exists():
+    index, names = folder / INDEX, ["model.safetensors"]
+    if not has_safetensors(folder):
+        raise PlanError(f"{folder} has no model.safetensors; allowed: safetensors checkpoints")
+    if index.exists():
         try:
-            names = sorted(set(json.loads(where.read_text())["weight_map"].values()))
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise PlanError(f"{where} is not an index of safetensors; allowed: one") from None
-    elif not (folder / names[0]).exists():
-        return {}
+            raise PlanError(f"{index} is not an index of safetensors; allowed: one") from None
     found = {}
     for name in names:
+        path = folder / name
+        if path.parent != folder:
+            raise PlanError(f"{index} names {name!r}; allowed: files of its folder")
         try:
-            with safe_open(folder / Path(name).name, framework="np") as file:
+            with safe_open(path, framework="np") as file:
                 for key in file.keys():  # noqa: SIM118 (not a mapping)
                     found[key] = (name, tuple(file.get_slice(key).get_shape()))
         except (OSError, SafetensorError) as error:
-            raise PlanError(
-                f"{folder / Path(name).name} can't be read ({error}); allowed: safetensors"
-            ) from None
+            raise PlanError(f"{path} can't be read ({error}); allowed: safetensors") from None
     return found
 
 
@@ -135,6 +138,6 @@ def check_folder(folder: Path, config: Mapping[str, Any], kept: Iterable[int]) -
     Raises:
         PlanError: it is one. Folders without safetensors pass.
     """
-    if tensors := stored(folder):
-        shapes = {name: shape for name, (_, shape) in tensors.items()}
+    if has_safetensors(folder):
+        shapes = {name: shape for name, (_, shape) in stored(folder).items()}
         Expected(config).check_all(shapes, kept)

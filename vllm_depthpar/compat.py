@@ -59,6 +59,7 @@ from vllm_depthpar import (
     sources,
 )
 from vllm_depthpar.agreement import check_agreement
+from vllm_depthpar.checkpoint_tensors import check_folder
 from vllm_depthpar.families import FAMILIES
 from vllm_depthpar.plan import NULL, Plan, PlanError, resolve
 from vllm_depthpar.shape import ModelShape
@@ -85,6 +86,9 @@ MISTRAL_FORMAT = (
 
 # Speculation that takes nothing from inside the target model.
 _SPECULATION = ("ngram", "ngram_gpu", "suffix", "draft_model")
+
+# Load formats that read no safetensors.
+_NOT_SAFETENSORS = ("dummy", "pt", "npcache")
 
 # The attribute of vLLM's ModelConfig that says where the plan came from.
 _SOURCE = "depthpar_source"
@@ -211,6 +215,8 @@ class DepthParConfig(VerifyAndUpdateConfig):
         )
         _separate_kv_caches(vllm_config, plan)
         _only_safetensors(vllm_config)
+        if vllm_config.load_config.load_format not in _NOT_SAFETENSORS:
+            check_folder(Path(model_config.model), base_config(config), plan.kept)
         metric_files.prepare()
         last_words.prepare()
         logger.info("plan %s: %s (from %s)", plan.digest, plan.name, source_of(model_config))

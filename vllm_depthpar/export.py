@@ -7,13 +7,13 @@ left out. The plan is in config.json.
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_depthpar import checkpoint, files, ladder_checkpoint, picture
+from vllm_depthpar.checkpoint_tensors import INDEX, Expected, split_name, stored
 from vllm_depthpar.plan import Plan, PlanError
 from vllm_depthpar.shape import ModelShape
 from vllm_depthpar.sources import ARCHITECTURE, KEY
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 # What belongs to a checkpoint beside weights and config: tokenizer, generation config, licence.
 _KEPT = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "USE_POLICY*", "NOTICE*")
-_LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 
 
 def check_out(out: Path) -> None:
@@ -40,9 +39,10 @@ def check_source(model: str, plan: Plan) -> None:
     """Refuse a checkpoint that can't be exported with a plan, before anything long begins.
 
     Raises:
-        PlanError: it is not in safetensors, or lacks layers that the plan runs.
+        PlanError: it is not in safetensors, lacks layers that the plan runs, or its tensors are not
+            what its config.json says.
     """
-    _shards(checkpoint.folder(model), plan)
+    _shards(checkpoint.folder(model), checkpoint.read_config(model), plan)
 
 
 def export(
@@ -66,14 +66,14 @@ def export(
     """
     check_out(out)
     source, config = checkpoint.folder(model), checkpoint.read_config(model)
-    shards = _shards(source, plan)
+    shards = _shards(source, config, plan)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     partial.mkdir(parents=True)
     _write_weights(source, partial, shards, changes or {})
     for pattern in _KEPT:
         for path in source.glob(pattern):
-            if path.name not in ("config.json", checkpoint.INDEX):
+            if path.name not in ("config.json", INDEX):
                 shutil.copyfile(path, partial / path.name)
     files.write_json(partial / "config.json", exported_config(config, plan))
     if recovery:
@@ -96,18 +96,15 @@ def exported_config(config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
     }
 
 
-def _shards(source: Path, plan: Plan) -> dict[str, list[str]]:
+def _shards(source: Path, config: Mapping[str, Any], plan: Plan) -> dict[str, list[str]]:
     """The names of the tensors to keep, by the file that they are in."""
-    where = checkpoint.weight_map(source)
-    layers = {name: int(match[1]) for name in where if (match := _LAYER.match(name))}
-    if missing := sorted(set(plan.kept) - set(layers.values())):
-        raise PlanError(
-            f"the checkpoint has no layer {missing[0]}, which the plan runs; allowed: layers "
-            f"{', '.join(map(str, sorted(set(layers.values()))))}"
-        )
+    tensors = stored(source)
+    shapes = {name: shape for name, (_, shape) in tensors.items()}
+    Expected(config).check_all(shapes, plan.kept)
     shards: dict[str, list[str]] = {}
-    for name, shard in where.items():
-        if name not in layers or layers[name] in plan.kept:
+    for name, (shard, _) in tensors.items():
+        place = split_name(name)
+        if place is None or place[1] in plan.kept:
             shards.setdefault(shard, []).append(name)
     return shards
 
@@ -131,9 +128,7 @@ def _write_weights(
     if lost := sorted(changes.keys() - kept.keys()):
         raise PlanError(f"the checkpoint has no tensor {lost[0]!r} to replace")
     if set(shards) != {"model.safetensors"}:
-        files.write_json(
-            out / checkpoint.INDEX, {"metadata": {"total_size": total}, "weight_map": kept}
-        )
+        files.write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": kept})
 
 
 def card(

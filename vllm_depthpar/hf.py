@@ -26,6 +26,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
 from os import PathLike
+from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -36,6 +37,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vllm_depthpar import ladder_config
+from vllm_depthpar.checkpoint_tensors import check_folder
 from vllm_depthpar.families import family_of, windows
 from vllm_depthpar.plan import Plan, PlanError, resolve
 from vllm_depthpar.sources import KEY
@@ -112,7 +114,8 @@ def load(
 
     Raises:
         PlanError: the plan is wrong, or the checkpoint of no family that can be restructured, or
-            its layers differ in their windows of attention; before weights load.
+            its layers differ in their windows of attention, or its tensors are not what its
+            config.json says; before weights load.
         OSError: there is no checkpoint at `path`.
     """
     config = _config(path)
@@ -163,6 +166,9 @@ def _weights(
     **kwargs: Any,
 ) -> PreTrainedModel:
     """Load all layers. Those `absent` need not be in the checkpoint: exported ones lack them."""
+    if kwargs.get("use_safetensors", True):
+        run = sorted(set(range(config.num_hidden_layers)) - set(absent))
+        check_folder(Path(path), config.to_dict(), run)
     model_type = getattr(transformers, family_of(config.to_dict()).architectures[0])
     options = {"use_safetensors": True, **kwargs}
     model, report = model_type.from_pretrained(

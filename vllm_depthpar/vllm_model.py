@@ -14,7 +14,7 @@ Unified Layer Skipping: arXiv 2404.06954.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -33,6 +33,7 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
 from vllm.model_executor.models.utils import AutoWeightsLoader, extract_layer_index
 
+from vllm_depthpar import last_words
 from vllm_depthpar.checkpoint_tensors import Expected, lacks, split_name
 from vllm_depthpar.compat import (
     base_config,
@@ -249,11 +250,11 @@ class WideDecoderLayer(BlockDecoderLayer):
         for name, heads in (("q_norm", attention.num_heads), ("k_norm", attention.num_kv_heads)):
             if norm := getattr(attention, name, None):
                 setattr(attention, name, HeadNorm(norm, heads))
-        for name, shard_ids in _SHARD_IDS.items():
+        for name in _SHARD_IDS:
             linear = self.get_submodule(name)
-            linear.weight.weight_loader = _member_loader(linear, shard_ids)
+            linear.weight.weight_loader = _load_part
             if linear.bias is not None and isinstance(linear, ColumnParallelLinear):
-                linear.bias.weight_loader = _member_loader(linear, shard_ids)
+                linear.bias.weight_loader = _load_part
         self._parts = frozenset(self._expected())
         on_weights_loaded(attention.attn, self.let_go)
 
@@ -306,30 +307,29 @@ class WideDecoderLayer(BlockDecoderLayer):
         self._held = {}
 
     def _load(self, parts: dict[Part, torch.Tensor]) -> None:
-        biases: dict[str, torch.Tensor] = {}
+        # Of parameters that all members share, or that vLLM's own loaders take: what they become.
+        whole = {f"{norm}.weight": torch.ones(self.hidden_size) for norm in _NORM_BEFORE.values()}
         head_gains: dict[str, list[torch.Tensor]] = {}
         for part in sorted(parts, key=lambda part: part.member):
-            module, _, leaf = part.parameter.rpartition(".")
-            tensor = parts[part]
-            if module in _NORM_BEFORE.values():
+            name, _, leaf = part.parameter.rpartition(".")
+            module, tensor = self.get_submodule(name), parts[part]
+            if name in _NORM_BEFORE.values():
                 continue
-            if isinstance(self.get_submodule(module), HeadNorm):
+            if isinstance(module, HeadNorm):
                 head_gains.setdefault(part.parameter, []).append(tensor)
-            elif leaf == "bias" and isinstance(self.get_submodule(module), RowParallelLinear):
+            elif leaf == "bias" and isinstance(module, RowParallelLinear):
                 # Every member's output bias is added once: they sum.
                 zeros = torch.zeros_like(tensor, dtype=torch.float32)
-                biases[part.parameter] = biases.get(part.parameter, zeros) + tensor
-            else:
+                whole[part.parameter] = whole.get(part.parameter, zeros) + tensor
+            elif (place := _place(module, part, tensor)) is not None:
                 gain = None
-                if leaf == "weight" and module in _NORM_BEFORE:
-                    gain = parts[Part(f"{_NORM_BEFORE[module]}.weight", None, part.member)]
+                if leaf == "weight" and name in _NORM_BEFORE:
+                    gain = parts[Part(f"{_NORM_BEFORE[name]}.weight", None, part.member)]
                 param = self.get_parameter(part.parameter)
-                param.weight_loader(param, tensor, part.member, part.shard_id, gain)
-        for name in _NORM_BEFORE.values():
-            biases[f"{name}.weight"] = torch.ones(self.hidden_size)
+                param.weight_loader(param, tensor, *place, gain)
         for name, gains in head_gains.items():
-            biases[name] = self._of_this_rank(gains, len(self.get_parameter(name)))
-        for name, tensor in biases.items():
+            whole[name] = self._of_this_rank(gains, len(self.get_parameter(name)))
+        for name, tensor in whole.items():
             param = self.get_parameter(name)
             getattr(param, "weight_loader", default_weight_loader)(param, tensor)
 
@@ -356,44 +356,45 @@ class WideDecoderLayer(BlockDecoderLayer):
                     yield Part(name, shard_id, member)
 
 
-def _member_loader(linear: LinearBase, shard_ids: Iterable[object]) -> Callable[..., None]:
-    """A weight loader, as vLLM's parameters have one, of a wide layer's projection.
+def _load_part(
+    param: nn.Parameter,
+    loaded_weight: torch.Tensor,
+    dim: int,
+    source: slice,
+    target: slice,
+    gain: torch.Tensor | None = None,
+) -> None:
+    """Put a part of a member's tensor where it belongs, the gain folded in: the weight loader, as
+    vLLM's parameters have one, of a wide layer's projections.
 
-    It holds no reference to the layer: vLLM keeps loaders beyond the life of a model.
+    Args:
+        param: of the wide layer, on this rank.
+        loaded_weight: the checkpoint's tensor, whole.
+        dim: along which the parts lie.
+        source: in the tensor.
+        target: in the parameter.
+        gain: (in,), of the norm before the projection.
     """
-    rank = linear.tp_rank
+    before = (slice(None),) * dim
+    part = param.data[(*before, target)]
+    part.copy_(loaded_weight[(*before, source)])
+    # vLLM loads onto the meta device first, so as to count.
+    if gain is not None and not param.is_meta:
+        fold_gain_(part, gain)
+
+
+def _place(linear: LinearBase, part: Part, tensor: torch.Tensor) -> tuple[int, slice, slice] | None:
+    """The dimension, source and target of `_load_part` for what this rank holds of a tensor; None
+    if it holds nothing of it."""
     if isinstance(linear, ColumnParallelLinear):
-        dim, rows = 0, {shard_id: _rows_of(linear, shard_id) for shard_id in shard_ids}
+        dim, (offset, size) = 0, _rows_of(linear, part.shard_id)
     else:
-        dim, rows = 1, {}
-
-    def load_member(
-        param: nn.Parameter,
-        loaded_weight: torch.Tensor,
-        member: int,
-        shard_id: object = None,
-        gain: torch.Tensor | None = None,
-    ) -> None:
-        """Put what this rank holds of one member's tensor where it belongs, the gain folded in.
-
-        Args:
-            param: of the wide layer, on this rank.
-            loaded_weight: the checkpoint's tensor, whole.
-            member: whose it is.
-            shard_id: which part of a merged projection it is, in vLLM's words.
-            gain: (in,), of the norm before the projection.
-        """
-        part = param.data.narrow(0, *rows[shard_id]) if rows else param.data
-        place = shard_of(member, loaded_weight.shape[dim], rank, part.shape[dim])
-        if place is None:
-            return
-        source, target = ((slice(None),) * dim + (index,) for index in place)
-        part[target].copy_(loaded_weight[source])
-        # vLLM loads onto the meta device first, so as to count.
-        if gain is not None and not param.is_meta:
-            fold_gain_(part[target], gain)
-
-    return load_member
+        dim, offset, size = 1, 0, linear.input_size_per_partition
+    where = shard_of(part.member, tensor.shape[dim], linear.tp_rank, size)
+    if where is None:
+        return None
+    source, target = where
+    return dim, source, slice(target.start + offset, target.stop + offset)
 
 
 def _rows_of(linear: ColumnParallelLinear, shard_id: object) -> tuple[int, int]:
@@ -448,12 +449,13 @@ class DepthParModel(LlamaModel):
             PlanError: a tensor has a wrong shape, or is of a layer that the model does not have, or
                 is missing where there were no weights before.
         """
-        loaded = super().load_weights(addressed(weights, self.plan, self.expected))
-        for layer in self.layers:
-            if isinstance(layer, WideDecoderLayer) and (missing := layer.missing()):
-                if not self.has_weights:
-                    raise lacks(*missing[0])
-                layer.keep()
+        with last_words.kept():
+            loaded = super().load_weights(addressed(weights, self.plan, self.expected))
+            for layer in self.layers:
+                if isinstance(layer, WideDecoderLayer) and (missing := layer.missing()):
+                    if not self.has_weights:
+                        raise lacks(*missing[0])
+                    layer.keep()
         self.has_weights = True
         return loaded
 
