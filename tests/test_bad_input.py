@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from forked_serve import Call, Outcome, run
 from models import write_llama
+from safetensors.torch import load_file, save_file
 
 
 def plan(spec: Any) -> list[str]:
@@ -112,6 +113,22 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     "Mistral's own weights": (
         {"model": "consolidated", "args": ["--config-format", "hf"]},
         ["Mistral's own format", "allowed: --config-format hf --load-format hf"],
+    ),
+    "an MLP of another size": (
+        {"model": "small MLP", "args": plan({"pair": [0, 6]})},
+        ["layer 3 of the checkpoint", "mlp.up_proj.weight'", "[80, 64]", "allowed: [96, 64]"],
+    ),
+    "too few KV heads": (
+        {"model": "few heads", "args": plan({"pair": [0, 6]})},
+        ["layer 3 of the checkpoint", "self_attn.k_proj.weight'", "[32, 64]", "allowed: [64, 64]"],
+    ),
+    "more layers than config.json says": (
+        {"model": "four of six", "args": plan({"pair": [0, 2]})},
+        ["has layer 4", "num_hidden_layers 4", "allowed: layers 0 to 3"],
+    ),
+    "fewer layers than config.json says": (
+        {"model": "eight of six", "args": plan({"pair": [0, 2]})},
+        ["has no layer 6", "allowed: layers 0, 1, 2, 3, 4, 5"],
     ),
     "windows that differ side by side": (
         {"model": "windows", "args": plan({"pair": [0, 6]})},
@@ -221,6 +238,18 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Out
     )
     write_llama(folder / "rotary", partial_rotary_factor=0.5)
     (folder / "null.json").write_text("null")
+    for name, tensor, rows in (
+        ("small MLP", "mlp.up_proj", 80),
+        ("few heads", "self_attn.k_proj", 32),
+    ):
+        file = write_llama(folder / name) / "model.safetensors"
+        tensors, key = load_file(file), f"model.layers.3.{tensor}.weight"
+        save_file({**tensors, key: tensors[key][:rows].clone()}, file, metadata={"format": "pt"})
+    for name, layers in (("four of six", 4), ("eight of six", 8)):
+        config = write_llama(folder / name) / "config.json"
+        config.write_text(
+            json.dumps({**json.loads(config.read_text()), "num_hidden_layers": layers})
+        )
     pickled = write_llama(folder / "pickled")
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     consolidated = write_llama(folder / "consolidated", model_type="mistral")

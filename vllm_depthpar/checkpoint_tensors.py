@@ -115,7 +115,8 @@ def stored(folder: Path) -> dict[str, tuple[str, Shape]]:
         raise PlanError(f"{folder} has no model.safetensors; allowed: safetensors checkpoints")
     if index.exists():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            where = json.loads(index.read_text())["weight_map"]
+            names = sorted({str(Path(name)) for name in where.values()})
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise PlanError(f"{index} is not an index of safetensors; allowed: one") from None
     found = {}
