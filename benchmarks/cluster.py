@@ -26,8 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ from two_hosts import Link, NotPossible, TwoHosts, exit_on_sigterm
 
 from vllm_depthpar import bundled, plan, shape
 from vllm_depthpar.progress import step_bar
-from vllm_depthpar.rounds import in_turn, summary, written
+from vllm_depthpar.rounds import awake, in_turn, pause, summary, written
 
 HERE = Path(__file__).parent
 NONE = "no communication"
@@ -88,7 +87,7 @@ class Contender:
     port: int
     processes: list[subprocess.Popen[bytes]]
 
-    def send(self, number: signal.Signals) -> None:
+    def signal(self, number: signal.Signals) -> None:
         """Signal both ranks, and the server."""
         for process in self.processes:
             with suppress(ProcessLookupError):
@@ -96,12 +95,12 @@ class Contender:
 
     def stop(self) -> None:
         """End both ranks."""
-        self.send(signal.SIGCONT)
-        self.send(signal.SIGTERM)
+        self.signal(signal.SIGCONT)
+        self.signal(signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
             for process in self.processes:
                 process.wait(STOP_SECONDS)
-        self.send(signal.SIGKILL)
+        self.signal(signal.SIGKILL)
         for process in self.processes:
             process.wait()
 
@@ -190,7 +189,7 @@ def measure(args: argparse.Namespace, link: Link | None) -> dict[str, Any]:
             one = launch(args, hosts, link is None, folder, model, label, resolved, spec, number)
             stack.callback(one.stop)
             wait_until_up(one, clients[0], hosts, folder)
-            one.send(signal.SIGSTOP)
+            pause(one)
             running.append(one)
             progress.advance(task)
 
@@ -201,7 +200,7 @@ def measure(args: argparse.Namespace, link: Link | None) -> dict[str, Any]:
             for load, (batch, prompt_tokens, tokens, counted) in loads.items():
                 for one in in_turn(running, number):
                     progress.update(task, description=f"{link_name}: {one.label}, {load}")
-                    with resumed(one):
+                    with awake(one):
                         result = clients[0].ask(
                             "measure",
                             host=hosts.addresses[0],
@@ -365,16 +364,6 @@ def wait_until_up(one: Contender, client: Client, hosts: TwoHosts, folder: Path)
             lines = [line for log in text for line in log[-LAST_LINES:]]
             raise RuntimeError("\n".join([f"{one.label} does not start:", *lines]))
         time.sleep(0.5)
-
-
-@contextmanager
-def resumed(one: Contender) -> Iterator[None]:
-    """Let a stopped contender run."""
-    one.send(signal.SIGCONT)
-    try:
-        yield
-    finally:
-        one.send(signal.SIGSTOP)
 
 
 def table(report: dict[str, Any]) -> str:

@@ -12,7 +12,6 @@ import argparse
 import math
 import os
 import random
-import signal
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -26,7 +25,7 @@ from vllm_depthpar import bundled, metric_files
 from vllm_depthpar.checkpoint import read_config
 from vllm_depthpar.engine_process import Worker, flags_of, make_engine
 from vllm_depthpar.progress import step_bar
-from vllm_depthpar.rounds import in_turn
+from vllm_depthpar.rounds import awake, in_turn, pause
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -65,7 +64,7 @@ def main() -> None:
             engine = Worker(setting, serve, model, flags, args.eager, env=env)
             stack.callback(engine.stop)
             engine.receive()
-            engine.signal(signal.SIGSTOP)
+            pause(engine)
             engines.append(engine)
             progress.advance(task)
         for batch in args.batches:
@@ -146,10 +145,8 @@ def _share(one: dict[str, float]) -> str:
 
 
 def _resumed(engine: Worker, request: object) -> Any:
-    engine.signal(signal.SIGCONT)
-    answer = engine.ask(request)
-    engine.signal(signal.SIGSTOP)
-    return answer
+    with awake(engine):
+        return engine.ask(request)
 
 
 def serve(connection: Connection, model: str, flags: list[str], eager: bool) -> None:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import signal
 import statistics
 import tempfile
 import threading
@@ -44,7 +43,7 @@ from vllm_depthpar.journal import Journal
 from vllm_depthpar.machines import LINKS, Device, Link
 from vllm_depthpar.plan import resolve
 from vllm_depthpar.progress import step_bar
-from vllm_depthpar.rounds import in_turn, summary, written
+from vllm_depthpar.rounds import awake, in_turn, pause, summary, written
 from vllm_depthpar.server_process import HOST, free_port
 from vllm_depthpar.shape import ModelShape
 
@@ -242,7 +241,7 @@ def _measure_lot(
             if one.label in labels:
                 doing(f"starting {one.label}")
                 running[one.label], _ = engines.start(one, stack)
-                running[one.label].signal(signal.SIGSTOP)
+                pause(running[one.label])
         # The largest load, uncounted: its prompts, of which all others' are beginnings, stay in the
         # KV cache.
         for label, engine in running.items():
@@ -258,9 +257,8 @@ def _measure_lot(
 
 def _step_seconds(engines: Engines, running: Worker, load: Load) -> float:
     """Of a step in which all sequences get a token."""
-    running.signal(signal.SIGCONT)
-    found = engines.measure(running, load, seed=0)
-    running.signal(signal.SIGSTOP)
+    with awake(running):
+        found = engines.measure(running, load, seed=0)
     return load.batch / found["decode_tokens_per_second"]
 
 

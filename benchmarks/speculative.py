@@ -1,7 +1,8 @@
 """The unmodified model, with a restructured one as its draft: what speculation gains.
 
 Verified tokens are the unmodified model's own, so that whatever is gained loses no quality. Plain
-vLLM and every (draft, tokens ahead) have an engine each and take turns, as in `depthpar bench`.
+vLLM and every (draft, tokens ahead) have an engine each and take turns, as in `depthpar bench`, all
+but one paused.
 The draft "ngram" is vLLM's prompt lookup: what followed the last tokens where they stood before.
 """
 
@@ -21,7 +22,7 @@ from vllm_depthpar import bundled, texts
 from vllm_depthpar.contenders import Contender
 from vllm_depthpar.engine_process import Worker, flags_of, make_engine
 from vllm_depthpar.progress import step_bar
-from vllm_depthpar.rounds import in_turn, spread, summary
+from vllm_depthpar.rounds import awake, in_turn, pause, spread, summary
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -82,12 +83,14 @@ def main() -> None:
             worker = Worker(label, serve, model, flags_of({**options, **config}), env=env)
             stack.callback(worker.stop)
             worker.receive()
+            pause(worker)
             workers.append(worker)
             progress.advance(task)
         for number in range(-1, args.rounds):
             for worker in in_turn(workers, number):
                 progress.update(task, description=worker.label)
-                answer = worker.ask((prompts, args.tokens))
+                with awake(worker):
+                    answer = worker.ask((prompts, args.tokens))
                 if number >= 0:
                     found[worker.label].append(answer)
                 progress.advance(task)

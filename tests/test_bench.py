@@ -1,4 +1,4 @@
-"""`depthpar bench`, with real engines and a real `vllm serve` for each contender."""
+"""`depthpar bench`, with real engines and a real `vllm serve` for each contender; and the demo."""
 
 from __future__ import annotations
 
@@ -19,16 +19,18 @@ from unittest.mock import patch
 import psutil
 import pytest
 from forked_serve import forked_servers
-from models import write_llama
+from models import write_llama, write_tokenizer
 from preloaded import forked_engines
-from processes import command_line
+from processes import are_stopped, command_line, wait_until_stopped
 
-from vllm_depthpar import bench_report, machines
+from vllm_depthpar import bench_report, demo, machines
 from vllm_depthpar.bench_settings import PARTS, Settings
 from vllm_depthpar.cli import main
 from vllm_depthpar.contenders import contenders
 from vllm_depthpar.engine_process import flags_of
 from vllm_depthpar.machines import Device
+from vllm_depthpar.rounds import pause
+from vllm_depthpar.server_process import Server, serve
 
 PAIRS = '{"pair": [1, 5]}'
 SIZES = ["--eager", "--dtype", "float32", "--load-format", "dummy", "--output-len", "4"]
@@ -312,3 +314,36 @@ def test_loads_are_a_grid() -> None:
 def test_flags() -> None:
     options = {"dtype": "half", "enforce_eager": True, "no": False, "none": None, "a_b": {"c": 1}}
     assert flags_of(options) == ["--dtype", "half", "--enforce-eager", "--a-b", '{"c": 1}']
+
+
+def test_the_demos_servers_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one answers the other is stopped, with all its processes; and both do answer."""
+    folder = write_tokenizer(write_llama(tmp_path / "model", layers=4))
+    flags = [*demo.ARGS[:2], "--max-model-len", "256", "--enforce-eager"]
+    plan = ["--model-impl", "depthpar", "--hf-overrides", '{"depthpar": {"pair": [0, 4]}}']
+    env = {"TORCHDYNAMO_DISABLE": "1"}
+    measure, turns = demo._tokens_per_second, []
+    with (
+        forked_servers(),
+        serve(folder, *flags, *plan, env=env) as depthpar,
+        serve(folder, *flags, env=env) as plain,
+    ):
+        servers = {"depthpar": depthpar, "plain": plain}
+        for server in servers.values():
+            pause(server)
+            wait_until_stopped(server.process.pid)
+
+        def watched(server: Server) -> float:
+            (name,) = (name for name in servers if servers[name] is server)
+            (other,) = (servers[one].process.pid for one in servers if one != name)
+            turns.append(name)
+            wait_until_stopped(server.process.pid, False)
+            wait_until_stopped(other)
+            rate = measure(server)
+            assert are_stopped(other) == {True}
+            return rate
+
+        monkeypatch.setattr(demo, "_tokens_per_second", watched)
+        rounds = [demo._round(servers, number) for number in range(2)]
+    assert turns == ["depthpar", "plain", "plain", "depthpar"]
+    assert all(one.keys() == servers.keys() and min(one.values()) > 0 for one in rounds)

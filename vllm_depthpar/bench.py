@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import signal
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from vllm_depthpar.bench_settings import ENGINES, STAGES, Load, Settings, Setup
 from vllm_depthpar.bench_stages import Engines, Running, Servers, Stage
 from vllm_depthpar.checkpoint import fingerprint, read_config
 from vllm_depthpar.contenders import Contender
-from vllm_depthpar.rounds import in_turn
+from vllm_depthpar.rounds import awake, in_turn, pause
 
 # {contender's label: {load's key: {figure: value}}}
 Round = dict[str, dict[str, dict[str, float]]]
@@ -156,10 +155,14 @@ def _at_once(
     loads: Sequence[Load],
     numbers: range,
     starts: list[dict[str, Any]],
-    pause: bool,
+    alone: bool,
     doing: Doing,
 ) -> Generator[Round, None, None]:
-    """The rounds of these numbers, and one before them that does not count."""
+    """The rounds of these numbers, and one before them that does not count.
+
+    Args:
+        alone: let only the one that is measured run.
+    """
     with ExitStack() as stack:
         running: list[tuple[str, Running]] = []
         for one in contenders:
@@ -167,26 +170,17 @@ def _at_once(
                 process, took = stage.start(one, stack)
             starts.append({"label": one.label, **took})
             running.append((one.label, process))
-            if pause:
-                process.signal(signal.SIGSTOP)
+            if alone:
+                pause(process)
         for number in (numbers.start - 1, *numbers):
             found: Round = {one.label: {} for one in contenders}
             for load in loads:
                 for label, process in in_turn(running, number):
-                    with doing(f"{label}: {load.key}"), _awake(process, pause):
+                    running_alone = awake(process) if alone else nullcontext()
+                    with doing(f"{label}: {load.key}"), running_alone:
                         found[label][load.key] = stage.measure(process, load, number + 1)
             if number in numbers:
                 yield found
-
-
-@contextmanager
-def _awake(process: Running, pause: bool) -> Iterator[None]:
-    """On a CPU only the one that is measured may run: others poll, and take turns with it."""
-    if pause:
-        process.signal(signal.SIGCONT)
-    yield
-    if pause:
-        process.signal(signal.SIGSTOP)
 
 
 def _one_at_a_time(

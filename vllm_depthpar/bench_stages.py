@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import signal
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from vllm_depthpar.bench_settings import LATENCY, Load, Setup
 from vllm_depthpar.contenders import Contender
 from vllm_depthpar.engine_process import Worker
 from vllm_depthpar.memory import GroupPeak
+from vllm_depthpar.rounds import Pausable
 from vllm_depthpar.server_process import Server
 
 # A large model is read and compiled before its server answers.
@@ -25,13 +25,10 @@ START_SECONDS = 1800
 _WEIGHTS = re.compile(r"Loading weights took ([0-9.]+) seconds")
 
 
-class Running(Protocol):
+class Running(Pausable, Protocol):
     """The processes of a contender."""
 
     process: Any
-
-    def signal(self, number: signal.Signals, /) -> None:
-        """Signal all of them."""
 
     def log_text(self) -> str:
         """All that they have written so far."""

@@ -1,14 +1,14 @@
 """``make demo``: the bundled model's plan, one answer, and its speed beside plain vLLM's.
 
 Two real servers, stopped at the end however it comes: one with ``--model-impl depthpar``, one
-without. They take turns, so that a change in the machine's speed meets both. Both run eager:
-compiling two models takes minutes at the first start.
+without. They take turns, so that a change in the machine's speed meets both, and the one that waits
+is paused: both workers are bound to the same cores. Both run eager: compiling two models takes
+minutes at the first start.
 """
 
 from __future__ import annotations
 
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -21,6 +21,7 @@ from openai import DefaultHttpxClient, OpenAI, OpenAIError
 from rich.console import Console
 
 from vllm_depthpar import bundled
+from vllm_depthpar.rounds import awake, in_turn, pause, spread
 from vllm_depthpar.server_process import Server
 
 QUESTION = "What is gravity? Answer in two sentences."
@@ -67,24 +68,25 @@ def _demonstrate(console: Console, stack: ExitStack) -> None:
             stack.callback(servers[name].stop)
         for server in servers.values():
             server.wait(START_SECONDS)
+            pause(server)
     console.print(f"up after {time.monotonic() - start:.0f} s; their logs are in {logs}")
 
     console.rule("One question")
     console.print(f"[bold]{QUESTION}[/bold]")
-    for piece in _answer(servers["depthpar"]):
-        print(piece, end="", flush=True)
+    with awake(servers["depthpar"]):
+        for piece in _answer(servers["depthpar"]):
+            print(piece, end="", flush=True)
     print()
 
     console.rule("Tokens per second")
     with console.status(f"{ROUNDS} rounds of {TOKENS} tokens on each ..."):
-        for server in servers.values():
-            _tokens_per_second(server)  # not counted: the first request of its size
-        rounds = [_round(servers, first=i % 2) for i in range(ROUNDS)]
+        # The one before them is not counted: it has the first requests of their size.
+        rounds = [_round(servers, number) for number in range(-1, ROUNDS)][1:]
     for name in servers:
         rates = [one[name] for one in rounds]
-        console.print(f"{name:9} {_spread(rates, '.1f')} tokens/s at batch 1, eager")
+        console.print(f"{name:9} {spread(rates, '.1f')} tokens/s at batch 1, eager")
     ratios = [one["depthpar"] / one["plain"] for one in rounds]
-    console.print(f"{'ratio':9} {_spread(ratios, '.2f')} (of each round; {ROUNDS} rounds)")
+    console.print(f"{'ratio':9} {spread(ratios)} (of each round; {ROUNDS} rounds)")
 
 
 def _client(server: Server) -> OpenAI:
@@ -120,15 +122,13 @@ def _tokens_per_second(server: Server) -> float:
     return TOKENS / (time.perf_counter() - start)
 
 
-def _round(servers: dict[str, Server], first: int) -> dict[str, float]:
-    """Tokens per second of each server, one after the other, beginning with number `first`."""
-    names = list(servers)
-    return {name: _tokens_per_second(servers[name]) for name in names[first:] + names[:first]}
-
-
-def _spread(values: list[float], form: str) -> str:
-    low, middle, high = min(values), statistics.median(values), max(values)
-    return f"{middle:{form}} ({low:{form}} to {high:{form}})"
+def _round(servers: dict[str, Server], number: int) -> dict[str, float]:
+    """Tokens per second of each server, one after the other, alone."""
+    rates = {}
+    for name, server in in_turn(list(servers.items()), number):
+        with awake(server):
+            rates[name] = _tokens_per_second(server)
+    return rates
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""Measuring in rounds: whose turn it is, and what many rounds say together."""
+"""Measuring in rounds: whose turn it is, while the others rest, and what many rounds say."""
 
 from __future__ import annotations
 
+import signal
 import statistics
-from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Protocol, TypeVar
 
 T = TypeVar("T")
 
@@ -14,6 +16,28 @@ def in_turn(contenders: Sequence[T], number: int) -> list[T]:
     before 0, which are not counted, as round 0."""
     first = max(number, 0) % len(contenders)
     return [*contenders[first:], *contenders[:first]]
+
+
+class Pausable(Protocol):
+    """Processes that can be stopped for a while."""
+
+    def signal(self, number: signal.Signals, /) -> None:
+        """Signal all of them."""
+
+
+def pause(processes: Pausable) -> None:
+    """Stop what waits for its turn: on a CPU it polls, on the cores of the one that is measured."""
+    processes.signal(signal.SIGSTOP)
+
+
+@contextmanager
+def awake(processes: Pausable) -> Iterator[None]:
+    """What was paused runs meanwhile."""
+    processes.signal(signal.SIGCONT)
+    try:
+        yield
+    finally:
+        pause(processes)
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:
