@@ -141,6 +141,33 @@ def load_unmodified(
     return _weights(path, _config(path), dtype, absent, **kwargs)
 
 
+def outline(path: str | PathLike[str], plan: Plan, device: torch.device) -> PreTrainedModel:
+    """A checkpoint's model, restructured and without its weights: those are on the device "meta".
+
+    Args:
+        path: folder of the checkpoint.
+        plan: a plan for its number of layers.
+        device: what its rotary embedding, which has no weights, is made for.
+
+    Raises:
+        PlanError, OSError: see `load`.
+    """
+    config = _config(path)
+    with torch.device("meta"):
+        model = _model_type(config)(config)
+    with device:
+        model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    return restructure(model.eval(), plan)
+
+
+def _model_type(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """transformers' class for a checkpoint of one of our families."""
+    found: type[PreTrainedModel] = getattr(
+        transformers, family_of(config.to_dict()).architectures[0]
+    )
+    return found
+
+
 def _config(path: str | PathLike[str]) -> PreTrainedConfig:
     ladder_config.register()
     config = AutoConfig.from_pretrained(path)
@@ -169,9 +196,8 @@ def _weights(
     if kwargs.get("use_safetensors", True):
         run = sorted(set(range(config.num_hidden_layers)) - set(absent))
         check_folder(Path(path), config.to_dict(), run)
-    model_type = getattr(transformers, family_of(config.to_dict()).architectures[0])
     options = {"use_safetensors": True, **kwargs}
-    model, report = model_type.from_pretrained(
+    model, report = _model_type(config).from_pretrained(
         path, config=config, dtype=dtype, output_loading_info=True, **options
     )
     missing = {int(name.split(".")[2]) for name in report["missing_keys"] if ".layers." in name}
