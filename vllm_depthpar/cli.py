@@ -20,12 +20,15 @@ from vllm_depthpar.commands import (
     recover,
     search,
     study,
+    verify,
 )
 from vllm_depthpar.plan import PlanError
 from vllm_depthpar.tasks import TaskError
 from vllm_depthpar.texts import TextError
+from vllm_depthpar.verify import VerifyError
 
-COMMANDS = (plan, predict, bench, search, eval, study, recover, export, bundled)
+COMMANDS = (plan, verify, predict, bench, search, eval, study, recover, export, bundled)
+USER_ERRORS = (PlanError, TextError, TaskError, BenchError, BundledModelError, VerifyError)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         print(args.run(args))
-    except (PlanError, TextError, TaskError, BenchError, BundledModelError) as error:
+    except USER_ERRORS as error:
         print(f"depthpar: error: {error}", file=sys.stderr)
         return 1
     except BrokenPipeError:

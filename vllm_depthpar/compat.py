@@ -451,6 +451,27 @@ def shut_down(engine: LLM) -> None:
     engine.llm_engine.engine_core.shutdown()
 
 
+def how_it_runs(engine: LLM) -> dict[str, str]:
+    """An engine's dtype, its mode, and what it quantizes, as `vllm_depthpar.rounding.Served` says.
+
+    Relies on: `LLMEngine.vllm_config` is as the workers have it; eager engines have no
+    `CompilationMode`, and on a CPU there are no CUDA graphs, whatever its mode of them says.
+    """
+    config = engine.llm_engine.vllm_config
+    mode = "eager" if config.compilation_config.mode == CompilationMode.NONE else "compiled"
+    graphs = config.compilation_config.cudagraph_mode
+    if not current_platform.is_cpu() and graphs not in (None, CUDAGraphMode.NONE):
+        mode += f", CUDA graphs {graphs.name.lower()}"
+    kinds = [config.model_config.quantization]
+    if kv_cache_bytes(config) < config.model_config.dtype.itemsize:
+        kinds.append(f"KV cache {config.cache_config.cache_dtype}")
+    return {
+        "dtype": str(config.model_config.dtype).removeprefix("torch."),
+        "mode": mode,
+        "quantized": ", ".join(filter(None, kinds)),
+    }
+
+
 def kv_cache_bytes(vllm_config: VllmConfig) -> int:
     """Bytes of one element of the KV cache.
 

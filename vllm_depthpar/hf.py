@@ -118,7 +118,7 @@ def load(
             config.json says; before weights load.
         OSError: there is no checkpoint at `path`.
     """
-    config = _config(path)
+    config = config_of(path)
     if spec is None and getattr(config, KEY, None) is None:
         raise PlanError(f"{path} carries no plan; allowed: a spec, or a checkpoint that does")
     if not isinstance(spec, Plan):
@@ -138,7 +138,7 @@ def load_unmodified(
     Args:
         absent: layers that the checkpoint may lack; what they then hold means nothing.
     """
-    return _weights(path, _config(path), dtype, absent, **kwargs)
+    return _weights(path, config_of(path), dtype, absent, **kwargs)
 
 
 def outline(path: str | PathLike[str], plan: Plan, device: torch.device) -> PreTrainedModel:
@@ -152,7 +152,7 @@ def outline(path: str | PathLike[str], plan: Plan, device: torch.device) -> PreT
     Raises:
         PlanError, OSError: see `load`.
     """
-    config = _config(path)
+    config = config_of(path)
     with torch.device("meta"):
         model = _model_type(config)(config)
     with device:
@@ -168,7 +168,7 @@ def _model_type(config: PreTrainedConfig) -> type[PreTrainedModel]:
     return found
 
 
-def _config(path: str | PathLike[str]) -> PreTrainedConfig:
+def config_of(path: str | PathLike[str]) -> PreTrainedConfig:
     ladder_config.register()
     config = AutoConfig.from_pretrained(path)
     family_of(config.to_dict())

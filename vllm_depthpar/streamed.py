@@ -153,7 +153,7 @@ def _files_of_tensors(folder: Path) -> dict[str, Path]:
     if index.exists():
         names = json.loads(index.read_text())["weight_map"]
         return {name: folder / file for name, file in names.items()}
-    found = {}
+    found: dict[str, Path] = {}
     # Mistral's own format may lie beside.
     for file in set(folder.glob("*.safetensors")) - set(folder.glob("consolidated*")):
         with safe_open(file, framework="pt") as tensors:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -16,19 +15,13 @@ from vllm_depthpar import bench, bench_report, files, machines
 from vllm_depthpar.bench import BenchError
 from vllm_depthpar.bench_settings import PARTS, THROUGHPUT, Load, Settings, check
 from vllm_depthpar.checkpoint import read_config
-from vllm_depthpar.commands.types import DTYPES, MODEL_HELP, PLAN_HELP, at_least
+from vllm_depthpar.commands.types import DTYPES, MODEL_HELP, PLAN_HELP, at_least, engine_flags
 from vllm_depthpar.contenders import Contender, contenders, usual
 from vllm_depthpar.cost import plain_time, step_time
 from vllm_depthpar.plan import PlanError, resolve
 from vllm_depthpar.shape import ModelShape
 
 T = TypeVar("T")
-
-# Set by the plan and by other options here.
-RESERVED_FLAGS = (
-    *("--model", "--model-impl", "--hf-overrides", "--tensor-parallel-size", "-tp", "--dtype"),
-    *("--load-format", "--enforce-eager", "--tokenizer", "--seed"),
-)
 
 
 def add(commands: Any) -> None:
@@ -150,28 +143,8 @@ def _run(args: argparse.Namespace) -> str:
 
 
 def _settings(args: argparse.Namespace) -> Settings:
-    """The settings that were asked for.
-
-    Raises:
-        BenchError: vLLM does not know a flag of `--engine-args`, or it is not for there.
-    """
-    try:
-        flags = tuple(shlex.split(args.engine_args))
-    except ValueError as error:
-        raise BenchError(f"--engine-args: {error}") from None
-    for flag in flags:
-        if flag.partition("=")[0].replace("_", "-") in RESERVED_FLAGS:
-            raise BenchError(
-                f"--engine-args {flag!r} can't be given here; allowed: all of vLLM's engine but "
-                f"{', '.join(RESERVED_FLAGS)}"
-            )
-    if flags:
-        from vllm_depthpar import engine_process
-
-        try:
-            engine_process.check_flags(flags)
-        except engine_process.EngineError as error:
-            raise BenchError(f"--engine-args: {error.last.removeprefix('vllm: error: ')}") from None
+    """The settings that were asked for; raises as `engine_flags`."""
+    flags = engine_flags(args.engine_args)
     given = {field.name: getattr(args, field.name) for field in fields(Settings)}
     return Settings(**{**given, "engine_args": flags})
 
