@@ -157,8 +157,8 @@ def _entries(model: str, config: Mapping[str, Any], labels: Sequence[str], tp: i
 def _prompts(model: str, config: Mapping[str, Any]) -> list[list[int]]:
     """Token ids of the passages, as long as the model has positions for them and what it adds."""
     most = config.get("max_position_embeddings", math.inf) - TOKENS
-    if most < 1:
-        raise PlanError(f"the model has no more than {TOKENS} positions; allowed: a longer model")
+    if most < 2:
+        raise PlanError(f"{most + TOKENS} positions are too few; allowed: {TOKENS + 2} or more")
     if not has_tokenizer(model):
         return passages.random_ids(config["vocab_size"], most)
     from transformers import AutoTokenizer
