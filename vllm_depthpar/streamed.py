@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from vllm_depthpar import hf
+from vllm_depthpar.checkpoint_tensors import stored
 from vllm_depthpar.plan import Plan, PlanError
 
 # Positions whose logits are in memory at once.
@@ -50,7 +51,7 @@ class StreamedModel:
     def __init__(self, folder: Path, device: torch.device) -> None:
         self._folder, self._device = folder, device
         self._dequantize = _dequantizer(folder)
-        self._files = _files_of_tensors(folder)
+        self._files = {name: folder / file for name, (file, _) in stored(folder).items()}
         # Checkpoints of a model without its head have no prefix.
         self._prefix = "" if "embed_tokens.weight" in self._files else "model."
 
@@ -145,22 +146,6 @@ class StreamedModel:
                     if self._files[name] == file:
                         found[name] = tensors.get_tensor(name)
         return found
-
-
-def _files_of_tensors(folder: Path) -> dict[str, Path]:
-    """The file that each tensor of a checkpoint is in, by the tensor's name."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        names = json.loads(index.read_text())["weight_map"]
-        return {name: folder / file for name, file in names.items()}
-    found: dict[str, Path] = {}
-    # Mistral's own format may lie beside.
-    for file in set(folder.glob("*.safetensors")) - set(folder.glob("consolidated*")):
-        with safe_open(file, framework="pt") as tensors:
-            found |= dict.fromkeys(tensors.keys(), file)
-    if not found:
-        raise PlanError(f"{folder} has no *.safetensors; allowed: safetensors checkpoints")
-    return found
 
 
 def _dequantizer(folder: Path) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
