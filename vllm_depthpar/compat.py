@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import importlib
 import os
 import socket
 import sys
@@ -126,6 +127,8 @@ def install() -> None:
     for name in ("inspect_model_cls", "resolve_model_cls"):
         setattr(registry, name, _with_model_impl(getattr(registry, name)))
     sys.excepthook = _one_line(sys.excepthook)
+    # Its classes take the places of vLLM's where they are defined.
+    importlib.import_module("vllm_depthpar.mfu")
 
 
 def _with_model_impl(method: Callable[..., Any]) -> Callable[..., Any]:
