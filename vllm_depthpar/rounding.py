@@ -15,15 +15,16 @@ plan: one that damages the model amplifies any rounding. All of that is measured
   differences, and the ratio of a plan's to the control's stays.
 
 So rounding explains of a plan: control * (plan's reference in bf16 / control's reference in bf16),
-and no less than the control. On SmolLM2-135M in fp32, with a control of 5e-6 nats, means were 0.8
-to 1.1 times what this says, for plans that amplify 1.0 to 3.6 times; single worst tokens 0.7 to 2.7
-times, for 0.9 to 26 times. Allowed are `MEAN_FACTOR` and `WORST_FACTOR` times it. A block that
-reads what is not there is wrong by 1e5 times in fp32 and by 100 times in bf16.
+and no less than the control. `MEAN_FACTOR` and `WORST_FACTOR` times that are allowed. SmolLM2-135M,
+plain, identity, 3 and 8 pairs, and 6 of 30 layers skipped: what was found was 0.8 to 1.1 times what
+this explains in fp32 (control 5e-6 nats, amplified up to 3.6 times), and 0.9 to 1.1 in bf16 (0.024
+nats, up to 4.0 times); of the single worst tokens 0.5 to 2.7 times, amplified up to 26 times. A
+block that reads what is not there is wrong by 1e5 times in fp32, and by 100 times in bf16.
 
-A generated token must be the reference's best, or behind it by no more than a difference allows
-both: twice the worst that is allowed. The control itself has to be what its dtype's unit roundoff
-makes of the reference's own bf16 rounding, within `CONTROL_FACTOR`; where something is quantized,
-whose error the reference lacks, within `QUANTIZED_LIMIT`.
+A generated token is the reference's best, or two log-probabilities that rounding moved have changed
+places: it may be behind by as much as a worst token may be off. The control itself has to be what
+its dtype's unit roundoff makes of the reference's own bf16 rounding, within `CONTROL_FACTOR`; where
+something is quantized, whose error the reference lacks, within `QUANTIZED_LIMIT`.
 """
 
 from __future__ import annotations
@@ -140,7 +141,7 @@ def allowed(explained: Difference) -> Difference:
             (MEAN_FACTOR, WORST_FACTOR), (explained.mean, explained.worst), FLOOR, strict=True
         )
     )
-    return Difference(mean, worst, gap=2 * worst)
+    return Difference(mean, worst, gap=worst)
 
 
 def allowed_of_control(in_bf16: Difference, dtype: str, quantized: str) -> Difference:

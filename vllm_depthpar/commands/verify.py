@@ -19,8 +19,8 @@ from vllm_depthpar.commands.types import (
 from vllm_depthpar.rounding import PHASES
 from vllm_depthpar.verify import Settings, VerifyError, verify
 
-# By these the engine's log-probabilities would be others than the model's; and its weights.
-_RESERVED = (*RESERVED_FLAGS, "--logprobs-mode", "--max-logprobs", "--runner", "--convert")
+# With these there are other log-probabilities than the model's, or none.
+_RESERVED = (*RESERVED_FLAGS, "--logprobs-mode", "--runner", "--convert")
 
 
 def add(commands: Any) -> None:
