@@ -106,18 +106,21 @@ def test_other_ways_to_train(
 def test_what_is_not_changed_is_the_checkpoints(
     text: Path, tmp_path: Path, stored: torch.dtype, auto_dtype: str
 ) -> None:
-    """Bit for bit and in its dtype, whatever the work runs in; and what is to be trained begins as
-    the checkpoint's: without a step, that is how it ends."""
+    """Bit for bit and in its dtype, whatever the work runs in; and what is trained begins as the
+    checkpoint's: at a rate of 0 that is how it ends."""
     model = write_tokenizer(write_llama(tmp_path / "model", layers=LAYERS, dtype=stored), bos=True)
-    more = ["--tokens", 0, "--refit"]
-    assert main(arguments(model, text, tmp_path / "refitted", *more, 2048)) == 0
+    assert main(arguments(model, text, tmp_path / "refitted", "--tokens", 0)) == 0
     changed = differing(model, tmp_path / "refitted")
     assert changed == {f"model.layers.{layer}.mlp.down_proj.weight" for layer in (2, 3, 4, 5)}
-    assert main(arguments(model, text, tmp_path / "nothing", *more, 0)) == 0
-    assert not differing(model, tmp_path / "nothing")
+    for train in ("lora", "all"):
+        more = ["--train", train, "--refit", 0, "--tokens", 1024, "--rate", 0]
+        assert main(arguments(model, text, tmp_path / train, *more)) == 0
+        assert not differing(model, tmp_path / train)
 
 
-def test_refit_alone_and_next_token(model: Path, text: Path, tmp_path: Path) -> None:
+def test_refit_alone_and_next_token(
+    model: Path, text: Path, tmp_path: Path, auto_dtype: str
+) -> None:
     assert main(arguments(model, text, tmp_path / "refit", "--tokens", 0)) == 0
     record = json.loads((tmp_path / "refit" / "recovery.json").read_text())
     assert record["quality"]["end"] == record["quality"]["refit"]

@@ -161,13 +161,11 @@ class Recovery:
             What was done: steps, tokens, seconds.
         """
         settings, of_step = self._settings, self._tokens_of_a_step
-        self._distillation.unfreeze(settings.train, settings.rank, settings.seed)
-        if settings.checkpointing:
-            self._distillation.student.gradient_checkpointing_enable()
         # The first call decides for the later ones.
         steps: int = self._once("steps.json", lambda: self._steps(tokens, until))
         if steps == 0:
             return {"steps": 0, "tokens": 0, "seconds": 0.0}
+        self._prepare()
         every = max(1, round(steps / settings.evaluations)) if settings.evaluations else steps
         trainer = _Trainer(
             recovery=self,
@@ -216,6 +214,15 @@ class Recovery:
             "seconds": time.monotonic() - started,
         }
 
+    def _prepare(self) -> None:
+        """Make the student one that learns; harmless the second time."""
+        if any(parameter.requires_grad for parameter in self._distillation.parameters()):
+            return
+        settings = self._settings
+        self._distillation.unfreeze(settings.train, settings.rank, settings.seed)
+        if settings.checkpointing:
+            self._distillation.student.gradient_checkpointing_enable()
+
     @property
     def _tokens_of_a_step(self) -> int:
         return self._settings.batch * self._training.shape[1]
@@ -234,6 +241,7 @@ class Recovery:
 
     def _seconds_of_a_step(self) -> float:
         """The faster of two steps that change nothing."""
+        self._prepare()
         settings, device = self._settings, self._process.device
         part = self._training[: settings.micro_batch].to(device)
         seconds = []
