@@ -13,6 +13,7 @@ import gc
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -57,6 +58,7 @@ class Case:
     # First load the weights of this checkpoint in one of the ways of `weight_updates`.
     update: tuple[str, Path] | None = None
     engine: dict[str, Any] = field(default_factory=dict)
+    prepare: Callable[[], None] | None = None  # in the engine's process, before it starts
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,8 @@ def _engine_run(case: Case, ranks: int, compiled: bool) -> Result:
     if compiled:
         compiled_order.watch()
         compiled_order.early_reads.clear()
+    if case.prepare is not None:
+        case.prepare()
     chosen: dict[str, Any] = {}
     if case.plan != "plain":
         chosen = {"model_impl": "depthpar", "hf_overrides": {"depthpar": case.plan}}

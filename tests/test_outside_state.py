@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from models import prompts, write_llama
 from offline import Case, Result, run
+from offload import play_a_gpu_that_forgets, play_gpu
 from safetensors.torch import load_file, save_file
 from vllm.config import KVTransferConfig
 
@@ -165,5 +167,66 @@ def test_plans_do_not_share_a_folder(tmp_path: Path) -> None:
     kept = store / f"depthpar-{resolve(PAIRS, LAYERS).digest}"
     for file in kept.rglob("*.safetensors"):
         save_file({"kv_cache": torch.zeros_like(load_file(file)["kv_cache"])}, file)
+    (spoilt,) = run(cases[-1:])
+    assert distance(spoilt, cases[-1]) > 0.1
+
+
+def test_offloading_to_memory(tmp_path: Path) -> None:
+    """A KV cache of eight blocks; each prompt has three, and comes again when others took them.
+
+    With vLLM's scheduler, connector and memory; the CPU plays the GPU's part.
+    """
+    folder = write_llama(tmp_path / "model", layers=LAYERS)
+    texts = prompts(4, 100).tolist()
+    few = {"num_gpu_blocks_override": 8, "max_num_seqs": 1, "max_model_len": 128}
+    cases = [
+        Case(
+            folder,
+            plan,
+            [*texts, *texts],
+            max_tokens=8,
+            cached=True,
+            engine={**transfer("OffloadingConnector", cpu_bytes_to_use=1 << 24), **few},
+            prepare=play_gpu,
+        )
+        for plan in (*PLANS, PAIRS)
+    ]
+    forgetful = replace(cases[-1], prepare=play_a_gpu_that_forgets)
+    *results, spoilt = run([*cases, forgetful])
+    for case, result in zip(cases, results, strict=True):
+        assert distance(result, case) < 1e-3, case.plan
+    # It did come back from there.
+    assert distance(spoilt, forgetful) > 0.1
+
+
+def test_offloading_to_files(tmp_path: Path) -> None:
+    """Engine after engine on one folder, as above, with the file-system tier behind the memory."""
+    folder, store = write_llama(tmp_path / "model", layers=LAYERS), tmp_path / "store"
+    engine = transfer(
+        "OffloadingConnector",
+        spec_name="TieringOffloadingSpec",
+        cpu_bytes_to_use=1 << 24,
+        secondary_tiers=[{"type": "fs", "root_dir": str(store)}],
+    )
+    cases = [
+        Case(
+            folder,
+            plan,
+            prompts(3, 100).tolist(),
+            max_tokens=8,
+            cached=True,
+            engine=engine,
+            prepare=play_gpu,
+        )
+        for plan in (*PLANS, PAIRS)
+    ]
+    for case, result in zip([*cases, *cases], run([*cases, *cases]), strict=True):
+        assert distance(result, case) < 1e-3, case.plan
+    names = {f"depthpar-{resolve(case.plan, LAYERS).digest}" for case in cases}
+    assert {path.name for path in store.iterdir()} == names
+    blocks = [*(store / f"depthpar-{resolve(PAIRS, LAYERS).digest}").rglob("*.bin")]
+    assert len(blocks) == 9
+    for file in blocks:
+        file.write_bytes(bytes(file.stat().st_size))
     (spoilt,) = run(cases[-1:])
     assert distance(spoilt, cases[-1]) > 0.1

@@ -155,6 +155,37 @@ def test_windows_of_some_layers(tmp_path: Path) -> None:
         check(result, case, reference)
 
 
+def test_where_vllm_is_not_transformers(tmp_path: Path) -> None:
+    """The README says in what, and that these models are transformers' here, with any plan."""
+    folder = write_llama(tmp_path / "bias", model_type="qwen3", attention_bias=True)
+    cases = [
+        Case(folder, plan, prompts(2, 40).tolist(), max_tokens=4)
+        for plan in ("identity", {"pair": [1, 5]}, "plain")
+    ]
+    *ours, plain = zip(cases, run(cases), strict=True)
+    for case, result in ours:
+        check(result, case, hf.load(folder, case.plan))
+    # vLLM adds no bias to what o_proj gives.
+    with pytest.raises(AssertionError, match="Tensor-likes are not close"):
+        check(plain[1], plain[0], hf.load(folder, "identity"))
+    some = write_llama(
+        tmp_path / "windows",
+        model_type="qwen3",
+        sliding_window=8,
+        use_sliding_window=True,
+        max_window_layers=3,
+    )
+    with pytest.raises(RuntimeError, match="Sliding window for some but all layers"):
+        run([Case(some, "plain", prompts(1, 8).tolist())])
+
+
+def test_auto_of_one_layer(tmp_path: Path) -> None:
+    folder = write_llama(tmp_path, layers=1)
+    case = Case(folder, "auto", prompts(2, 40).tolist(), max_tokens=4)
+    (result,) = run([case])
+    check(result, case, hf.load(folder, "identity"))
+
+
 def test_ngram_speculation(tmp_path: Path) -> None:
     """Speculated tokens are verified by the restructured model: its own greedy text comes out."""
     folder = write_llama(tmp_path, vocab=64)
