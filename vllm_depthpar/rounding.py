@@ -18,8 +18,8 @@ So rounding explains of a plan: control * (plan's reference in bf16 / control's 
 and no less than the control. `MEAN_FACTOR` and `WORST_FACTOR` times that are allowed. SmolLM2-135M,
 plain, identity, 3 and 8 pairs, and 6 of 30 layers skipped: what was found was 0.8 to 1.1 times what
 this explains in fp32 (control 5e-6 nats, amplified up to 3.6 times), and 0.9 to 1.1 in bf16 (0.024
-nats, up to 4.0 times); of the single worst tokens 0.5 to 2.7 times, amplified up to 26 times. A
-block that reads what is not there is wrong by 1e5 times in fp32, and by 100 times in bf16.
+nats, up to 4.0 times); of the single worst tokens 0.3 to 2.7 times, amplified up to 26 times. A
+block that reads what is not there is wrong by 1e5 times in fp32, and by 40 to 100 times in bf16.
 
 A generated token is the reference's best, or two log-probabilities that rounding moved have changed
 places: it may be behind by as much as a worst token may be off. The control itself has to be what
