@@ -73,7 +73,7 @@ install: $(INSTALLED) ## Make .venv with vLLM's CPU build and this package
 serve: $(INSTALLED) ## Serve MODEL with parallel layers
 	@set -e; model='$(MODEL)'; \
 	if [ -z "$$model" ]; then \
-		model=$$($(BIN)/python -m vllm_depthpar.bundled); \
+		model=$$($(BIN)/python -m vllm_depthpar.checkpoint.bundled); \
 		export HF_HUB_OFFLINE="$${HF_HUB_OFFLINE:-1}"; \
 		set -- --served-model-name "$${model##*/}" --max-model-len 2048; \
 	fi; \
@@ -84,7 +84,7 @@ chat: $(INSTALLED) ## Chat with the server on PORT
 	@$(BIN)/vllm chat --url http://$(HOST):$(PORT)/v1 $(ARGS)
 
 demo: $(INSTALLED) ## Plan, one answer, and speed beside plain vLLM's
-	@$(BIN)/python -m vllm_depthpar.demo
+	@$(BIN)/python -m vllm_depthpar.cli.demo
 
 test: $(INSTALLED) ## Run the tests (ARGS="-k name" for some of them)
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)

@@ -34,9 +34,11 @@ from typing import Any
 import common
 from two_hosts import Link, NotPossible, TwoHosts, exit_on_sigterm
 
-from vllm_depthpar import bundled, plan, shape
-from vllm_depthpar.progress import step_bar
-from vllm_depthpar.rounds import awake, in_turn, pause, summary, written
+from vllm_depthpar import plan
+from vllm_depthpar.bench.rounds import awake, in_turn, pause, summary, written
+from vllm_depthpar.checkpoint import bundled
+from vllm_depthpar.plan import model_shape
+from vllm_depthpar.util.progress import step_bar
 
 HERE = Path(__file__).parent
 NONE = "no communication"
@@ -233,8 +235,8 @@ def measure(args: argparse.Namespace, link: Link | None) -> dict[str, Any]:
                 "label": one.label,
                 "plan": one.plan.name,
                 "blocks": one.plan.depth,
-                "all_reduces": 0 if one.label == NONE else shape.all_reduces(one.plan),
-                "hidden": 0 if one.label == NONE else shape.hidden_all_reduces(one.plan),
+                "all_reduces": 0 if one.label == NONE else model_shape.all_reduces(one.plan),
+                "hidden": 0 if one.label == NONE else model_shape.hidden_all_reduces(one.plan),
                 "loads": {load: figures(load, one.label, speeds) for load in loads},
             }
             for one in running

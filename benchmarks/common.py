@@ -8,21 +8,22 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from vllm_depthpar import contenders as of_model
-from vllm_depthpar import files, hardware
-from vllm_depthpar.commands.types import at_least as at_least
-from vllm_depthpar.contenders import PLAIN as PLAIN
-from vllm_depthpar.contenders import Contender
-from vllm_depthpar.files import table as markdown  # noqa: F401
-from vllm_depthpar.files import write_json  # noqa: F401
+from vllm_depthpar.cli.types import at_least as at_least
+from vllm_depthpar.launch import hardware
+from vllm_depthpar.launch import variants as of_model
+from vllm_depthpar.launch.variants import PLAIN as PLAIN
+from vllm_depthpar.launch.variants import Contender
 from vllm_depthpar.plan import PlanError
+from vllm_depthpar.util import files
+from vllm_depthpar.util.files import table as markdown  # noqa: F401
+from vllm_depthpar.util.files import write_json  # noqa: F401
 
 
 def contenders(model: str, labels: Iterable[str]) -> list[Contender]:
     """Plain vLLM, which is always one and the first, and the plans for the checkpoint `model`.
 
     Raises:
-        PlanError: see `vllm_depthpar.contenders`.
+        PlanError: see `vllm_depthpar.launch.variants`.
     """
     return of_model.contenders(model, [PLAIN, *labels], "--plans")
 

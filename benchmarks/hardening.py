@@ -24,8 +24,9 @@ import common
 import psutil
 from tqdm.asyncio import tqdm
 
-from vllm_depthpar import bundled, memory
-from vllm_depthpar.server_process import Server, serve
+from vllm_depthpar.bench import memory
+from vllm_depthpar.checkpoint import bundled
+from vllm_depthpar.launch.server import Server, serve
 
 NAME = "model"
 # Said of a place, so that the answers differ.

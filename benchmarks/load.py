@@ -27,14 +27,15 @@ from typing import Any
 
 import common
 
-from vllm_depthpar import bundled, memory
-from vllm_depthpar.checkpoint import read_config
-from vllm_depthpar.contenders import Contender
-from vllm_depthpar.engine_process import Worker, flags_of, make_engine
-from vllm_depthpar.memory import MIB
-from vllm_depthpar.progress import step_bar
-from vllm_depthpar.rounds import in_turn, spread, summary
-from vllm_depthpar.shape import ModelShape
+from vllm_depthpar.bench import memory
+from vllm_depthpar.bench.memory import MIB
+from vllm_depthpar.bench.rounds import in_turn, spread, summary
+from vllm_depthpar.checkpoint import bundled
+from vllm_depthpar.checkpoint.config import read_config
+from vllm_depthpar.launch.engine import Worker, flags_of, make_engine
+from vllm_depthpar.launch.variants import Contender
+from vllm_depthpar.plan.model_shape import ModelShape
+from vllm_depthpar.util.progress import step_bar
 
 SAMPLE_SECONDS = 0.005
 # The whole step, and from its start to the last weight read.
@@ -181,7 +182,7 @@ def load(connection: Connection, model: str, flags: list[str]) -> None:
 
 def _write_random(folder: Path) -> Path:
     """A seeded random Llama of 1.1 GB in bf16: with a small model constant costs are most."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "harness"))
     import torch
     from models import write_llama
 

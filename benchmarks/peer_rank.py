@@ -20,7 +20,7 @@ import torch
 from cluster import MODEL
 from torch import Tensor, distributed
 
-from vllm_depthpar.rounds import in_turn
+from vllm_depthpar.bench.rounds import in_turn
 
 LAYERS = MODEL["num_hidden_layers"]
 # Takes a token and its position, gives the logits of the next; a prompt clears what was before.

@@ -19,7 +19,7 @@ import common
 from cluster import LOADS, MODEL
 from two_hosts import Link, NotPossible, TwoHosts, exit_on_sigterm
 
-from vllm_depthpar.rounds import spread, summary
+from vllm_depthpar.bench.rounds import spread, summary
 
 RANK = Path(__file__).with_name("peer_rank.py")
 PROMPT_TOKENS, TOKENS = LOADS["decode, batch 1"][1:3]

@@ -29,13 +29,13 @@ import common
 import shapes
 from fitting import fit
 
-from vllm_depthpar import files
 from vllm_depthpar import plan as plans
-from vllm_depthpar.cost import step_time
-from vllm_depthpar.machines import Device, Link
 from vllm_depthpar.plan import resolve
-from vllm_depthpar.presets import auto_spec
-from vllm_depthpar.shape import ModelShape
+from vllm_depthpar.plan.auto import auto_spec
+from vllm_depthpar.plan.model_shape import ModelShape
+from vllm_depthpar.predict.cost_model import step_time
+from vllm_depthpar.predict.machines import Device, Link
+from vllm_depthpar.util import files
 
 RESULTS = Path(__file__).parent / "results"
 PLAIN_LINK = "cluster-eager-plain"

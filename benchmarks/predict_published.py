@@ -8,8 +8,8 @@ all of other models; and the authors' "parallel" variant (attention and MLP of a
 one all-reduce for both), which has the constants of no row.
 
 Three ways to say what a hidden all-reduce costs are compared: nothing; a launch; a share of its
-time, because its kernel takes multiprocessors from those that compute. `vllm_depthpar.machines` has
-the constants of the last.
+time, because its kernel takes multiprocessors from those that compute.
+`vllm_depthpar.predict.machines` has the constants of the last.
 
 Not predicted: models across two hosts, whose link nobody describes.
 """
@@ -29,11 +29,11 @@ from typing import Any
 import common
 from fitting import fit
 
-from vllm_depthpar import files
-from vllm_depthpar.cost import plain_time, speedup, step_time
-from vllm_depthpar.machines import DEVICES, LINKS, Device, Link
 from vllm_depthpar.plan import resolve
-from vllm_depthpar.shape import ModelShape
+from vllm_depthpar.plan.model_shape import ModelShape
+from vllm_depthpar.predict.cost_model import plain_time, speedup, step_time
+from vllm_depthpar.predict.machines import DEVICES, LINKS, Device, Link
+from vllm_depthpar.util import files
 
 PUBLISHED = json.loads((Path(__file__).parent / "published.json").read_text())
 LADDER = PUBLISHED["ladder_residual"]

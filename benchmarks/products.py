@@ -15,11 +15,11 @@ from pathlib import Path
 import common
 import torch
 
-from vllm_depthpar import bundled
-from vllm_depthpar.calibrate import layer_products
-from vllm_depthpar.checkpoint import read_config
-from vllm_depthpar.rounds import spread, summary
-from vllm_depthpar.shape import ModelShape
+from vllm_depthpar.bench.rounds import spread, summary
+from vllm_depthpar.checkpoint import bundled
+from vllm_depthpar.checkpoint.config import read_config
+from vllm_depthpar.plan.model_shape import ModelShape
+from vllm_depthpar.predict.calibrate import layer_products
 
 ROWS = (1, 8)
 # Takes {inputs of a product: activations}.

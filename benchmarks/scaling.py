@@ -33,19 +33,20 @@ import completions_client
 import shapes
 from matplotlib.figure import Figure
 
-from vllm_depthpar import figures, files, hardware
-from vllm_depthpar.bench_settings import THROUGHPUT, Load, Settings, Setup
-from vllm_depthpar.bench_stages import Engines
-from vllm_depthpar.calibrate import measure as calibrate
-from vllm_depthpar.cost import step_time
-from vllm_depthpar.engine_process import Worker, call
-from vllm_depthpar.journal import Journal
-from vllm_depthpar.machines import LINKS, Device, Link
+from vllm_depthpar.bench.rounds import awake, in_turn, pause, summary, written
+from vllm_depthpar.bench.settings import THROUGHPUT, Load, Settings, Setup
+from vllm_depthpar.bench.stages import Engines
+from vllm_depthpar.launch import hardware
+from vllm_depthpar.launch.engine import Worker, call
+from vllm_depthpar.launch.server import HOST, free_port
 from vllm_depthpar.plan import resolve
-from vllm_depthpar.progress import step_bar
-from vllm_depthpar.rounds import awake, in_turn, pause, summary, written
-from vllm_depthpar.server_process import HOST, free_port
-from vllm_depthpar.shape import ModelShape
+from vllm_depthpar.plan.model_shape import ModelShape
+from vllm_depthpar.predict.calibrate import measure as calibrate
+from vllm_depthpar.predict.cost_model import step_time
+from vllm_depthpar.predict.machines import LINKS, Device, Link
+from vllm_depthpar.util import files, plots
+from vllm_depthpar.util.progress import step_bar
+from vllm_depthpar.util.result_cache import Journal
 
 CONFIG = shapes.config("smollm2-135m") | {
     "num_attention_heads": 12,
@@ -263,9 +264,9 @@ def _step_seconds(engines: Engines, running: Worker, load: Load) -> float:
 
 
 def _reduces_over_shared_memory() -> bool:
-    from vllm_depthpar import compat
+    from vllm_depthpar import vllm_compat
 
-    return compat.has_shared_memory_all_reduce()
+    return vllm_compat.has_shared_memory_all_reduce()
 
 
 def _loopback() -> float:
@@ -407,7 +408,7 @@ def plot(axes: dict[str, Any], journal: Journal, path: Path) -> None:
         panel.grid(alpha=0.3)
         panel.legend(fontsize="small", ncols=2)
     figure.suptitle("Measured, and predicted by the calibrated cost model")
-    figures.save(figure, path)
+    plots.save(figure, path)
 
 
 def _line(axis: Axis, low: int, high: int) -> list[int]:

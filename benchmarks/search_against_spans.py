@@ -14,11 +14,13 @@ from typing import Any
 
 import common
 
-from vllm_depthpar import bundled, files, quality
-from vllm_depthpar.checkpoint import read_config
+from vllm_depthpar.checkpoint import bundled
+from vllm_depthpar.checkpoint.config import read_config
+from vllm_depthpar.evaluate import suite
 from vllm_depthpar.plan import Plan, resolve
-from vllm_depthpar.presets import auto_spec
-from vllm_depthpar.shape import ModelShape
+from vllm_depthpar.plan.auto import auto_spec
+from vllm_depthpar.plan.model_shape import ModelShape
+from vllm_depthpar.util import files
 
 
 def main() -> None:
@@ -34,8 +36,8 @@ def main() -> None:
     args = parser.parse_args()
     model = str(args.model or bundled.prepare())
     shape = ModelShape.from_config(read_config(model))
-    domains = quality.read_texts(model, args.text, args.window, tokens=args.tokens)
-    bench = quality.Bench(quality.open_model(model), domains)
+    domains = suite.read_texts(model, args.text, args.window, tokens=args.tokens)
+    bench = suite.Bench(suite.open_model(model), domains)
     front = {one["depth"]: one["plan"] for one in json.loads(args.report.read_text())["front"]}
     plans = {"unmodified": bench.evaluator.unmodified}
     plans["auto"] = resolve(auto_spec(shape)[0], shape.layers)
@@ -77,10 +79,10 @@ def main() -> None:
     if args.out:
         report = {
             **common.facts(),
-            **quality.settings(domains, bench.evaluator),
+            **suite.settings(domains, bench.evaluator),
             "summary": summary,
             "plans": {
-                label: {"plan": plans[label].to_spec(), **quality.figures(of_text)}
+                label: {"plan": plans[label].to_spec(), **suite.figures(of_text)}
                 for label, of_text in results.items()
             },
         }

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from vllm_depthpar import files
+from vllm_depthpar.util import files
 
 # From the models' config.json. Rope scaling is left out: it costs nothing and needs no weights.
 SHAPES: dict[str, dict[str, Any]] = {

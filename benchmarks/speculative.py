@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 import common
 
-from vllm_depthpar import bundled, texts
-from vllm_depthpar.contenders import Contender
-from vllm_depthpar.engine_process import Worker, flags_of, make_engine
-from vllm_depthpar.progress import step_bar
-from vllm_depthpar.rounds import awake, in_turn, pause, spread, summary
+from vllm_depthpar.bench.rounds import awake, in_turn, pause, spread, summary
+from vllm_depthpar.checkpoint import bundled
+from vllm_depthpar.evaluate import texts
+from vllm_depthpar.launch.engine import Worker, flags_of, make_engine
+from vllm_depthpar.launch.variants import Contender
+from vllm_depthpar.util.progress import step_bar
 
 if TYPE_CHECKING:
     from vllm import LLM

@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 import common
 
-from vllm_depthpar import bundled
-from vllm_depthpar.checkpoint import read_config
-from vllm_depthpar.engine_process import Worker, flags_of, make_engine
+from vllm_depthpar.checkpoint import bundled
+from vllm_depthpar.checkpoint.config import read_config
+from vllm_depthpar.launch.engine import Worker, flags_of, make_engine
 from vllm_depthpar.plan import resolve
-from vllm_depthpar.progress import step_bar
+from vllm_depthpar.util.progress import step_bar
 
 if TYPE_CHECKING:
     from torch.autograd.profiler_util import FunctionEvent

@@ -63,6 +63,6 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """Folder of the bundled checkpoint: SmolLM2-135M-Instruct, 30 layers, TP 1 or 3."""
-    from vllm_depthpar import bundled
+    from vllm_depthpar.checkpoint import bundled
 
     return bundled.prepare()

@@ -36,11 +36,11 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from vllm_depthpar import ladder_config
-from vllm_depthpar.checkpoint_tensors import check_folder
-from vllm_depthpar.families import family_of, windows
+from vllm_depthpar.checkpoint import ladder_config
+from vllm_depthpar.checkpoint.tensors import check_folder
 from vllm_depthpar.plan import Plan, PlanError, resolve
-from vllm_depthpar.sources import KEY
+from vllm_depthpar.plan.families import family_of, windows
+from vllm_depthpar.plan.precedence import KEY
 
 Stream: TypeAlias = Tensor | tuple[Tensor, Tensor]
 

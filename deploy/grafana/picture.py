@@ -25,8 +25,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter
 from PIL import Image
 
-from vllm_depthpar.files import write_bytes
-from vllm_depthpar.server_process import open_url
+from vllm_depthpar.launch.server import open_url
+from vllm_depthpar.util.files import write_bytes
 
 DASHBOARD = Path(__file__).parent / "dashboards/depthpar.json"
 COLUMNS = 24

@@ -16,13 +16,13 @@ from starlette.datastructures import State
 from vllm.config import VllmConfig
 from vllm.engine.protocol import EngineClient
 
-from vllm_depthpar import cost
-from vllm_depthpar.compat import base_shape, plan_of, source_of
-from vllm_depthpar.machines import LINKS, THIS, device_named, link_named
-from vllm_depthpar.picture import draw
+from vllm_depthpar.metrics import collector
 from vllm_depthpar.plan import PlanError
-from vllm_depthpar.serving import metrics
+from vllm_depthpar.plan.drawing import draw
+from vllm_depthpar.predict import cost_model
+from vllm_depthpar.predict.machines import LINKS, THIS, device_named, link_named
 from vllm_depthpar.serving.stats import Stats, stats_of
+from vllm_depthpar.vllm_compat import base_shape, plan_of, source_of
 
 
 class Error(BaseModel):
@@ -107,7 +107,7 @@ def get_plan(
 def get_stats(request: Request) -> Stats:
     """What `/metrics` says of the plan and of the engines' forward passes, as JSON."""
     _served(request)
-    return stats_of(metrics.collect())
+    return stats_of(collector.collect())
 
 
 def _predict(
@@ -129,7 +129,7 @@ def _predict(
         link=joins.name if joins is not None else None,
         batch=batch,
         context=context,
-        speedup=cost.speedup(shape, plan, runs_on, joins, tp, batch, context),
+        speedup=cost_model.speedup(shape, plan, runs_on, joins, tp, batch, context),
     )
 
 
@@ -149,7 +149,7 @@ class DepthParEndpoints:
 
     def attach_router(self, app: FastAPI) -> None:
         """Add the routes; and the metrics, whose own entry point VLLM_PLUGINS may not name."""
-        metrics.register()
+        collector.register()
         app.include_router(router)
 
     async def init_state(

@@ -9,7 +9,7 @@ from prometheus_client import Metric
 from prometheus_client.samples import Sample
 from pydantic import BaseModel, Field
 
-from vllm_depthpar.metric_files import PREFIX
+from vllm_depthpar.metrics.metric_files import PREFIX
 
 
 class ForwardPasses(BaseModel):

@@ -1,0 +1,106 @@
+"""Ranks and nodes that resolved different plans end, all of them, with the same line."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from fork_server import start_process
+from forked_serve import forked_servers
+from models import write_llama
+
+from vllm_depthpar.launch.server import Server, free_port
+from vllm_depthpar.model.agreement import check_agreement
+from vllm_depthpar.plan import PlanError, resolve
+
+LAYERS = 6
+ONE, OTHER = {"pair": [0, 4]}, {"pair": [0, 2]}
+
+
+def digest(spec: Any) -> str:
+    return resolve(spec, LAYERS).digest
+
+
+def compare(rank: int, port: int, specs: list[Any], answer: Path) -> None:
+    store = dist.TCPStore("127.0.0.1", port, len(specs), rank == 0, timedelta(seconds=30))
+    dist.init_process_group("gloo", rank=rank, world_size=len(specs), store=store)
+    try:
+        source = f"source {rank}"
+        check_agreement(resolve(specs[rank], LAYERS), source, dist.group.WORLD)
+        answer.write_text("")
+    except PlanError as error:
+        answer.write_text(str(error))
+
+
+@pytest.mark.parametrize(
+    ("specs", "words"),
+    [
+        # Whatever the way, one plan is one plan.
+        ([ONE, {"blocks": [[0, 1], [2, 3], [4], [5]]}], None),
+        (
+            [ONE, OTHER, ONE],
+            [f"{digest(ONE)} on rank 0 (", f"{digest(OTHER)} on rank 1 (from source 1); "],
+        ),
+    ],
+)
+def test_ranks(specs: list[Any], words: list[str] | None, tmp_path: Path) -> None:
+    port, answers = free_port(), [tmp_path / str(rank) for rank in range(len(specs))]
+    processes = [
+        start_process(compare, rank, port, specs, answer) for rank, answer in enumerate(answers)
+    ]
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    (line,) = {answer.read_text() for answer in answers}
+    assert bool(line) is (words is not None)
+    for part in words or ():
+        assert part in line
+
+
+@pytest.fixture
+def nodes(tmp_path: Path) -> Iterator[list[tuple[Server, Path]]]:
+    """Two nodes of one model, of one rank each; DEPTHPAR_PLAN differs."""
+    model = write_llama(tmp_path / "model", layers=LAYERS)
+    options = ["--model-impl", "depthpar", "--enforce-eager", "--tensor-parallel-size", "2"]
+    options += ["--skip-tokenizer-init", "--distributed-executor-backend", "mp"]
+    options += ["--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+    env = {
+        "VLLM_HOST_IP": "127.0.0.1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": "1",
+        "TORCHDYNAMO_DISABLE": "1",
+    }
+    with ExitStack() as stack, forked_servers():
+        started = []
+        for rank, (plan, role) in enumerate(((ONE, []), (OTHER, ["--headless"]))):
+            log = tmp_path / f"{rank}.log"
+            chosen = {**env, "DEPTHPAR_PLAN": json.dumps(plan)}
+            node = Server(model, *options, "--node-rank", str(rank), *role, env=chosen, log=log)
+            stack.callback(node.stop)
+            started.append((node, log))
+        yield started
+
+
+def test_nodes(nodes: list[tuple[Server, Path]]) -> None:
+    deadline = time.monotonic() + 90
+    while any(node.process.poll() is None for node, _ in nodes):
+        assert time.monotonic() < deadline, [log.read_text()[-2000:] for _, log in nodes]
+        time.sleep(0.1)
+    lines = set()
+    for node, log in nodes:
+        text = log.read_text()
+        assert node.process.poll() == 1, text[-2000:]
+        assert "Loading safetensors" not in text
+        lines.add(text.strip().splitlines()[-1])
+    (line,) = lines
+    assert line.startswith("depthpar: error: the ranks have different plans: ")
+    assert f"{digest(ONE)} on rank 0 (from DEPTHPAR_PLAN)" in line
+    assert f"{digest(OTHER)} on rank 1 (from DEPTHPAR_PLAN)" in line

@@ -1,0 +1,104 @@
+"""Processes forked from one that has imported vLLM, which takes longer than most tests do.
+
+Compiled models pay for their imports: whether anything is compiled is decided there.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import pickle
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import setproctitle
+
+# It finds a process's title now, and not once the environment has been exchanged.
+setproctitle.getproctitle()
+
+_forks = multiprocessing.get_context("forkserver")
+_forks.set_forkserver_preload(
+    [
+        "engine_runs",
+        "forked_serve",
+        "vllm.entrypoints.llm",
+        "vllm.entrypoints.cli.main",
+        "vllm.entrypoints.cli.serve",
+        "vllm.entrypoints.openai.api_server",
+        "vllm.model_executor.models.llama",
+        "vllm.v1.worker.cpu_worker",
+    ]
+)
+
+
+def start_process(target: Callable[..., None], *args: object) -> BaseProcess:
+    """As `launch.engine.start_process`, and `target` finds vLLM imported.
+
+    The process's environment is that of the first call; it must `become` what it is to be.
+    """
+    with patch.dict(os.environ, TORCHDYNAMO_DISABLE="1"):
+        forkserver.ensure_running()
+    process = _forks.Process(target=target, args=args)
+    process.start()
+    return process
+
+
+def call(function: Callable[..., Any], *args: object, **env: str) -> Any:
+    """What a function that needs a process of its own returns there, with `env` in addition."""
+    with tempfile.TemporaryDirectory() as folder:
+        answer, log = Path(folder, "answer"), Path(folder, "log")
+        environment = {**os.environ, **env}
+        process = start_process(_answer, environment, str(log), answer, function, *args)
+        process.join()
+        if process.exitcode != 0:
+            raise RuntimeError(log.read_text()[-4000:])
+        return pickle.loads(answer.read_bytes())
+
+
+def _answer(
+    env: Mapping[str, str], log: str, answer: Path, function: Callable[..., Any], *args: object
+) -> None:
+    become(env, log)
+    answer.write_bytes(pickle.dumps(function(*args)))
+
+
+@contextmanager
+def forked_engines() -> Iterator[None]:
+    """Every `launch.engine.Worker` is forked like this meanwhile."""
+
+    def start(target: Callable[..., None], *args: object) -> BaseProcess:
+        return start_process(_with, dict(os.environ), target, *args)
+
+    with patch("vllm_depthpar.launch.engine.start_process", start):
+        yield
+
+
+def _with(env: Mapping[str, str], target: Callable[..., None], *args: object) -> None:
+    become(env)
+    target(*args)
+
+
+def become(env: Mapping[str, str], log: str | None = None) -> None:
+    """What a new program would begin with: an environment, and a file that takes its output."""
+    if log is not None:
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.close(output)
+    os.environ.clear()
+    os.environ.update(env)
+    fork = multiprocessing.get_context("fork")
+    # vLLM's workers, too: on a CPU it sets "spawn", whatever the environment says.
+    multiprocessing.get_context = lambda method=None: fork  # type: ignore[assignment]
+    from vllm.logger import _configure_vllm_root_logger
+
+    _configure_vllm_root_logger()
+    # vLLM collects garbage several times in every start: half a second each over what it imports.
+    gc.freeze()

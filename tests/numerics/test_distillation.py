@@ -1,0 +1,237 @@
+"""The distillation's loss and gradients against plain ones, and what it may change."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import prompts, write_llama
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from vllm_depthpar import hf
+from vllm_depthpar.checkpoint.config import read_tensors
+from vllm_depthpar.plan import resolve
+from vllm_depthpar.recover import distillation, least_squares
+from vllm_depthpar.recover.distillation import Distillation, Objective
+
+LAYERS = 6
+PLANS: dict[str, Any] = {
+    "pairs": {"pair": [2, 6]},
+    "ladder": {"ladder": 3},
+    "skip": {"blocks": [[0], [1], [3], [5]]},
+    "from the first layer": {"pair": [0, 4], "ladder": "all"},
+    "out of order": {"blocks": [[0], [1, 4], [2], [3, 5]]},
+    "nothing": "identity",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_llama(tmp_path_factory.mktemp("llama"), layers=LAYERS)
+
+
+def plain_losses(
+    teacher: PreTrainedModel, student: PreTrainedModel, ids: Tensor
+) -> tuple[Tensor, Tensor]:
+    """KL(teacher || student) and the student's loss on the text, by whole models and autograd."""
+    with torch.no_grad():
+        wanted = teacher(ids, use_cache=False).logits[:, :-1].log_softmax(-1)
+    found = student(ids, use_cache=False).logits[:, :-1].log_softmax(-1)
+    kl = (wanted.exp() * (wanted - found)).sum(-1).mean()
+    return kl, functional.nll_loss(found.flatten(0, 1), ids[:, 1:].flatten())
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("objective", ["distil", "next-token"])
+@pytest.mark.parametrize("everything", [False, True])
+def test_loss_and_gradients(
+    folder: Path,
+    plan: str,
+    objective: Objective,
+    everything: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(distillation, "_ROWS", 20)  # several parts, the last one shorter
+    resolved = resolve(PLANS[plan], LAYERS)
+    teacher = hf.load_unmodified(folder)
+    tested = Distillation(teacher, resolved, everything, objective)
+    tested.unfreeze("all" if everything else "blocks")
+    reference = hf.load(folder, resolved)
+    ids = prompts(3, 24)
+    kl, nll = plain_losses(hf.load_unmodified(folder), reference, ids)
+    losses = tested(ids)
+    wanted = kl if objective == "distil" else nll
+    assert losses["nll"].item() == pytest.approx(nll.item(), rel=1e-5)
+    assert losses["loss"].item() == pytest.approx(wanted.item(), rel=1e-4, abs=1e-6)
+    assert tested.eval()(ids)["kl"].item() == pytest.approx(kl.item(), rel=1e-4, abs=1e-6)
+    if plan == "nothing" and not everything:
+        assert not losses["loss"].requires_grad
+        return
+    tested.train()
+    losses["loss"].backward()
+    wanted.backward()
+    expected = dict(reference.named_parameters())
+    trained = {
+        name: parameter
+        for name, parameter in tested.student.named_parameters()
+        if parameter.requires_grad
+    }
+    changed = [position for position in range(resolved.depth) if resolved.is_changed(position)]
+    if everything:
+        assert trained.keys() == expected.keys()
+    else:
+        assert {int(name.split(".")[2]) for name in trained} == set(changed)
+    for name, parameter in trained.items():
+        torch.testing.assert_close(
+            parameter.grad, expected[name].grad, rtol=1e-3, atol=1e-6, msg=name
+        )
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"model_type": "mistral", "sliding_window": 8},
+        {"model_type": "qwen2", "tie": True},
+        {"model_type": "qwen3"},
+    ],
+    ids=str,
+)
+def test_other_families(tmp_path: Path, shape: dict[str, Any]) -> None:
+    """The loss is that of whole models, windows included, and a refit lowers it."""
+    path = write_llama(tmp_path, layers=LAYERS, **shape)
+    plan, ids = resolve(PLANS["pairs"], LAYERS), prompts(3, 24)
+    tested = Distillation(hf.load_unmodified(path), plan)
+    kl, nll = plain_losses(hf.load_unmodified(path), hf.load(path, plan), ids)
+    losses = tested.eval()(ids)
+    assert losses["kl"].item() == pytest.approx(kl.item(), rel=1e-4)
+    assert losses["nll"].item() == pytest.approx(nll.item(), rel=1e-5)
+    tested.unfreeze("norms")
+    trained = [name for name, p in tested.student.named_parameters() if p.requires_grad]
+    assert len(trained) == 4 * (4 if shape["model_type"] == "qwen3" else 2)
+    least_squares.refit(tested, prompts(64, 64))
+    with torch.no_grad():
+        assert float(tested(ids)["kl"]) < 0.95 * float(kl)
+
+
+def test_only_what_may_change_is_the_students_own(folder: Path) -> None:
+    teacher = hf.load_unmodified(folder)
+    tested = Distillation(teacher, resolve(PLANS["pairs"], LAYERS))
+    assert tested.changes() == {}
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    tested.unfreeze("blocks")
+    own = tested.changes()
+    assert own.keys() == {
+        name
+        for name, _ in teacher.named_parameters()
+        if name.startswith(tuple(f"model.layers.{layer}." for layer in (2, 3, 4, 5)))
+    }
+    optimizer = torch.optim.SGD([p for p in tested.parameters() if p.requires_grad], lr=1.0)
+    tested(prompts(2, 16))["loss"].backward()
+    optimizer.step()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
+    assert not any(torch.equal(tensor, before[name]) for name, tensor in own.items())
+    everything = Distillation(teacher, resolve("identity", LAYERS), everything=True)
+    everything.unfreeze("all")
+    assert everything.changes().keys() == dict(teacher.named_parameters()).keys()
+
+
+@pytest.mark.parametrize(
+    ("what", "share"), [("blocks", 1.0), ("norms", 4 * 2 * 64), ("lora", None)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_trained(folder: Path, what: str, share: float | None, dtype: torch.dtype) -> None:
+    """In float32, and only that is saved while training."""
+    model = hf.load_unmodified(folder, dtype)
+    tested = Distillation(model, resolve(PLANS["pairs"], LAYERS))
+    own = sum(p.numel() for layer in model.model.layers[2:] for p in layer.parameters())
+    tested.unfreeze(what, rank=2)
+    trained = {name: p for name, p in tested.named_parameters() if p.requires_grad}
+    assert {parameter.dtype for parameter in trained.values()} == {torch.float32}
+    count = sum(parameter.numel() for parameter in trained.values())
+    if what == "blocks":
+        assert count == own
+    elif what == "norms":
+        assert count == share
+    else:
+        assert all("lora" in name for name in trained)
+        assert 0 < count < own / 4
+    saved = tested.state_dict()
+    assert saved.keys() == trained.keys()
+    assert not tested.load_state_dict(saved, strict=False).unexpected_keys
+
+
+def test_adapters_merge_into_what_they_are_on(folder: Path) -> None:
+    ids = prompts(2, 16)
+    teacher = hf.load_unmodified(folder)
+    original = load_file(folder / "model.safetensors")
+    tested = Distillation(teacher, resolve(PLANS["pairs"], LAYERS))
+    tested.unfreeze("lora", rank=2)
+    assert all("lora" in name for name in tested.changes())
+    with torch.no_grad():
+        for name, parameter in tested.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.2, generator=torch.Generator().manual_seed(0))
+    before = tested.eval()(ids)["kl"].item()
+    tested.merge()
+    merged = tested.changes()
+    layers = tuple(f"model.layers.{layer}." for layer in (2, 3, 4, 5))
+    assert merged.keys() == {
+        name for name in original if name.startswith(layers) and "proj" in name
+    }
+    assert not any(torch.equal(tensor, original[name]) for name, tensor in merged.items())
+    assert all(torch.equal(tensor, original[name]) for name, tensor in teacher.named_parameters())
+    assert tested(ids)["kl"].item() == pytest.approx(before, rel=1e-4)
+    untouched = Distillation(hf.load_unmodified(folder), resolve(PLANS["pairs"], LAYERS))
+    assert tested(ids)["kl"].item() != pytest.approx(untouched.eval()(ids)["kl"].item(), rel=0.01)
+
+
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("what", ["blocks", "norms", "lora", "all", "refit"])
+def test_copies_begin_as_what_is_in_the_checkpoint(tmp_path: Path, tie: bool, what: str) -> None:
+    """Not as what it was rounded to for the teacher, be they trained, refitted or merged into."""
+    path = write_llama(tmp_path, layers=LAYERS, tie=tie)
+    original = load_file(path / "model.safetensors")
+    model = hf.load_unmodified(path, torch.bfloat16)
+    plan, read = resolve(PLANS["pairs"], LAYERS), partial(read_tensors, str(path))
+    tested = Distillation(model, plan, what == "all", bfloat16=True, read=read)
+    if what == "refit":
+        tested.own_downs(tested.changed)
+    else:
+        tested.unfreeze(what)
+    tested.merge()  # of adapters that say nothing yet
+    found = tested.changes()
+    kinds = {"norms": "norm", "lora": "proj", "refit": "down_proj"}
+    layers = ("",) if what == "all" else tuple(f"model.layers.{layer}." for layer in (2, 3, 4, 5))
+    assert found.keys() == {
+        name for name in original if name.startswith(layers) and kinds.get(what, "") in name
+    }
+    assert all(torch.equal(tensor, original[name]) for name, tensor in found.items())
+    assert (tested.student.lm_head.weight is tested.student.model.embed_tokens.weight) == tie
+    assert {tensor.dtype for tensor in model.parameters()} == {torch.bfloat16}
+
+
+def test_bfloat16_computes_on_float32_masters(folder: Path) -> None:
+    plan, ids = resolve(PLANS["pairs"], LAYERS), prompts(4, 32)
+    exact = Distillation(hf.load_unmodified(folder), plan)
+    rounded = Distillation(hf.load_unmodified(folder, torch.bfloat16), plan, bfloat16=True)
+    gradients = []
+    for tested in (exact, rounded):
+        tested.unfreeze("blocks")
+        loss = tested(ids)["loss"]
+        loss.backward()
+        parameters = [p for p in tested.parameters() if p.requires_grad]
+        gradients.append(torch.cat([p.grad.flatten() for p in parameters]))
+    assert {tensor.dtype for tensor in rounded.changes().values()} == {torch.float32}
+    assert rounded.student.lm_head.weight.dtype == torch.bfloat16
+    assert rounded(ids)["kl"].item() == pytest.approx(exact(ids)["kl"].item(), rel=0.05)
+    assert functional.cosine_similarity(*gradients, dim=0) > 0.98
+    with torch.no_grad():
+        before = float(rounded.eval()(ids)["kl"])
+        assert least_squares.refit(rounded, prompts(64, 64)).keys() == {2, 3}
+        assert float(rounded(ids)["kl"]) < 0.95 * before

@@ -1,0 +1,107 @@
+"""The closed form against the problem that it solves, and what it does for whole models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import prompts, write_llama
+
+from vllm_depthpar import hf
+from vllm_depthpar.plan import resolve
+from vllm_depthpar.recover import least_squares
+from vllm_depthpar.recover.distillation import Distillation
+
+LAYERS = 6
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_llama(tmp_path_factory.mktemp("llama"), layers=LAYERS)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [{"pair": [2, 6]}, {"ladder": 3}, {"blocks": [[0], [1], [3], [5]]}, {"pair": [0, 4]}],
+    ids=str,
+)
+def test_less_is_lost_on_text_that_was_not_seen(folder: Path, spec: Any) -> None:
+    plan = resolve(spec, LAYERS)
+    tested = Distillation(hf.load_unmodified(folder), plan).eval()
+    before = hf.load_unmodified(folder).state_dict()
+    unseen = prompts(16, 64, seed=1)
+    with torch.no_grad():
+        lost = float(tested(unseen)["kl"])
+        shares: list[float] = []
+        ridges = least_squares.refit(tested, prompts(64, 64), on_progress=shares.append)
+        left = float(tested(unseen)["kl"])
+    assert left < 0.95 * lost
+    assert ridges.keys() == {at for at in range(plan.depth) if plan.is_changed(at)}
+    assert sum(shares) == pytest.approx(1)
+    changed = {layer for at in ridges for layer in plan.blocks[at]}
+    fitted = {f"model.layers.{layer}.mlp.down_proj.weight" for layer in changed}
+    assert tested.changes().keys() == fitted
+    for name, tensor in tested.changes().items():
+        assert not torch.equal(tensor, before[name]), name
+    for name, tensor in tested.teacher.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_what_a_block_can_say_is_found(folder: Path) -> None:
+    """A block whose down projections are spoiled, and whose target is what it was."""
+    model = hf.load(folder, {"pair": [2, 4]})
+    block = model.model.layers[2]
+    ids = prompts(32, 64)
+    with torch.no_grad():
+        stream = model.model.embed_tokens(ids)
+        context = {
+            "position_embeddings": model.model.rotary_emb(
+                stream, position_ids=torch.arange(64)[None]
+            ),
+            "attention_mask": None,
+        }
+        target = block(stream, **context)
+        for layer in block.layers:
+            layer.mlp.down_proj.weight += 0.5 * torch.randn_like(layer.mlp.down_proj.weight)
+        spoiled = float((block(stream, **context) - target).norm())
+        states = [
+            least_squares._State(stream[at : at + 4], target[at : at + 4], context)
+            for at in range(0, 32, 4)
+        ]
+        assert least_squares._fit(block, states) == min(least_squares.RIDGES)
+        assert float((block(stream, **context) - target).norm()) < 0.2 * spoiled
+
+
+def test_a_block_that_can_only_get_worse_is_left_alone(folder: Path) -> None:
+    """Its error is noise, which on held-out windows nothing predicts."""
+    model = hf.load(folder, {"pair": [2, 4]})
+    block = model.model.layers[2]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        stream = model.model.embed_tokens(prompts(8, 32))
+        context = {
+            "position_embeddings": model.model.rotary_emb(
+                stream, position_ids=torch.arange(32)[None]
+            ),
+            "attention_mask": None,
+        }
+        noise = torch.randn(stream.shape, generator=generator)
+        target = block(stream, **context) + noise
+        before = [layer.mlp.down_proj.weight.clone() for layer in block.layers]
+        states = [
+            least_squares._State(stream[at : at + 2], target[at : at + 2], context)
+            for at in range(0, 8, 2)
+        ]
+        assert least_squares._fit(block, states) == torch.inf
+        for layer, weight in zip(block.layers, before, strict=True):
+            assert torch.equal(layer.mlp.down_proj.weight, weight)
+
+
+def test_a_block_between_depths_is_left_alone(folder: Path) -> None:
+    plan = resolve({"blocks": [[0], [1, 4], [2], [3, 5]]}, LAYERS)
+    tested = Distillation(hf.load_unmodified(folder), plan).eval()
+    with torch.no_grad():
+        # After [1, 4] and [2] the stream stands for no depth; after [3, 5] for the whole model.
+        assert least_squares.refit(tested, prompts(64, 64)).keys() == {3}

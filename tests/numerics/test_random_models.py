@@ -1,0 +1,240 @@
+"""Random models of many shapes in vLLM against the reference: families, hosts, drafts, int8."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from assertions import check, spec_of
+from engine_runs import Case, Result, run
+from equations import plain_logits
+from models import LLAMA3_ROPE, prompts, quantize_int8, write_llama
+
+from vllm_depthpar import hf
+from vllm_depthpar.plan import Plan, resolve
+
+# Ways into and out of ladder blocks, as in test_hf.py.
+LADDERS: list[Any] = [
+    {"ladder": "all"},
+    {"ladder": [0, 2, 3, 5]},
+    {"pair": [0, 6], "ladder": "all"},
+    {"pair": [1, 5], "ladder": [3, 4, 5]},
+    {"skip": {"speedup": 1.5}, "ladder": [0, 2]},
+]
+# Every kind of block: TP 2 deals blocks of two out to the ranks, and cuts blocks of three where one
+# rank gets heads of two layers.
+FAMILY: list[Any] = [
+    {"pair": [1, 5]},
+    {"blocks": [[0, 3, 1], [4], [2, 5]], "ladder": [0, 1, 3, 4]},
+]
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Mistral": {"model_type": "mistral", "sliding_window": 8},
+    "Qwen2": {"model_type": "qwen2", "hidden": 128, "tie": True},
+    "Qwen3": {"model_type": "qwen3"},
+}
+# Shapes of the families, each with plans that exercise it. Six layers.
+RANDOM: dict[str, tuple[dict[str, Any], list[Any]]] = {
+    "GQA, untied": ({}, [{"pair": [1, 5]}, {"pair": [0, 6], "group": 3}, {"pair": [0, 6]}]),
+    "MHA, tied": ({"kv_heads": 4, "tie": True}, [{"pair": [2, 6]}, {"blocks": [[0], [2, 1], [5]]}]),
+    "one KV head": ({"kv_heads": 1}, [{"pair": [0, 6]}, {"pair": [1, 5]}]),
+    "biases": (
+        {"attention_bias": True, "mlp_bias": True},
+        [{"pair": [1, 5]}, {"pair": [0, 3], "group": 3}],
+    ),
+    "llama3 rope": ({"rope_scaling": LLAMA3_ROPE}, [{"pair": [1, 5]}]),
+    "ladders": ({"attention_bias": True, "mlp_bias": True}, LADDERS),
+    **{name: (shape, FAMILY) for name, shape in FAMILIES.items()},
+    # 3 heads: TP 2 cuts no layer of it, but does cut a pair.
+    "odd heads, in pairs": ({"hidden": 96, "heads": 3, "kv_heads": 3}, [{"pair": [0, 6]}]),
+}
+
+
+def test_ladders_between_two_hosts(tmp_path: Path) -> None:
+    """With messages that are started and waited for apart, and a plan without any ladder."""
+    folder = write_llama(tmp_path, attention_bias=True, mlp_bias=True)
+    plans = [*LADDERS, {"pair": [1, 5]}]
+    cases = [Case(folder, plan, prompts(4, 40).tolist(), max_tokens=16) for plan in plans]
+    for case, result in zip(cases, run(cases, ranks=2, hosts=True), strict=True):
+        check(result, case, hf.load(folder, case.plan))
+
+
+def test_checkpoints_of_the_ladder_authors(tmp_path: Path) -> None:
+    """Served as they are: no `--model-impl`, no remote code."""
+    ladders: dict[str, int | list[int]] = {"LlamaForCausalLM": 3, "LlamaLadderForCausalLM": [1, 4]}
+    cases = []
+    for architecture, ladder in ladders.items():
+        folder = tmp_path / architecture
+        write_llama(folder, ladder_layers=ladder, architecture=architecture)
+        cases.append(Case(folder, "plain", prompts(4, 40).tolist(), max_tokens=16))
+    llama = write_llama(tmp_path / "llama")
+    for case, result, ladder in zip(cases, run(cases), ladders.values(), strict=True):
+        check(result, case, hf.load(llama, {"ladder": ladder}))
+        check(result, case, hf.load(case.model, {"ladder": ladder}))
+
+
+def test_three_hosts(tmp_path: Path) -> None:
+    folder = write_llama(tmp_path, hidden=96, heads=3, kv_heads=3, layers=4, vocab=576)
+    case = Case(folder, {"pair": [1, 3], "ladder": 3}, prompts(2, 40).tolist(), max_tokens=4)
+    (result,) = run([case], ranks=3, hosts=True)
+    check(result, case, hf.load(folder, case.plan))
+
+
+@pytest.fixture(scope="module")
+def random_cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
+    cases = {}
+    for name, (shape, plans) in RANDOM.items():
+        folder = write_llama(tmp_path_factory.mktemp("llama"), **shape)
+        for plan in plans:
+            cases[f"{name} {json.dumps(plan)}"] = Case(
+                folder, plan, prompts(4, 40).tolist(), max_tokens=16
+            )
+    return cases
+
+
+RANDOM_NAMES = [
+    f"{name} {json.dumps(plan)}" for name, (_, plans) in RANDOM.items() for plan in plans
+]
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["TP1", "TP2"])
+def random_results(
+    request: pytest.FixtureRequest, random_cases: dict[str, Case]
+) -> dict[str, Result]:
+    return dict(zip(random_cases, run(list(random_cases.values()), request.param), strict=True))
+
+
+@pytest.mark.parametrize("name", RANDOM_NAMES)
+def test_random_model_equals_reference(
+    name: str, random_cases: dict[str, Case], random_results: dict[str, Result]
+) -> None:
+    case = random_cases[name]
+    check(random_results[name], case, hf.load(case.model, case.plan))
+
+
+def test_identity_of_other_families_is_plain(tmp_path: Path) -> None:
+    """vLLM's own class of each family gives the same numbers, to the last bit."""
+    cases = [
+        Case(folder, plan, prompts(1, 40).tolist(), max_tokens=4)
+        for name, shape in FAMILIES.items()
+        for folder in [write_llama(tmp_path / name, layers=2, **shape)]
+        for plan in ("plain", "identity")
+    ]
+    results = iter(run(cases))
+    for plain, identity in zip(results, results, strict=True):
+        assert identity.tokens == plain.tokens
+        for ours, theirs in zip(identity.prompt_logprobs, plain.prompt_logprobs, strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_windows_of_some_layers(tmp_path: Path) -> None:
+    """Each block has the window of its layers, wherever it runs. Against the equations."""
+    kinds = ["full_attention", "sliding_attention"] * 3
+    some: dict[str, tuple[dict[str, Any], Any]] = {
+        "Mistral": ({"layer_types": kinds}, [[3, 1], [0, 2, 4], [5]]),
+        "Qwen2": ({"use_sliding_window": True, "max_window_layers": 3}, [[0, 2, 1], [3], [5, 4]]),
+        "Qwen3": ({"use_sliding_window": True, "layer_types": kinds}, [[3, 1], [0, 2, 4], [5]]),
+    }
+    cases = []
+    for name, (keys, blocks) in some.items():
+        folder = write_llama(tmp_path / name, **{**FAMILIES[name], "sliding_window": 8, **keys})
+        cases.append(Case(folder, {"blocks": blocks}, prompts(2, 40).tolist(), max_tokens=16))
+    for case, result in zip(cases, run(cases), strict=True):
+        plan = resolve(case.plan, len(kinds))
+
+        def reference(
+            texts: torch.Tensor, folder: Path = case.model, plan: Plan = plan
+        ) -> SimpleNamespace:
+            return SimpleNamespace(
+                logits=torch.stack([plain_logits(folder, plan, text) for text in texts]).float()
+            )
+
+        check(result, case, reference)
+
+
+def test_where_vllm_is_not_transformers(tmp_path: Path) -> None:
+    """The README says in what, and that these models are transformers' here, with any plan."""
+    folder = write_llama(tmp_path / "bias", model_type="qwen3", attention_bias=True)
+    cases = [
+        Case(folder, plan, prompts(2, 40).tolist(), max_tokens=4)
+        for plan in ("identity", {"pair": [1, 5]}, "plain")
+    ]
+    *ours, plain = zip(cases, run(cases), strict=True)
+    for case, result in ours:
+        check(result, case, hf.load(folder, case.plan))
+    # vLLM adds no bias to what o_proj gives.
+    with pytest.raises(AssertionError, match="Tensor-likes are not close"):
+        check(plain[1], plain[0], hf.load(folder, "identity"))
+    some = write_llama(
+        tmp_path / "windows",
+        model_type="qwen3",
+        sliding_window=8,
+        use_sliding_window=True,
+        max_window_layers=3,
+    )
+    with pytest.raises(RuntimeError, match="Sliding window for some but all layers"):
+        run([Case(some, "plain", prompts(1, 8).tolist())])
+
+
+def test_auto_of_one_layer(tmp_path: Path) -> None:
+    folder = write_llama(tmp_path, layers=1)
+    case = Case(folder, "auto", prompts(2, 40).tolist(), max_tokens=4)
+    (result,) = run([case])
+    check(result, case, hf.load(folder, "identity"))
+
+
+def test_ngram_speculation(tmp_path: Path) -> None:
+    """Speculated tokens are verified by the restructured model: its own greedy text comes out."""
+    folder = write_llama(tmp_path, vocab=64)
+    repeating = [row.tolist() * 4 for row in prompts(4, 10, vocab=64)]
+    speculation = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
+    case = Case(
+        folder,
+        {"pair": [1, 5]},
+        repeating,
+        max_tokens=24,
+        engine={"speculative_config": speculation},
+    )
+    (result,) = run([case])
+    check(result, case, hf.load(folder, case.plan))
+
+
+def test_drafts_with_blocks_of_different_widths(tmp_path: Path) -> None:
+    """Whatever the draft says, the answers are the unmodified model's."""
+    model = write_llama(tmp_path / "model")
+    draft = write_llama(
+        tmp_path / "draft", architecture="DepthParForCausalLM", depthpar={"pair": [1, 3]}
+    )
+    speculation = {"method": "draft_model", "model": str(draft), "num_speculative_tokens": 2}
+    case = Case(
+        model,
+        "plain",
+        prompts(8, 60).tolist(),
+        max_tokens=60,
+        engine={"speculative_config": speculation, "max_num_seqs": 4},
+    )
+    (result,) = run([case])
+    check(result, case, hf.load(model, "identity"))
+
+
+def test_prequantized_checkpoint_on_two_ranks(tmp_path: Path) -> None:
+    """int8 pairs, each layer with its own norms on its own rank: as far off as plain int8 is."""
+    source = write_llama(
+        tmp_path / "fp32", hidden=128, heads=4, kv_heads=2, head_dim=32, intermediate=256
+    )
+    int8, dequantized = quantize_int8(source, tmp_path)
+    plans = ("plain", {"pair": [0, 6]}, {"pair": [1, 5]})
+    cases = [Case(int8, plan, prompts(4, 40).tolist(), dtype="bfloat16") for plan in plans]
+    errors = []
+    for case, result in zip(cases, run(cases, ranks=2), strict=True):
+        model = hf.load(dequantized, spec_of(case.plan))
+        with torch.no_grad():
+            text = torch.tensor(case.prompts)
+            reference = model(text).logits[:, :-1].log_softmax(-1).gather(2, text[:, 1:, None])
+        errors.append((torch.stack(result.prompt_logprobs) - reference[..., 0]).abs().mean().item())
+    plain, *ours = errors
+    assert 0 < plain < 0.2
+    assert max(ours) < 1.5 * plain, errors

@@ -1,0 +1,243 @@
+"""The command `depthpar`, run as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import write_llama
+
+from vllm_depthpar import plan as plans
+from vllm_depthpar.cli.main import main
+from vllm_depthpar.plan import precedence
+from vllm_depthpar.plan.model_shape import ModelShape
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_llama(tmp_path_factory.mktemp("llama"), layers=8, dtype=torch.bfloat16)
+
+
+PLAN = '{"blocks": [[0], [1], [2, 3], [4], [6]]}'
+
+
+def test_show_draws_the_blocks(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "show", str(model), "--plan", PLAN, "--tp", "2"]) == 0
+    out = capsys.readouterr().out
+    for line in (
+        "8 layers as 5 blocks (1 of 2, 2 skipped) (from --plan)",
+        "  │ 0 .. 1   2 layers",
+        "  ╪ 2 ║ 3",
+        "  ┊ 5   skipped",
+        "  ┊ 7   skipped",
+    ):
+        assert line in out
+    assert "effective depth                       8 -> 5" in out
+    assert "all-reduces per forward pass, TP > 1  17 -> 11" in out
+    assert "tensor-parallel sizes that fit        1, 2, 4" in out
+
+
+def test_show_draws_ladders(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spec = '{"pair": [4, 6], "ladder": [1, 2, 4, 5, 6]}'
+    assert main(["plan", "show", str(model), "--plan", spec]) == 0
+    out = capsys.readouterr().out
+    column = """
+  │ 0
+  ├ 1 .. 2   2 layers, ladder
+  │ 3
+  ╪ 4 ║ 5   ladder
+  ├ 6   ladder
+  │ 7
+"""
+    assert column in out
+    # Seven blocks; at the end of each of the two stretches one all-reduce for attention and MLP.
+    # Hidden: the MLP's before each of the four ladder blocks, the attention's of 1 and of (4, 5).
+    assert "all-reduces per forward pass, TP > 1  17 -> 13, 6 of them hidden" in out
+
+
+def test_show_json_counts_bytes(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "show", str(model), "--plan", PLAN, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    files = (model / "model.safetensors").stat().st_size
+    header = 8 + int.from_bytes((model / "model.safetensors").read_bytes()[:8], "little")
+    assert facts["weight_bytes_per_rank"]["before"] == files - header
+    layer = ModelShape.from_config(json.loads((model / "config.json").read_text()))
+    saved = 2 * layer.layer_parameters() * 2
+    assert facts["weight_bytes_per_rank"]["after"] == files - header - saved
+    # 2 (K, V) x 2 KV heads x 32 x 2 bytes for each layer that is kept
+    assert facts["kv_bytes_per_token_per_rank"] == {"before": 8 * 256, "after": 6 * 256}
+    assert plans.resolve(facts["plan"], 8).digest == facts["digest"]
+
+
+@pytest.mark.parametrize("kind", ["mistral", "qwen2", "qwen3"])
+def test_bytes_of_other_families(
+    tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_llama(tmp_path, layers=32, hidden=64, model_type=kind)
+    assert main(["plan", "show", str(tmp_path), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    content = (tmp_path / "model.safetensors").read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    assert facts["weight_bytes_per_rank"]["before"] == len(content) - header
+
+
+def test_presets_are_of_llamas() -> None:
+    shape = {"num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 11008}
+    config = {**shape, "num_attention_heads": 32, "vocab_size": 32000}
+    assert "preset for Llama 2 7B" in precedence.choose({**config, "model_type": "llama"})[1]
+    # Qwen 1.5 7B is of the same shape.
+    assert "conservative rule" in precedence.choose({**config, "model_type": "qwen2"})[1]
+
+
+def test_show_says_when_tp_does_not_fit(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "show", str(model), "--plan", PLAN, "--tp", "3"]) == 0
+    assert "TP = 3 does not fit this plan." in capsys.readouterr().out
+
+
+def test_environment_and_auto(
+    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["plan", "show", str(model)]) == 0
+    assert "conservative rule" in capsys.readouterr().out
+    monkeypatch.setenv("DEPTHPAR_PLAN", PLAN)
+    assert main(["plan", "show", str(model)]) == 0
+    assert "(from DEPTHPAR_PLAN)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("layers", "hidden", "intermediate", "expected"),
+    [
+        (32, 4096, 11008, [18, 28]),
+        (28, 3072, 8192, [21, 25]),
+        (30, 576, 1536, [22, 28]),
+        (80, 8192, 28672, [58, 78]),
+    ],
+)
+def test_auto_plans(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    layers: int,
+    hidden: int,
+    intermediate: int,
+    expected: list[int],
+) -> None:
+    config = {
+        "model_type": "llama",
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_attention_heads": hidden // 64,
+        "vocab_size": 32000,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["plan", "show", str(tmp_path), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)["plan"]
+    assert shown == plans.resolve({"pair": expected}, layers).to_spec()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "ladder", "blocks"),
+    [
+        ([], [4, 5, 6, 7], 8),
+        (["--plan", '{"pair": [4, 8]}'], [4, 5, 6, 7], 6),
+        (["--plan", '{"pair": [4, 8], "ladder": [6, 7]}'], [6, 7], 6),
+        (["--plan", '{"pair": [4, 8], "ladder": []}'], [], 6),
+        (["--plan", "identity"], [], 8),
+    ],
+)
+def test_a_ladder_checkpoint_stays_one_unless_told_otherwise(
+    model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    ladder: list[int],
+    blocks: int,
+) -> None:
+    config = json.loads((model / "config.json").read_text())
+    config |= {"model_type": "llamaLadder", "ladder_layers": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["plan", "show", str(tmp_path), "--json", *arguments]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["ladder"] == ladder
+    assert shown["depth"]["after"] == blocks
+
+
+def test_wrong_input_is_one_line(model: Path, tmp_path: Path) -> None:
+    gpt2 = tmp_path / "config.json"
+    gpt2.write_text('{"model_type": "gpt2"}')
+    for arguments, words in (
+        ([str(model), "--plan", '{"pair": [0, 99]}'], "'pair'"),
+        ([str(tmp_path)], "'gpt2'"),
+        ([str(tmp_path / "none")], "no checkpoint"),
+    ):
+        done = subprocess.run(
+            [str(Path(sys.executable).with_name("depthpar")), "plan", "show", *arguments],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )
+        assert done.returncode == 1
+        assert done.stderr.startswith("depthpar: error: ")
+        assert words in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
+# What each command needs besides MODEL and a plan, which follows the last of these.
+COMMANDS = {
+    "plan show": ["--plan"],
+    "predict": ["--device", "h100", "--plan"],
+    "eval": ["--text", "TEXT", "--plan"],
+    "export": ["--out", "OUT", "--plan"],
+    "recover": ["--out", "OUT", "--text", "TEXT", "--plan"],
+    "bench": ["--plans"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    ("given", "words"), [("", "plan is empty text"), ("null.json", "null is no plan")]
+)
+def test_a_plan_that_says_nothing_is_refused(
+    command: str,
+    given: str,
+    words: str,
+    model: Path,
+    text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "null.json").write_text("null\n")
+    names = {"TEXT": str(text), "OUT": str(tmp_path / "out")}
+    options = [names.get(option, option) for option in COMMANDS[command]]
+    last = str(tmp_path / given) if given else given
+    assert main([*command.split(), str(model), *options, last]) == 1
+    line = capsys.readouterr().err
+    assert line.startswith("depthpar: error: ")
+    assert words in line
+    assert len(line.splitlines()) == 1
+
+
+def test_an_empty_variable_is_none(
+    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DEPTHPAR_PLAN", "")
+    assert main(["plan", "show", str(model)]) == 0
+    assert "(from default: auto, " in capsys.readouterr().out
+
+
+def test_auto_of_one_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_llama(tmp_path, layers=1)
+    assert main(["plan", "show", str(tmp_path), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["plan"] == {"layers": 1, "blocks": [[0]]}
+    assert "too few layers to pair any" in shown["source"]
+
+
+def test_schema_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "schema"]) == 0
+    assert json.loads(capsys.readouterr().out) == plans.json_schema()

@@ -1,0 +1,237 @@
+"""`depthpar predict`, and what it knows of machines."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_depthpar.cli.main import main
+from vllm_depthpar.plan import PlanError, resolve
+from vllm_depthpar.plan.model_shape import ModelShape
+from vllm_depthpar.predict import machines
+from vllm_depthpar.predict.calibrate import ROWS, measure_products
+from vllm_depthpar.predict.cost_model import speedup
+from vllm_depthpar.predict.machines import DEVICES, LINKS, Device, device_named, link_named
+
+CONFIG = {
+    "model_type": "llama",
+    "num_hidden_layers": 32,
+    "hidden_size": 4096,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "intermediate_size": 11008,
+    "vocab_size": 32000,
+    "torch_dtype": "bfloat16",
+}
+PAIRS = '{"pair": [18, 28]}'
+LADDER = '{"ladder": "all"}'
+GPUS = ["--tp", "2", "--device", "a100-80g", "--link", "nvlink3"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("llama")
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache; and no plan in the environment."""
+    monkeypatch.delenv("DEPTHPAR_CACHE", raising=False)
+    monkeypatch.delenv("DEPTHPAR_PLAN", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "depthpar"
+
+
+def predicted(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    assert main(["predict", *arguments, "--json"]) == 0
+    return dict(json.loads(capsys.readouterr().out))
+
+
+def test_prints_speedups(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    plans = ["--plan", PAIRS, "--plan", LADDER]
+    found = predicted(capsys, model, *plans, *GPUS, "--batch", "4", "--prompt", "512")
+    shape, plan = ModelShape.from_config(CONFIG), resolve(json.loads(PAIRS), 32)
+    machine = (DEVICES["a100-80g"], LINKS["nvlink3"], 2)
+    pairs, ladder = found["plans"]
+    assert pairs["decode"]["speedup"] == speedup(shape, plan, *machine, 4, 1024)
+    assert pairs["prefill"]["speedup"] == speedup(shape, plan, *machine, 1, 0, 512)
+    assert 1.02 < pairs["decode"]["speedup"] < 1.2
+    assert 1.02 < ladder["decode"]["speedup"] < 1.2
+    assert ladder["decode"]["communication"] < found["plain"]["decode"]["communication"] / 2
+    assert pairs["plan"] == plan.to_spec()
+    assert pairs["slower_than_plain"] == []
+
+    assert main(["predict", model, *plans, *GPUS, "--batch", "4", "--prompt", "512"]) == 0
+    out = capsys.readouterr().out
+    assert "decoding, batch 4, context 1024" in out
+    assert "prefill, one prompt of 512 tokens" in out
+    assert f"{pairs['decode']['speedup']:.2f}x" in out
+    assert "NVIDIA A100 80GB" in out
+    assert "warning" not in out
+
+
+def test_warns_of_a_plan_that_is_slower(
+    model: str, capsys: pytest.CaptureFixture[str], cache: Path
+) -> None:
+    # Whose own all-reduces are the slower ones: nothing else makes a plan lose.
+    machines.save(
+        replace(DEVICES["h100"], name="this", reduce_seconds=1e-3, plain_reduce_seconds=-0.9e-3)
+    )
+    arguments = ["predict", model, "--plan", "identity", "--tp", "2", "--link", "nvlink4"]
+    assert main(arguments) == 0
+    assert "warning: identity is predicted to be slower than plain in decoding" in (
+        capsys.readouterr().out
+    )
+    assert predicted(capsys, *arguments[1:])["plans"][0]["slower_than_plain"] == ["decoding"]
+
+
+def test_warns_of_a_plan_that_gains_nothing(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    # One rank has no all-reduce to hide.
+    arguments = ["predict", model, "--plan", LADDER, "--plan", "identity", "--device", "h100"]
+    assert main(arguments) == 0
+    warnings = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert warnings == [f"warning: {LADDER} is predicted to gain nothing over plain in decoding"]
+
+
+def test_without_a_plan_the_one_that_would_be_served(
+    model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert (
+        predicted(capsys, model, *GPUS)["plans"][0]["plan"]
+        == resolve(json.loads(PAIRS), 32).to_spec()
+    )
+    monkeypatch.setenv("DEPTHPAR_PLAN", LADDER)
+    assert "32 ladder" in predicted(capsys, model, *GPUS)["plans"][0]["name"]
+
+
+def test_a_plan_that_plain_cannot_match(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    wide = ["--plan", '{"pair": [0, 32]}', "--tp", "64", "--link", "nvlink4", "--device", "h100"]
+    assert main(["predict", model, *wide]) == 0
+    assert "plain vLLM can't be cut into 64 ranks" in capsys.readouterr().out
+    found = predicted(capsys, model, *wide)
+    assert found["plain"] is None
+    assert found["plans"][0]["decode"]["speedup"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--plan", '{"pairs": [0, 2]}', *GPUS], "plan key 'pairs' is unknown"),
+        (["--tp", "2", "--device", "h100"], "--tp 2 needs a --link; allowed: nvlink2, "),
+        ([*GPUS, "--link", "nvlink"], "link 'nvlink' is unknown; allowed: nvlink2, nvlink3"),
+        ([*GPUS, "--link", "latency=1ms"], "needs a latency and a bandwidth"),
+        ([*GPUS, "--link", "latency=1,bandwidth=1gbit"], "'latency=1' is wrong; allowed: "),
+        ([*GPUS, "--link", "latency=1ms,bandwidth=0gbit"], "above 0"),
+        ([*GPUS, "--link", "speed=1ms"], "'speed=1ms' is wrong"),
+        ([*GPUS, "--device", "h1000"], "device 'h1000' is unknown; allowed: this, h100"),
+        ([*GPUS, "--calibrate"], "--calibrate measures this machine; allowed: --device this"),
+        ([*GPUS, "--tp", "3"], "3 tensor-parallel ranks; allowed: 1, 2, 4, 8, 16, 32"),
+        (["--tp", "3", "--link", "shm", "--calibrate"], "3 tensor-parallel ranks; allowed: 1"),
+        ([], "this machine has not been measured yet; allowed: add --calibrate, or --device"),
+    ],
+)
+def test_bad_input_is_one_line(
+    model: str, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main(["predict", model, *arguments]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("depthpar: error: ")
+    assert captured.err.count("\n") == 1
+    assert message in captured.err
+
+
+@pytest.mark.parametrize("option", ["--batch", "--tp", "--prompt"])
+def test_numbers_below_one_are_refused(
+    model: str, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["predict", model, option, "0"])
+    assert "0 is too small; allowed: 1 or more" in capsys.readouterr().err
+
+
+def test_no_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", "/nowhere", *GPUS]) == 1
+    assert "no checkpoint at '/nowhere'" in capsys.readouterr().err
+
+
+def test_own_links() -> None:
+    slow, fast = map(
+        link_named, ("latency=0.2ms,bandwidth=1gbit", "bandwidth=25 GB/s, latency=5us")
+    )
+    assert [slow.latency_seconds, fast.latency_seconds] == pytest.approx([2e-4, 5e-6])
+    assert [slow.bandwidth, fast.bandwidth] == [1.25e8, 25e9]
+
+
+def test_presets_say_where_they_are_from() -> None:
+    for name, device in DEVICES.items():
+        assert device_named(name) is device
+        assert device.name == name
+        assert device.source
+    for name, link in LINKS.items():
+        assert link_named(name) is link
+        assert link.name == name
+        assert link.source
+
+
+def test_a_measured_machine_is_kept(cache: Path) -> None:
+    device = Device("this", 1e10, ((8, 1e9), (64, 2e9)), 1e-3, source="here")
+    assert machines.save(device) == cache / "machine.json"
+    assert device_named("this") == device
+    assert [path.name for path in cache.iterdir()] == ["machine.json"]
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "{}", '{"name": "this", "flops": 3}', '{"flops": []}']
+)
+def test_a_broken_file_is_refused(cache: Path, content: str) -> None:
+    cache.mkdir()
+    (cache / "machine.json").write_text(content)
+    with pytest.raises(
+        PlanError, match=r"machine\.json can't be read .*; allowed: what --calibrate"
+    ):
+        device_named("this")
+
+
+def test_measures_products() -> None:
+    shape = ModelShape.from_config({**CONFIG, "hidden_size": 256, "intermediate_size": 512})
+    bandwidth, flops = measure_products(shape, 2, "cpu", torch.float32)
+    assert 1e8 < bandwidth < 1e13
+    assert [rows for rows, _ in flops] == list(ROWS)
+    assert all(1e8 < rate < 1e14 for _, rate in flops)
+    # Many rows share the reading of a weight: one row is never the cheapest per row. In float32:
+    # some processors have no instructions for bfloat16, and are as slow with many rows.
+    assert flops[-1][1] > 2 * bandwidth / shape.dtype_bytes
+
+
+def test_calibrates(model: str, tmp_path: Path, cache: Path) -> None:
+    """The command as a user runs it: measures, keeps, predicts; and the next one needs no flag."""
+    small = tmp_path / "small"
+    small.mkdir()
+    config = {**CONFIG, "num_hidden_layers": 4, "hidden_size": 256, "intermediate_size": 512}
+    (small / "config.json").write_text(json.dumps(config))
+    command = [sys.executable, "-m", "vllm_depthpar.cli", "predict", str(small)]
+    command += ["--plan", '{"pair": [0, 4]}', "--json"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    first = subprocess.run([*command, "--calibrate"], env=env, capture_output=True, text=True)
+    assert first.returncode == 0, first.stderr
+    assert "Saved in" in first.stderr
+    kept = device_named("this")
+    assert 1e-5 < kept.layer_seconds < 0.1
+    assert 0 < kept.step_seconds < 0.5
+    assert kept.reduce_seconds < kept.plain_reduce_seconds
+    assert "bfloat16" in asdict(kept)["source"]
+    again = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert again.stdout == first.stdout
+    # Two blocks for four, on one rank: all of it is the fixed cost of layers.
+    assert json.loads(first.stdout)["plans"][0]["decode"]["speedup"] > 1

@@ -1,0 +1,1 @@
+"""Measuring: plans side by side on this machine, in rounds."""

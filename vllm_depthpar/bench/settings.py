@@ -1,0 +1,179 @@
+"""What `depthpar bench` measures: parts, loads of given sizes, and vLLM's options for them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_depthpar.bench.engine_load import BUDGET, most_tokens
+from vllm_depthpar.launch.engine import flags_of
+from vllm_depthpar.launch.variants import Contender
+from vllm_depthpar.plan import PlanError, resolve
+from vllm_depthpar.plan.model_shape import ModelShape
+
+LATENCY, THROUGHPUT, SERVING = PARTS = ("latency", "throughput", "serving")
+# Latency and throughput share an engine for each contender; serving has a server for each.
+ENGINES, SERVERS = STAGES = ("engines", "servers")
+# A sequence takes whole blocks of the KV cache, and layers of two widths pad it.
+_KV_SLACK = 1.5
+_KV_BLOCKS = 256
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Load:
+    """One thing to measure.
+
+    Attributes:
+        part: of `PARTS`.
+        name: its sizes, for people.
+        batch: sequences at once; requests in all, of serving.
+        prompt_tokens: of each.
+        longest: tokens that a sequence has in the end, at most.
+        rate: requests per second, of serving; inf: all at once.
+    """
+
+    part: str
+    name: str
+    batch: int
+    prompt_tokens: int
+    longest: int
+    rate: float = math.inf
+
+    @property
+    def key(self) -> str:
+        """Names it in a record."""
+        return f"{self.part}, {self.name}"
+
+    @property
+    def stage(self) -> str:
+        """Of `STAGES`."""
+        return SERVERS if self.part == SERVING else ENGINES
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured, and how vLLM is set up for it, alike for all contenders.
+
+    Attributes:
+        input_lens: prompt tokens of latency's and serving's requests.
+        output_len: tokens of every answer.
+        batches, contexts: sequences at once and their prompt tokens, of throughput.
+        rates, requests: requests per second, and how many, of serving.
+        engine_args: more flags of vLLM's engine; they win.
+    """
+
+    parts: tuple[str, ...] = PARTS
+    input_lens: tuple[int, ...] = (128,)
+    output_len: int = 64
+    batches: tuple[int, ...] = (1, 8)
+    contexts: tuple[int, ...] = (128,)
+    rates: tuple[float, ...] = (1.0, math.inf)
+    requests: int = 32
+    tp: int = 1
+    dtype: str = "auto"
+    load_format: str = "auto"
+    eager: bool = False
+    one_at_a_time: bool = False
+    engine_args: tuple[str, ...] = ()
+
+    def loads(self) -> list[Load]:
+        """What every contender goes through in each round."""
+
+        def load(part: str, sizes: str, batch: int, tokens: int, rate: float = math.inf) -> Load:
+            most = most_tokens(batch, tokens, self.output_len)
+            return Load(
+                part,
+                f"{tokens} tokens{sizes}",
+                batch,
+                tokens,
+                tokens + (self.output_len if part == SERVING else most),
+                rate,
+            )
+
+        found = [load(LATENCY, "", 1, tokens) for tokens in self.input_lens]
+        for context in self.contexts:
+            found += [
+                load(THROUGHPUT, f", batch {batch}", batch, context) for batch in self.batches
+            ]
+        for tokens in self.input_lens:
+            for rate in self.rates:
+                often = "all at once" if rate == math.inf else f"{rate:g} requests/s"
+                found.append(load(SERVING, f", {often}", self.requests, tokens, rate))
+        return [one for one in found if one.part in self.parts]
+
+
+def check(settings: Settings, contenders: Sequence[Contender], config: dict[str, Any]) -> None:
+    """Raise PlanError for what vLLM would refuse after a long start: a model that can't be cut
+    into so many ranks, or sequences that are too long for it."""
+    shape = ModelShape.from_config(config)
+    for one in contenders:
+        plan = resolve(one.spec or "identity", shape.layers)
+        if settings.tp not in (fitting := shape.fitting_tps(plan)):
+            raise PlanError(
+                f"--tp {settings.tp} can't cut {one.label} ({one.plan}); "
+                f"allowed: {', '.join(map(str, fitting))}"
+            )
+    longest = max(load.longest for load in settings.loads())
+    positions = config.get("max_position_embeddings", math.inf)
+    if longest > positions:
+        raise PlanError(
+            f"{longest} tokens, prompt and answer, are too many; allowed: {positions}, as the "
+            "model has positions"
+        )
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How the contenders of a stage are set up.
+
+    Attributes:
+        model: folder or hub name.
+        config: its config.json.
+        loads: what they will get: they have KV cache and length for the largest.
+        gpu_share: of a GPU's memory, what each may take; None on a CPU.
+    """
+
+    model: str
+    config: dict[str, Any]
+    settings: Settings
+    loads: Sequence[Load]
+    gpu_share: float | None
+
+    def flags(self, contender: Contender) -> list[str]:
+        """With which vLLM serves a contender, as an engine or as a server."""
+        settings, loads = self.settings, self.loads
+        longest = max(load.longest for load in loads)
+        if loads[0].stage == SERVERS:
+            # Random tokens that become text and tokens again are rarely as many.
+            positions = self.config.get("max_position_embeddings", math.inf)
+            longest = min(longest + longest // 4 + 64, positions)
+        options: dict[str, object] = {
+            "dtype": settings.dtype,
+            "load_format": settings.load_format,
+            "enforce_eager": settings.eager,
+            "tensor_parallel_size": settings.tp,
+            "max_model_len": longest,
+            # Not all memory, so that contenders fit side by side. On a CPU the environment has it.
+            "kv_cache_memory_bytes": self.gpu_share and self.kv_bytes(contender),
+            "gpu_memory_utilization": self.gpu_share,
+            "no_enable_prefix_caching": True,
+            "seed": 0,
+        }
+        if loads[0].stage == ENGINES:
+            most = max(load.batch for load in loads)
+            tokens = max(load.batch * load.prompt_tokens for load in loads)
+            options["max_num_seqs"] = most
+            options["max_num_batched_tokens"] = max(most, min(tokens, BUDGET))
+        return [*contender.flags, *flags_of(options), *settings.engine_args]
+
+    def kv_bytes(self, contender: Contender) -> int:
+        """KV cache on one rank for all sequences of the largest load at once."""
+        shape = ModelShape.from_config(self.config)
+        plan = resolve(contender.spec or "identity", shape.layers)
+        of_token = shape.kv_bytes_per_token(plan, self.settings.tp) / shape.dtype_bytes
+        width = _BYTES.get(self.settings.dtype, shape.dtype_bytes)
+        tokens = max(load.batch * (load.longest + _KV_BLOCKS) for load in self.loads)
+        return int(_KV_SLACK * tokens * of_token * width)

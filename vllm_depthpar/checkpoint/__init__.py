@@ -1,0 +1,1 @@
+"""Checkpoint folders: what is in them, and folders that carry a plan."""

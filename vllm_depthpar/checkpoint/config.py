@@ -1,0 +1,122 @@
+"""A checkpoint's config.json and tensors, wherever the checkpoint is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_depthpar.checkpoint.tensors import stored
+from vllm_depthpar.plan import PlanError
+from vllm_depthpar.plan.families import family_of
+from vllm_depthpar.plan.precedence import KEY
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def read_config(model: str) -> dict[str, Any]:
+    """The parsed config.json of a checkpoint.
+
+    Args:
+        model: its folder, or its name on the Hugging Face hub (cached or downloaded).
+
+    Raises:
+        PlanError: there is none, or it is not of a family that can be restructured.
+    """
+    path = Path(model).expanduser() / "config.json"
+    if not path.exists():
+        path = _download_config(model)
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise PlanError(f"{path} can't be read ({error}); allowed: a config.json") from None
+    family_of(config if isinstance(config, dict) else {})
+    return config
+
+
+def read_original_config(model: str) -> dict[str, Any]:
+    """`read_config` of a checkpoint that carries no plan: one to plan for.
+
+    Raises:
+        PlanError: see `read_config`; or it carries one.
+    """
+    config = read_config(model)
+    if config.get(KEY) is not None:
+        raise PlanError(f"{model} carries a plan already; allowed: the checkpoint it was made from")
+    return config
+
+
+def folder(model: str) -> Path:
+    """A checkpoint's folder; of a model of the hub, where its files are cached.
+
+    Args:
+        model: see `read_config`, which has accepted it.
+
+    Raises:
+        PlanError: its files can't be downloaded.
+    """
+    path = Path(model).expanduser()
+    if (path / "config.json").exists():
+        return path
+    from huggingface_hub import snapshot_download
+
+    skipped = ["*.bin", "*.pth", "original/*"]
+    return _downloaded(model, lambda: snapshot_download(model, ignore_patterns=skipped))
+
+
+def read_tensors(model: str, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors by their names, one after the other, exactly as they are in the checkpoint.
+
+    Args:
+        model: see `read_config`, which has accepted it.
+
+    Raises:
+        PlanError: see `folder` and `tensors.stored`; or the checkpoint lacks one.
+    """
+    from safetensors import safe_open
+
+    source = folder(model)
+    where = stored(source)
+    by_file: dict[str, list[str]] = {}
+    for name in names:
+        if name not in where:
+            raise PlanError(f"the checkpoint has no tensor {name!r}; allowed: {source} with it")
+        by_file.setdefault(where[name][0], []).append(name)
+    for path, inside in by_file.items():
+        with safe_open(source / path, framework="pt") as file:
+            for name in inside:
+                yield name, file.get_tensor(name)
+
+
+def fingerprint(model: str) -> str:
+    """Text that changes when a checkpoint does.
+
+    Args:
+        model: see `read_config`, which has accepted it.
+
+    Returns:
+        Of a folder the files' names, sizes and times; of a model of the hub its commit.
+    """
+    folder = Path(model).expanduser()
+    if not (folder / "config.json").exists():
+        return f"{model}@{_download_config(model).parent.name}"
+    found = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file()]
+    return json.dumps([[name, stat.st_size, stat.st_mtime_ns] for name, stat in found])
+
+
+def _download_config(model: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    return _downloaded(model, lambda: hf_hub_download(model, "config.json"))
+
+
+def _downloaded(model: str, download: Callable[[], str]) -> Path:
+    try:
+        return Path(download())
+    except Exception as error:
+        raise PlanError(
+            f"no checkpoint at {model!r} ({type(error).__name__}); "
+            f"allowed: a folder with config.json, or a model of the hub"
+        ) from None

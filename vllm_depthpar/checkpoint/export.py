@@ -1,0 +1,219 @@
+"""A restructured model as an ordinary checkpoint folder that `vllm serve` takes without flags.
+
+Tensors keep the names and dtypes they have in the original checkpoint; those of skipped layers are
+left out. The plan is in config.json.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_depthpar.checkpoint.config import folder, read_config
+from vllm_depthpar.checkpoint.tensors import INDEX, Expected, split_name, stored
+from vllm_depthpar.plan import Plan, PlanError, drawing, ladder_checkpoint
+from vllm_depthpar.plan.model_shape import ModelShape
+from vllm_depthpar.plan.precedence import ARCHITECTURE, KEY
+from vllm_depthpar.util import files
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# What belongs to a checkpoint beside weights and config: tokenizer, generation config, licence.
+_KEPT = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "USE_POLICY*", "NOTICE*")
+
+
+def check_out(out: Path) -> None:
+    """Refuse a folder that holds something.
+
+    Raises:
+        PlanError: it does.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise PlanError(f"--out {out} is there already; allowed: a folder that is new or empty")
+
+
+def check_source(model: str, plan: Plan) -> None:
+    """Refuse a checkpoint that can't be exported with a plan, before anything long begins.
+
+    Raises:
+        PlanError: it is not in safetensors, lacks layers that the plan runs, or its tensors are not
+            what its config.json says.
+    """
+    _shards(folder(model), read_config(model), plan)
+
+
+def export(
+    model: str,
+    plan: Plan,
+    out: Path,
+    changes: Mapping[str, Tensor] | None = None,
+    recovery: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the folder. It has its name only when it is complete.
+
+    Args:
+        model: folder or hub name of the original checkpoint.
+        plan: that it is served with.
+        out: the folder to make.
+        changes: tensors that replace the checkpoint's, by their names there.
+        recovery: what the changes come from, JSON-ready, for the model card and recovery.json.
+
+    Raises:
+        PlanError: see `check_out` and `check_source`; or a change has no place.
+    """
+    check_out(out)
+    source, config = folder(model), read_config(model)
+    shards = _shards(source, config, plan)
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    partial.mkdir(parents=True)
+    _write_weights(source, partial, shards, changes or {})
+    for pattern in _KEPT:
+        for path in source.glob(pattern):
+            if path.name not in ("config.json", INDEX):
+                shutil.copyfile(path, partial / path.name)
+    files.write_json(partial / "config.json", exported_config(config, plan))
+    if recovery:
+        files.write_json(partial / "recovery.json", recovery)
+    (partial / "README.md").write_text(card(model, source, config, plan, recovery))
+    if out.exists():
+        out.rmdir()
+    partial.rename(out)
+
+
+def exported_config(config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+    """A checkpoint's config.json, restructured: the plan says all, a ladder checkpoint's too."""
+    ladder = config["model_type"] == ladder_checkpoint.MODEL_TYPE
+    rest = {key: value for key, value in config.items() if key != ladder_checkpoint.KEY}
+    return {
+        **rest,
+        "architectures": [ARCHITECTURE],
+        "model_type": "llama" if ladder else config["model_type"],
+        KEY: plan.to_spec(),
+    }
+
+
+def _shards(source: Path, config: Mapping[str, Any], plan: Plan) -> dict[str, list[str]]:
+    """The names of the tensors to keep, by the file that they are in."""
+    tensors = stored(source)
+    shapes = {name: shape for name, (_, shape) in tensors.items()}
+    Expected(config).check_all(shapes, plan.kept)
+    shards: dict[str, list[str]] = {}
+    for name, (shard, _) in tensors.items():
+        place = split_name(name)
+        if place is None or place[1] in plan.kept:
+            shards.setdefault(shard, []).append(name)
+    return shards
+
+
+def _write_weights(
+    source: Path, out: Path, shards: Mapping[str, list[str]], changes: Mapping[str, Tensor]
+) -> None:
+    """Shard by shard, so that a large checkpoint is never in memory as a whole."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    total = 0
+    for shard, names in shards.items():
+        with safe_open(source / shard, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in names}
+        for name in changes.keys() & tensors.keys():
+            tensors[name] = changes[name].detach().to("cpu", tensors[name].dtype).contiguous()
+        save_file(tensors, out / shard, metadata={"format": "pt"})
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    kept = {name: shard for shard, names in shards.items() for name in names}
+    if lost := sorted(changes.keys() - kept.keys()):
+        raise PlanError(f"the checkpoint has no tensor {lost[0]!r} to replace")
+    if set(shards) != {"model.safetensors"}:
+        files.write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": kept})
+
+
+def card(
+    model: str,
+    source: Path,
+    config: Mapping[str, Any],
+    plan: Plan,
+    recovery: Mapping[str, Any] | None,
+) -> str:
+    """The model card: what this is, how to serve it, the plan, and where its weights come from."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    name = source.name if Path(model).expanduser().exists() else model
+    readme = source / "README.md"
+    origin = ModelCard.load(readme, ignore_metadata_errors=True).data if readme.exists() else None
+    data = ModelCardData(
+        base_model=name,
+        license=getattr(origin, "license", None),
+        library_name="vllm",
+        pipeline_tag="text-generation",
+        tags=["vllm-depthpar"],
+    )
+    lines = [
+        "---",
+        data.to_yaml(),
+        "---",
+        "",
+        f"# {name.rpartition('/')[2]}, {plan.name}",
+        "",
+        f"{name} with its depth restructured, for vLLM with the plugin vllm-depthpar:",
+        "",
+        "    pip install vllm vllm-depthpar",
+        "    vllm serve <this folder>",
+        "",
+        "or, on transformers, `vllm_depthpar.hf.load(folder)`. Without vllm-depthpar, transformers "
+        "would run the layers one after the other, which is not this model.",
+        "",
+        "## Plan",
+        "",
+        "```",
+        drawing.draw(plan, ModelShape.from_config(config)),
+        "```",
+        "",
+        "## Weights",
+        "",
+        _recovered(recovery) if recovery else "The original checkpoint's, unchanged.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _recovered(recovery: Mapping[str, Any]) -> str:
+    """What was done to the weights and what it did, from `recovery.json`."""
+    header = ["text", "unmodified", "plan", "refitted", "recovered", "KL: plan", "KL: recovered"]
+    stages = recovery["quality"]
+    rows = [
+        [
+            name,
+            f"{figures['perplexity']:.2f}",
+            *(f"{stages[stage][name]['perplexity']:.2f}" for stage in ("plan", "refit", "end")),
+            *(f"{stages[stage][name]['kl']:.3f}" for stage in ("plan", "end")),
+        ]
+        for name, figures in stages["unmodified"].items()
+    ]
+    settings, training = recovery["settings"], recovery["training"]
+    texts = ", ".join(f"{name} ({tokens} tokens)" for name, tokens in recovery["texts"].items())
+    done = []
+    if settings["refit"]:
+        done.append("the down projections of the changed blocks refitted in closed form")
+    if training["steps"]:
+        how = "distilled" if settings["objective"] == "distil" else "fine-tuned on the next token"
+        done.append(f"{how} in {training['steps']} steps of {training['tokens']} tokens in all")
+    return "\n".join(
+        [
+            f"Recovered from what the plan cost: {', then '.join(done)}.",
+            "",
+            f'Learned from: {texts}. "own" texts were written by the original model itself.',
+            "",
+            f"Settings: `{json.dumps(settings)}`",
+            "",
+            "Perplexity, and mean KL divergence from the original model (nats per token), on text "
+            "that was not learned from:",
+            "",
+            files.table(header, rows),
+            "",
+            "Every measurement on the way is in `recovery.json`.",
+        ]
+    )

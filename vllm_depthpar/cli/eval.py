@@ -1,0 +1,139 @@
+"""`depthpar eval`: what plans cost in quality."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from vllm_depthpar.checkpoint.config import read_config
+from vllm_depthpar.cli.quality_table import quality_table
+from vllm_depthpar.cli.types import DTYPES, MODEL_HELP, PLAN_HELP, at_least
+from vllm_depthpar.evaluate import lm_eval_tasks
+from vllm_depthpar.launch.variants import Contender, contenders, usual
+from vllm_depthpar.plan.model_shape import ModelShape
+from vllm_depthpar.util import files
+
+
+def add(commands: Any) -> None:
+    """Register the subcommand."""
+    evaluate = commands.add_parser("eval", help="measure what plans cost in quality")
+    evaluate.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    evaluate.add_argument(
+        "--plan",
+        action="append",
+        metavar="P",
+        help=f"{PLAN_HELP}, 'carried' for the checkpoint's own, or 'plain' for vLLM's own model; "
+        "repeatable (plain and auto, or carried)",
+    )
+    evaluate.add_argument("--out", type=Path, metavar="FILE", help="write the numbers as JSON")
+    evaluate.add_argument(
+        "--seed", type=int, default=1234, help="of all that is drawn: tasks' examples (1234)"
+    )
+    add_text_arguments(evaluate)
+    add_task_arguments(evaluate)
+    evaluate.set_defaults(run=_run)
+
+
+def add_text_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `measure_texts` needs to know."""
+    group = parser.add_argument_group(
+        "text", "perplexity, and KL divergence from the unmodified model"
+    )
+    group.add_argument("--text", nargs="+", default=[], metavar="FILE", help="UTF-8 text")
+    group.add_argument("--window", type=at_least(2), default=512, help="tokens a window (512)")
+    group.add_argument(
+        "--stride", type=at_least(1), metavar="N", help="from window to window (no overlap)"
+    )
+    group.add_argument(
+        "--tokens", type=at_least(1), metavar="N", help="count at most N of each text (all)"
+    )
+    group.add_argument("--dtype", choices=DTYPES, default="auto", help="(auto)")
+
+
+def add_task_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `run_tasks` needs to know."""
+    group = parser.add_argument_group(
+        "tasks", "lm-evaluation-harness, over a `vllm serve` for each plan; needs the extra `eval`"
+    )
+    group.add_argument(
+        "--tasks", nargs="+", metavar="T", help="names that lm-eval knows, or YAML files"
+    )
+    group.add_argument(
+        "--limit", type=at_least(1), metavar="N", help="only the first N documents of each task"
+    )
+    group.add_argument(
+        "--num-fewshot", type=at_least(0), metavar="K", help="examples in a prompt (the task's own)"
+    )
+    group.add_argument(
+        "--server-args",
+        default="",
+        metavar="ARGS",
+        help="more flags for vllm serve, as one argument: --server-args='--dtype float32 ...'",
+    )
+
+
+def _run(args: argparse.Namespace) -> str:
+    if not args.tasks and not args.text:
+        raise lm_eval_tasks.TaskError(
+            "nothing to measure; allowed: --text FILE ..., --tasks NAME ..."
+        )
+    plans = contenders(args.model, args.plan or usual(read_config(args.model)))
+    loaded = lm_eval_tasks.load_tasks(args.tasks) if args.tasks else {}
+    task_settings = _task_settings(args)
+    report: dict[str, Any] = {}
+    shown = []
+    if args.text:
+        report["text"] = measure_texts(args, plans)
+        shown.append(text_table(report["text"]))
+    if args.tasks:
+        report["tasks"] = lm_eval_tasks.run_tasks(args.model, plans, loaded, task_settings)
+        shown.append(lm_eval_tasks.table(report["tasks"]))
+    if args.out:
+        files.write_json(args.out, report)
+    return "\n\n".join(shown)
+
+
+def measure_texts(args: argparse.Namespace, plans: Sequence[Contender]) -> dict[str, Any]:
+    """The texts' report, JSON-ready: what was measured with what, and for each plan and text the
+    perplexity and the KL divergence from the unmodified model, nats per token."""
+    from vllm_depthpar.evaluate import suite
+    from vllm_depthpar.plan import resolve
+
+    layers = ModelShape.from_config(read_config(args.model)).layers
+    domains = suite.read_texts(args.model, args.text, args.window, args.stride, args.tokens)
+    bench = suite.Bench(suite.open_model(args.model, args.dtype), domains)
+    resolved = [resolve(one.spec or "identity", layers) for one in plans]
+    found = bench.measure(resolved, "Text")
+    return {
+        **files.origin("depthpar"),
+        "model": Path(args.model).name,
+        "seed": args.seed,
+        **suite.settings(domains, bench.evaluator),
+        "plans": [
+            {**asdict(one), "depth": plan.depth, "results": suite.figures(of_plan)}
+            for one, plan, of_plan in zip(plans, resolved, found, strict=True)
+        ],
+    }
+
+
+def text_table(report: dict[str, Any]) -> str:
+    """A texts' report as a Markdown table, a row for each plan."""
+    rows = [([plan["label"], str(plan["depth"])], plan["results"]) for plan in report["plans"]]
+    counted = "; ".join(
+        f"{text['text']}: {text['tokens_counted']} tokens counted, in {text['windows']} windows of "
+        f"{text['window']}, {text['counted_per_window']} of each"
+        for text in report["texts"]
+    )
+    return f"{quality_table(['plan', 'blocks'], rows)}\n\n{counted}; {report['dtype']}"
+
+
+def _task_settings(args: argparse.Namespace) -> lm_eval_tasks.Settings:
+    try:
+        server_args = lm_eval_tasks.check_server_args(shlex.split(args.server_args))
+    except ValueError as error:
+        raise lm_eval_tasks.TaskError(f"--server-args: {error}") from None
+    return lm_eval_tasks.Settings(args.limit, args.num_fewshot, args.seed, server_args)

@@ -1,0 +1,56 @@
+"""The command `depthpar`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+
+from vllm_depthpar import __version__
+from vllm_depthpar.bench.run import BenchError
+from vllm_depthpar.checkpoint.bundled import BundledModelError
+from vllm_depthpar.cli import (
+    bench,
+    bundled,
+    eval,
+    export,
+    plan,
+    predict,
+    recover,
+    search,
+    study,
+    verify,
+)
+from vllm_depthpar.evaluate.lm_eval_tasks import TaskError
+from vllm_depthpar.evaluate.texts import TextError
+from vllm_depthpar.plan import PlanError
+from vllm_depthpar.verify.run import VerifyError
+
+COMMANDS = (plan, verify, predict, bench, search, eval, study, recover, export, bundled)
+USER_ERRORS = (PlanError, TextError, TaskError, BenchError, BundledModelError, VerifyError)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit code (1, with one line on stderr, for wrong input)."""
+    parser = argparse.ArgumentParser(
+        prog="depthpar", description="Restructure the depth of models for vLLM."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add(commands)
+    args = parser.parse_args(argv)
+    # So that servers and engines are stopped, whose processes would stay.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        print(args.run(args))
+    except USER_ERRORS as error:
+        print(f"depthpar: error: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        # `depthpar ... | head`: not an error, and Python must not report it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        return 130
+    return 0

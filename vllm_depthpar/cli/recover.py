@@ -1,0 +1,226 @@
+"""`depthpar recover`: win back what a plan has cost."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import time
+from dataclasses import asdict, fields
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_depthpar import plan
+from vllm_depthpar.checkpoint import export
+from vllm_depthpar.checkpoint.config import fingerprint, read_original_config, read_tensors
+from vllm_depthpar.cli.quality_table import quality_table
+from vllm_depthpar.cli.types import DTYPES, MODEL_HELP, PLAN_HELP, at_least
+from vllm_depthpar.evaluate.texts import TextError
+from vllm_depthpar.plan import Plan, PlanError, precedence
+from vllm_depthpar.plan.ladder_checkpoint import ladder_of
+from vllm_depthpar.util import files
+
+if TYPE_CHECKING:
+    from vllm_depthpar.evaluate.texts import Windows
+
+_OWN_TOKENS = 131072
+# Windows of each text that are measured and not learned from, unless other texts are given.
+_HELD_OUT = 4
+_HELD_TOKENS = 2048
+_LEAST_WINDOWS = 16
+
+
+def add(commands: Any) -> None:
+    """Register the subcommand."""
+    parser = commands.add_parser(
+        "recover", help="win lost quality back by distillation; write a checkpoint that serves"
+    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("--plan", required=True, metavar="P", help=PLAN_HELP)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
+    data = parser.add_argument_group("text to learn from")
+    data.add_argument("--text", nargs="+", default=[], metavar="FILE", help="UTF-8 text")
+    data.add_argument(
+        "--own-text",
+        type=at_least(0),
+        metavar="N",
+        help=f"N tokens that the model writes itself ({_OWN_TOKENS} without --text, else 0)",
+    )
+    data.add_argument(
+        "--held-out", nargs="+", default=[], metavar="FILE", help="measure on these on the way"
+    )
+    data.add_argument("--window", type=at_least(2), default=512, help="tokens (512)")
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument(
+        "--tokens", type=at_least(0), metavar="N", help="learn from N (all, once); 0: refit only"
+    )
+    budget.add_argument(
+        "--minutes", type=float, metavar="M", help="of the command, writing of text included"
+    )
+    training = parser.add_argument_group("training")
+    training.add_argument(
+        "--train",
+        choices=("blocks", "norms", "lora", "all"),
+        default="blocks",
+        help="what changes: the changed blocks, their norms, adapters of them, all (blocks)",
+    )
+    training.add_argument(
+        "--refit",
+        type=at_least(0),
+        default=32768,
+        metavar="N",
+        help="first fit down projections in closed form, on N tokens; 0: don't (32768)",
+    )
+    training.add_argument(
+        "--objective",
+        choices=("distil", "next-token"),
+        default="distil",
+        help="next-token: plain fine-tuning, for comparison (distil)",
+    )
+    training.add_argument("--batch", type=at_least(1), default=4, help="windows of a step (4)")
+    training.add_argument(
+        "--micro-batch", type=at_least(1), default=4, help="of them at a time, a process (4)"
+    )
+    training.add_argument("--rate", type=float, default=2e-4, help="peak learning rate (2e-4)")
+    training.add_argument("--rank", type=at_least(1), default=16, help="of adapters (16)")
+    training.add_argument(
+        "--checkpointing", action="store_true", help="recompute activations: less memory, slower"
+    )
+    training.add_argument(
+        "--evaluations", type=at_least(1), default=10, help="on the way, each also saved (10)"
+    )
+    training.add_argument("--seed", type=int, default=0, help="(0)")
+    training.add_argument(
+        "--dtype", choices=DTYPES[:3], default="auto", help="to compute in (auto)"
+    )
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> str:
+    until = None if args.minutes is None else time.time() + 60 * args.minutes
+    _check_installed(args)
+    import torch
+
+    from vllm_depthpar import hf
+    from vllm_depthpar.evaluate.dtypes import usable_dtype
+    from vllm_depthpar.recover import trainer
+    from vllm_depthpar.recover.distillation import Distillation
+
+    process = trainer.this_process()
+    chosen = _check(args, process.num_processes)
+    with process.main_process_first():
+        domains, held_out = _texts(args)  # before the weights load
+    training = torch.cat([domain.tokens for domain in domains])
+
+    dtype = usable_dtype(args.dtype)
+    bfloat16 = dtype == torch.bfloat16
+    model = hf.load_unmodified(args.model, dtype).to(process.device)
+    unmodified = Distillation(model, plan.resolve("identity", chosen.layers), bfloat16=bfloat16)
+    distillation = Distillation(
+        model,
+        chosen,
+        everything=args.train == "all",
+        objective=args.objective,
+        bfloat16=bfloat16,
+        read=partial(read_tensors, args.model),
+    )
+    settings = trainer.Settings(
+        **{field.name: getattr(args, field.name) for field in fields(trainer.Settings)}
+    )
+    folder = args.out.with_name(f".{args.out.name}.run")
+    identity = [
+        fingerprint(args.model),
+        str(dtype),
+        [domain.digest for domain in domains],
+    ]
+    run = trainer.Recovery(distillation, settings, training, held_out, folder, identity)
+    # In this order: what is measured depends on what was done.
+    quality_after = {
+        "unmodified": {text.name: trainer.quality(unmodified, text) for text in held_out},
+        "plan": run.measure(),
+    }
+    ridges = run.refit() if args.refit else {}
+    quality_after["refit"] = run.measure()
+    done = run.train(args.tokens, until)
+    distillation.merge()
+    quality_after["end"] = run.measure()
+    if process.is_main_process:
+        record = {
+            **files.origin("depthpar"),
+            "plan": chosen.to_spec(),
+            "settings": asdict(settings),
+            "dtype": str(dtype).removeprefix("torch."),
+            "texts": {domain.name: domain.tokens.numel() for domain in domains},
+            "held_out": [windows.settings() for windows in held_out],
+            "ridges": ridges,
+            "training": done,
+            "quality": quality_after,
+            "curve": run.curve,
+        }
+        export.export(args.model, chosen, args.out, distillation.changes(), record)
+        shutil.rmtree(folder)
+    process.wait_for_everyone()
+    table = quality_table([""], [([stage], found) for stage, found in quality_after.items()])
+    return f"{table}\n\n{args.out}: {chosen.name}\nserve it: vllm serve {args.out}"
+
+
+def _check_installed(args: argparse.Namespace) -> None:
+    try:
+        import accelerate  # noqa: F401
+
+        if args.train == "lora":
+            import peft  # noqa: F401
+    except ImportError as error:
+        raise PlanError(
+            f"recovery needs {error.name}; allowed: pip install 'vllm-depthpar[recover]'"
+        ) from None
+
+
+def _check(args: argparse.Namespace, processes: int) -> Plan:
+    """Refuse what is wrong before anything long begins; returns the plan."""
+    config = read_original_config(args.model)
+    if ladder_of(config):
+        raise PlanError("the model is a ladder checkpoint; allowed: a model that runs every layer")
+    chosen, _ = precedence.choose(config, plan.load(args.plan), override_name="--plan")
+    if chosen.is_identity:
+        raise PlanError("the plan changes nothing, and nothing is lost; allowed: another --plan")
+    export.check_out(args.out)
+    export.check_source(args.model, chosen)
+    if args.batch % (at_once := args.micro_batch * processes):
+        raise PlanError(
+            f"--batch {args.batch} is no multiple of --micro-batch {args.micro_batch} times "
+            f"{processes} processes; allowed: multiples of {at_once}"
+        )
+    if args.minutes is not None and not args.minutes > 0:
+        raise PlanError(f"--minutes {args.minutes:g} is too short; allowed: more than 0")
+    return chosen
+
+
+def _texts(args: argparse.Namespace) -> tuple[list[Windows], list[Windows]]:
+    """What to learn from and what to measure on."""
+    from vllm_depthpar.evaluate import own_text, suite
+
+    own = args.own_text
+    if own is None:
+        own = 0 if args.text else _OWN_TOKENS
+    if not args.text and not own:
+        raise TextError("no text to learn from; allowed: --text FILE ..., --own-text N")
+    domains = suite.read_texts(
+        args.model,
+        args.text,
+        args.window,
+        own_tokens=own,
+        dtype=args.dtype,
+        kinds=(own_text.PROSE, own_text.CHATS),
+    )
+    if args.held_out:
+        held_out = suite.read_texts(args.model, args.held_out, args.window, tokens=_HELD_TOKENS)
+    else:
+        parted = [domain.part(_HELD_OUT) for domain in domains]
+        domains, held_out = [rest for rest, _ in parted], [held for _, held in parted]
+    if (count := sum(map(len, domains))) < _LEAST_WINDOWS:
+        raise TextError(
+            f"{count} windows of {args.window} tokens to learn from; allowed: {_LEAST_WINDOWS} or "
+            f"more (more text, --own-text, a smaller --window)"
+        )
+    return domains, held_out

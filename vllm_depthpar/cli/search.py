@@ -1,0 +1,178 @@
+"""`depthpar search`: find the plan that costs the least quality at a depth, a speed or a loss."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_depthpar.checkpoint.config import read_original_config
+from vllm_depthpar.cli.types import DTYPES, MODEL_HELP, at_least
+from vllm_depthpar.plan import Plan, PlanError
+from vllm_depthpar.plan.model_shape import ModelShape
+from vllm_depthpar.predict import machines
+from vllm_depthpar.search.target import Machine, check_depth, check_speedup, depths, reachable
+from vllm_depthpar.search.tiling import Tile, candidates
+
+if TYPE_CHECKING:
+    from vllm_depthpar.evaluate.texts import Windows
+
+METHODS = ("pair", "group", "skip", "ladder")
+
+
+def add(commands: Any) -> None:
+    """Register the subcommand."""
+    search = commands.add_parser("search", help="find the best plan for a depth, speed or loss")
+    search.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    goals = search.add_mutually_exclusive_group(required=True)
+    goals.add_argument("--depth", type=at_least(1), metavar="D", help="run D blocks")
+    goals.add_argument(
+        "--speedup", type=float, metavar="S", help="S times plain vLLM's predicted decoding speed"
+    )
+    goals.add_argument(
+        "--max-ppl-increase",
+        type=float,
+        metavar="PCT",
+        help="the shortest plan whose perplexity is at most PCT percent above the model's",
+    )
+    search.add_argument(
+        "--text", nargs="+", default=[], metavar="FILE", help="UTF-8 text to calibrate on"
+    )
+    search.add_argument(
+        "--own-text",
+        type=at_least(0),
+        metavar="N",
+        help="beside it calibrate on N tokens that the model writes itself (as many as of --text)",
+    )
+    search.add_argument(
+        "--methods",
+        default="pair,group,skip",
+        metavar="M",
+        help=f"any of {', '.join(METHODS)} (pair,group,skip)",
+    )
+    search.add_argument("--group", type=at_least(3), default=4, help="the widest group (4)")
+    search.add_argument("--out", type=Path, required=True, metavar="FILE", help="the plan file")
+    search.add_argument("--tokens", type=at_least(1), default=4096, help="of all texts (4096)")
+    search.add_argument("--window", type=at_least(2), default=256, help="tokens (256)")
+    search.add_argument("--rounds", type=at_least(0), default=6, help="at most (6)")
+    search.add_argument("--proposals", type=at_least(1), default=6, help="a round (6)")
+    search.add_argument("--minutes", type=float, default=20, help="begin no round after (20)")
+    search.add_argument("--seed", type=int, default=0, help="(0)")
+    search.add_argument("--dtype", choices=DTYPES, default="auto", help="(auto)")
+    where = search.add_argument_group("where it will run, for predicted speed-ups")
+    where.add_argument("--tp", type=at_least(1), default=1, metavar="N", help="ranks (1)")
+    where.add_argument("--link", metavar="L", help="between them: see depthpar predict")
+    where.add_argument("--device", metavar="D", help="see depthpar predict (this machine)")
+    where.add_argument("--batch", type=at_least(1), default=1, metavar="B", help="sequences (1)")
+    where.add_argument("--context", type=at_least(0), default=1024, help="tokens before (1024)")
+    search.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> str:
+    from vllm_depthpar.evaluate import suite
+    from vllm_depthpar.search.report import SearchReport, baselines
+    from vllm_depthpar.search.search import Search
+
+    started = time.monotonic()
+    shape = ModelShape.from_config(read_original_config(args.model))
+    methods = _methods(args.methods)
+    machine = _machine(args)
+    tiles = [
+        tile
+        for tile in candidates(shape.layers, methods, args.group)
+        if tile.skip or shape.fits(tile.width, args.tp)
+    ]
+    timed = machine if args.depth is None else None
+    lengths = timed.lengths(shape, tiles) if timed else depths(tiles)
+    target = _target(args, shape, machine, lengths, methods)
+
+    domains = _texts(args)  # before the weights load
+    bench = suite.Bench(suite.open_model(args.model, args.dtype), domains)
+    unmodified = bench.measure([bench.evaluator.unmodified], "The unmodified model")[0]
+    thin = min(4, *(len(domain) for domain in bench.domains))
+
+    def measure(plans: Sequence[Plan], rough: bool) -> list[float]:
+        what = "Each change alone" if rough else "Plans"
+        found = bench.measure(plans, what, thin if rough else 1)
+        return [suite.divergence(of_plan) for of_plan in found]
+
+    # What each method alone may use.
+    alone = [frozenset(candidates(shape.layers, [method], args.group)) for method in methods]
+    search = Search(
+        shape.layers, lengths, measure, [one & lengths.keys() for one in alone], args.seed
+    )
+    limit = math.log1p((args.max_ppl_increase or 0) / 100)
+    report = SearchReport(args, shape, search, bench, unmodified, machine, limit)
+    search.measure_tiles()
+    search.add(baselines(search, shape.layers, methods, target))
+    shortest, longest = reachable(shape.layers, lengths)[0], 0.0
+    while report.rounds < args.rounds:
+        begun = time.monotonic()
+        if begun + longest - started > 60 * args.minutes:
+            break
+        next_length = report.within_loss().length - search.layer if target is None else target
+        if not search.round(max(shortest, next_length), args.proposals):
+            break
+        report.rounds += 1
+        longest = max(longest, time.monotonic() - begun)
+    report.seconds = time.monotonic() - started
+    return report.write(target)
+
+
+def _target(
+    args: argparse.Namespace,
+    shape: ModelShape,
+    machine: Machine | None,
+    lengths: dict[Tile, int],
+    methods: Sequence[str],
+) -> int | None:
+    """The length to reach, or None if that is for the search to find out."""
+    if args.depth is not None:
+        return check_depth(args.depth, shape.layers, lengths, methods)
+    if args.speedup is not None and machine is not None:
+        return check_speedup(args.speedup, shape, machine, lengths, methods)
+    if not args.max_ppl_increase > 0:
+        raise PlanError(
+            f"--max-ppl-increase {args.max_ppl_increase:g} is too small; allowed: more than 0"
+        )
+    return None
+
+
+def _methods(text: str) -> list[str]:
+    methods = [method.strip() for method in text.split(",")]
+    for method in methods:
+        if method not in METHODS:
+            raise PlanError(f"method {method!r} is unknown; allowed: {', '.join(METHODS)}")
+    return [method for method in METHODS if method in methods]
+
+
+def _machine(args: argparse.Namespace) -> Machine | None:
+    """Where plans will run; None if nothing asks for it."""
+    if args.tp > 1 and not args.link:
+        raise PlanError(f"--tp {args.tp} needs a --link; allowed: {', '.join(machines.LINKS)}")
+    if args.speedup is None and not (args.device or args.link):
+        return None
+    device = machines.device_named(args.device or machines.THIS)
+    link = machines.link_named(args.link) if args.link else None
+    return Machine(device, link, args.tp, args.batch, args.context)
+
+
+def _texts(args: argparse.Namespace) -> list[Windows]:
+    """The texts to calibrate on: the user's, the model's own, or both in equal parts."""
+    from vllm_depthpar.evaluate import suite
+
+    own = args.own_text
+    if own is None:
+        own = args.tokens // 2 if args.text else args.tokens
+    if not own and not args.text:
+        raise PlanError("nothing to calibrate on; allowed: --text FILE, or --own-text above 0")
+    if not args.text:
+        print(f"No --text: calibrating on {own} tokens that the model writes.", file=sys.stderr)
+    each = max(1, (args.tokens - own) // len(args.text)) if args.text else None
+    return suite.read_texts(
+        args.model, args.text, args.window, tokens=each, own_tokens=own, dtype=args.dtype
+    )

@@ -1,0 +1,104 @@
+"""`depthpar study`: perplexity of every span of layers under every transformation."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+from vllm_depthpar.checkpoint.config import read_original_config
+from vllm_depthpar.cli.types import DTYPES, MODEL_HELP, at_least
+from vllm_depthpar.evaluate.span_study import TRANSFORMATIONS, spans, steps_of
+from vllm_depthpar.plan import PlanError
+from vllm_depthpar.plan.model_shape import ModelShape
+from vllm_depthpar.util import files
+
+
+def add(commands: Any) -> None:
+    """Register the subcommand."""
+    study = commands.add_parser("study", help="heat maps: what each span of layers withstands")
+    study.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    study.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text")
+    study.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="JSON; beside it PNG"
+    )
+    study.add_argument(
+        "--transformations",
+        nargs="+",
+        choices=TRANSFORMATIONS,
+        default=list(TRANSFORMATIONS),
+        metavar="T",
+        help=f"any of {', '.join(TRANSFORMATIONS)} (all)",
+    )
+    study.add_argument("--window", type=at_least(2), default=512, help="tokens a window (512)")
+    study.add_argument("--tokens", type=at_least(1), default=2048, help="count at most (2048)")
+    study.add_argument(
+        "--grid", type=at_least(1), default=1, metavar="G", help="spans from G to G layers (1)"
+    )
+    study.add_argument("--dtype", choices=DTYPES, default="auto", help="(auto)")
+    study.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> str:
+    import numpy as np
+
+    from vllm_depthpar.evaluate import suite
+
+    try:
+        from vllm_depthpar.util import plots
+    except ImportError:
+        raise PlanError(
+            "heat maps need matplotlib; allowed: pip install 'vllm-depthpar[bench]'"
+        ) from None
+    layers = ModelShape.from_config(read_original_config(args.model)).layers
+    grid = list(spans(layers, args.grid))
+    domains = suite.read_texts(args.model, [args.text], args.window, tokens=args.tokens)
+    bench = suite.Bench(suite.open_model(args.model, args.dtype), domains)
+    name = domains[0].name
+    unmodified = bench.measure([bench.evaluator.unmodified], "The unmodified model")[0][name]
+    maps, numbers = {}, {}
+    for transformation in args.transformations:
+        ways = [steps_of(layers, span, TRANSFORMATIONS[transformation]) for span in grid]
+        found = [of_text[name] for of_text in bench.measure(ways, transformation)]
+        square = np.full((layers, layers), np.nan)
+        for (start, end), quality_found in zip(grid, found, strict=True):
+            square[start : start + args.grid, end - args.grid : end] = quality_found.perplexity
+        maps[transformation] = square
+        numbers[transformation] = [
+            # JSON knows no infinity.
+            {"start": start, "end": end, "perplexity": min(one.perplexity, 1e300)}
+            | {"kl": one.divergence if math.isfinite(one.divergence) else 1e300}
+            for (start, end), one in zip(grid, found, strict=True)
+        ]
+    model = Path(args.model).name
+    picture = args.out.with_suffix(".png")
+    plots.heat_maps(picture, maps, unmodified.perplexity, f"{model}: perplexity on {name}")
+    files.write_json(
+        args.out,
+        {
+            **files.origin("depthpar"),
+            "model": model,
+            **suite.settings(domains, bench.evaluator),
+            "grid": args.grid,
+            "unmodified": unmodified.perplexity,
+            "spans": numbers,
+        },
+    )
+    rows = []
+    for transformation, of_spans in numbers.items():
+        for length in sorted({4, 8, 12} & {end - start for start, end in grid}):
+            best = min(
+                (one for one in of_spans if one["end"] - one["start"] == length),
+                key=lambda one: one["perplexity"],
+            )
+            rows.append(
+                [
+                    transformation,
+                    str(length),
+                    f"[{best['start']}, {best['end']})",
+                    f"{best['perplexity']:.2f}",
+                ]
+            )
+    table = files.table(["transformation", "layers", "best span", "perplexity"], rows)
+    return f"{table}\n\nunmodified: {unmodified.perplexity:.2f}   {args.out}   {picture}"

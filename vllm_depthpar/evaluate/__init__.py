@@ -1,0 +1,1 @@
+"""What plans cost in quality: perplexity, KL, tasks; and the texts for it."""

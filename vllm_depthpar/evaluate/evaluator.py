@@ -1,0 +1,235 @@
+"""How much quality a plan costs: perplexity, and KL divergence from the unmodified model.
+
+Many plans are measured in one pass over the text. Plans that start with the same blocks share them:
+sorted by their blocks they form a trie, which is walked depth first with one residual stream kept
+for each level, so that a block is run once for all plans that reach it by the same way. A change of
+layer k costs the layers after k only, and memory does not grow with the number of plans.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from vllm_depthpar import __version__, hf
+from vllm_depthpar.evaluate.steps import Step, Steps, steps
+from vllm_depthpar.evaluate.texts import Windows
+from vllm_depthpar.hf import ParallelBlock
+from vllm_depthpar.plan import Plan, PlanError, resolve
+from vllm_depthpar.util.result_cache import Journal
+
+_WAYS_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What a plan does to a text, in sums over the counted predictions of each window.
+
+    Attributes:
+        counted: predictions of a window that count.
+        nll: negative log-likelihood of the text in nats, per window.
+        kl: KL(unmodified || plan) of the next-token distributions in nats, per window.
+    """
+
+    counted: int
+    nll: list[float]
+    kl: list[float]
+
+    @property
+    def loss(self) -> float:
+        """Mean negative log-likelihood, nats per token."""
+        return sum(self.nll) / (len(self.nll) * self.counted)
+
+    @property
+    def perplexity(self) -> float:
+        """exp of `loss`; infinite where that overflows."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    @property
+    def divergence(self) -> float:
+        """Mean KL divergence, nats per token."""
+        return sum(self.kl) / (len(self.kl) * self.counted)
+
+    @property
+    def divergence_error(self) -> float:
+        """Standard error of `divergence`, windows taken as independent; 0 for a single one."""
+        if len(self.kl) < 2:
+            return 0.0
+        return statistics.stdev(self.kl) / self.counted / math.sqrt(len(self.kl))
+
+
+class Evaluator:
+    """Runs plans on one unmodified model, which it leaves as it is.
+
+    Args:
+        model: as loaded, not restructured; any device and dtype. Losses are computed in fp32.
+        unmodified: the plan that the others are compared with (default: every layer alone); of a
+            checkpoint that was trained as a ladder, its ladder.
+        origin: what identifies the model's weights, JSON-ready; with it, what is measured is kept
+            on disk (`result_cache`) and not measured again.
+        batch: windows that run together.
+        absent: layers whose weights are not the checkpoint's, so that no plan may run them.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        unmodified: Plan | None = None,
+        origin: object = None,
+        batch: int = 2,
+        absent: Collection[int] = (),
+    ) -> None:
+        self._model = model.eval()
+        self._layers: list[GradientCheckpointingLayer] = list(model.model.layers)
+        self.unmodified = unmodified or resolve("identity", len(self._layers))
+        self._origin = origin
+        self._batch = batch
+        self._absent = frozenset(absent)
+        self._journals: dict[str, Journal | _Notes] = {}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in."""
+        return self._model.dtype
+
+    def measure(
+        self,
+        plans: Sequence[Plan | Steps],
+        windows: Windows,
+        on_progress: Callable[[float], None] = lambda _: None,
+    ) -> list[Quality]:
+        """The quality of each plan on a text.
+
+        Args:
+            plans: plans for this model, or steps that no plan can say.
+            windows: the text.
+            on_progress: called with the share of the work done since the last call; they sum to 1.
+
+        Raises:
+            PlanError: a plan runs a layer that the checkpoint lacks.
+        """
+        ways = [steps(plan) if isinstance(plan, Plan) else plan for plan in plans]
+        run = {layer for way in ways for step in way for layer in step.layers}
+        if lost := sorted(run & self._absent):
+            raise PlanError(
+                f"weights of layer {lost[0]} are not in the checkpoint; allowed: plans of its "
+                f"other layers"
+            )
+        journal = self._journal(windows)
+        batches = windows.tokens.split(self._batch)
+        # Neighbours in this order start alike. In parts, so that little is lost if this run ends.
+        order = sorted(set(ways))
+        parts = [order[at : at + _WAYS_AT_ONCE] for at in range(0, len(order), _WAYS_AT_ONCE)]
+        for number, batch in enumerate(batches):
+            for part in parts:
+                missing = [way for way in part if _key(number, way) not in journal]
+                if missing:
+                    found = self._measure_batch(missing, batch, windows.counted)
+                    journal.add({_key(number, way): sums for way, sums in found.items()})
+                on_progress(1 / (len(batches) * len(parts)))
+        found_all = []
+        for way in ways:
+            sums = [journal[_key(number, way)] for number in range(len(batches))]
+            nll, kl = ([value for batch in sums for value in batch[of]] for of in (0, 1))
+            found_all.append(Quality(windows.counted, nll, kl))
+        return found_all
+
+    def _journal(self, windows: Windows) -> Journal | _Notes:
+        """The journal of a text, read once."""
+        setting = [windows.digest, windows.counted, list(windows.tokens.shape)]
+        key = str(setting)
+        if key not in self._journals:
+            about = [__version__, self._origin, self.unmodified.to_spec(), *setting]
+            self._journals[key] = (
+                _Notes()
+                if self._origin is None
+                else Journal([*about, self._batch, str(self.dtype)])
+            )
+        return self._journals[key]
+
+    @torch.inference_mode()
+    def _measure_batch(
+        self, ways: list[Steps], tokens: Tensor, counted: int
+    ) -> dict[Steps, list[list[float]]]:
+        """For each way, the sums of `Quality.nll` and of `Quality.kl`, window by window."""
+        tokens = tokens.to(self._model.device)
+        targets = tokens[:, -counted:]
+        stream = self._model.model.embed_tokens(tokens)
+        context = hf.context(self._model, stream)
+        # The unmodified model's distribution is what the others are compared with, hence first.
+        unmodified = steps(self.unmodified)
+        # streams[i] is (x, y) after i steps: the stream, and what it was before the last MLP.
+        streams: list[tuple[Tensor, Tensor]] = [(stream, stream)]
+        before: Steps = ()
+        probabilities: list[Tensor] = []
+        entropies: list[Tensor] = []
+        found: dict[Steps, list[list[float]]] = {}
+        for way in [unmodified, *ways]:
+            shared = _common(before, way)
+            del streams[shared + 1 :]
+            for step in way[shared:]:
+                streams.append(self._block(step)(streams[-1], **context))
+            before = way
+            nll, kl = [], []
+            # Row by row: a row's logits are the largest tensor there is.
+            for row, (x, target) in enumerate(zip(streams[-1][0], targets, strict=True)):
+                hidden = self._model.model.norm(x[-counted - 1 : -1])
+                logits = self._model.lm_head(hidden).float()
+                normalizer = logits.logsumexp(-1)
+                chosen = logits.gather(1, target[:, None])[:, 0]
+                nll.append(float((normalizer - chosen).sum()))
+                if len(probabilities) == row:
+                    probability = (logits - normalizer[:, None]).exp_()
+                    entropies.append(normalizer - torch.linalg.vecdot(probability, logits))
+                    probabilities.append(probability)
+                # KL(p || q) = cross entropy of p and q - entropy of p
+                cross = normalizer - torch.linalg.vecdot(probabilities[row], logits)
+                kl.append(float((cross - entropies[row]).sum()))
+            found[way] = [nll, kl]
+        return found
+
+    def _block(self, step: Step) -> nn.Module:
+        members = {layer: self._layers[layer] for layer in step.layers}
+        if step.merged:
+            members = {step.layers[0]: _mean(list(members.values()))}
+        # `before_ladder` makes every block hand on both streams, whatever comes next.
+        return ParallelBlock(members, step.ladder, before_ladder=True)
+
+
+def _common(one: Steps, other: Steps) -> int:
+    """How many steps two ways start with alike."""
+    count = 0
+    for left, right in zip(one, other, strict=False):
+        if left != right:
+            break
+        count += 1
+    return count
+
+
+def _key(batch: int, way: Steps) -> str:
+    return f"{batch}: {' '.join(map(str, way))}"
+
+
+class _Notes(dict[str, Any]):
+    """A journal of this run only."""
+
+    add = dict.update
+
+
+def _mean(layers: list[GradientCheckpointingLayer]) -> GradientCheckpointingLayer:
+    """A new layer whose weights are the mean of the layers'."""
+    merged = copy.deepcopy(layers[0])
+    others = [dict(layer.named_parameters()) for layer in layers]
+    with torch.no_grad():
+        for name, parameter in merged.named_parameters():
+            parameter.copy_(torch.stack([other[name] for other in others]).mean(0))
+    return merged

@@ -1,0 +1,308 @@
+"""Tasks of lm-evaluation-harness (lm-eval), asked of a real `vllm serve` for each plan.
+
+Every answer is kept on disk as it comes, for the model, plan and server flags that gave it. A run
+that was broken off goes on where it was, a larger `limit` asks only for what is new, and where
+every answer is known no server is started.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import json
+import logging
+import math
+import random
+import re
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from vllm_depthpar import __version__
+from vllm_depthpar.checkpoint.config import fingerprint
+from vllm_depthpar.launch.server import Server, serve
+from vllm_depthpar.launch.variants import Contender
+from vllm_depthpar.util import files
+
+# A large model is read and compiled before its server answers.
+START_SECONDS = 1800
+YAML = (".yaml", ".yml")
+# Set by the plan, or by how the server is reached.
+RESERVED_FLAGS = ("--api-key", "--hf-overrides", "--host", "--model-impl", "--port")
+
+
+class TaskError(Exception):
+    """Tasks can't be run; the message is one line for the user, and the server's log after it if
+    that is the reason."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the answers depend on, beside model, plan and tasks.
+
+    Attributes:
+        limit: only the first documents of each task, at most this many.
+        num_fewshot: examples in each prompt; None for the task's own number. A task that has fixed
+            it at 0 keeps that.
+        seed: of the choice of examples (1234 is lm-eval's own), and of the server.
+        server_args: more flags for `vllm serve`.
+    """
+
+    limit: int | None = None
+    num_fewshot: int | None = None
+    seed: int = 1234
+    server_args: tuple[str, ...] = ()
+
+
+def load_tasks(names: Sequence[str]) -> dict[str, Any]:
+    """Tasks with their data, ready for `run_tasks`.
+
+    Args:
+        names: names that lm-eval knows (tasks, groups, tags), and paths of YAML files. What the
+            folder of such a file defines can be named too.
+
+    Returns:
+        What lm-eval's TaskManager loads.
+
+    Raises:
+        TaskError: lm-eval is not installed, a name is unknown, or a task or its data can't be
+            loaded.
+    """
+    if find_spec("lm_eval") is None:
+        raise TaskError("tasks need lm-eval: pip install 'vllm-depthpar[eval]'")
+    from lm_eval.tasks import TaskManager
+
+    # It explains options of its own command to everyone who loads a task with a function.
+    logging.getLogger("lm_eval.api.task").setLevel(logging.ERROR)
+    paths = [Path(name).expanduser() for name in names if name.endswith(YAML)]
+    for path in paths:
+        if not path.is_file():
+            raise TaskError(f"task file {str(path)!r} does not exist")
+    manager = TaskManager(
+        include_path=sorted({str(path.parent) for path in paths}),
+        # Looking through lm-eval's thousands of tasks takes seconds.
+        include_defaults=len(paths) < len(names) or any(map(_is_group, paths)),
+    )
+    specs = list(dict.fromkeys(names))
+    for name in specs:
+        if not name.endswith(YAML) and name not in manager.task_index:
+            near = difflib.get_close_matches(name, manager.all_tasks, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise TaskError(
+                f"task {name!r} is unknown{hint} (allowed: a name that `lm-eval ls tasks` lists, "
+                "or the path of a YAML file)"
+            )
+    try:
+        loaded: dict[str, Any] = dict(manager.load(specs))
+    # A task may be anybody's code, over data from anywhere.
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        which = ", ".join(map(repr, specs))
+        raise TaskError(f"can't load {which} ({type(error).__name__}: {reason})") from error
+    for name, task in loaded["tasks"].items():
+        if getattr(task, "UNSAFE_CODE", False):
+            raise TaskError(f"task {name!r} would run code that the model writes; not supported")
+    return loaded
+
+
+def run_tasks(
+    model: str,
+    contenders: Iterable[Contender],
+    tasks: Mapping[str, Any],
+    settings: Settings,
+    cache: Path | None = None,
+) -> dict[str, Any]:
+    """Evaluate plans, one server after the other; progress goes to stderr.
+
+    With different numbers of requests under way a server rounds differently: a loglikelihood is
+    the same again to the precision of its dtype, unless it comes from the cache.
+
+    Args:
+        model: folder or hub name.
+        contenders: see `vllm_depthpar.launch.variants`.
+        tasks: what `load_tasks` gave.
+        settings: the same for all plans.
+        cache: folder for the answers, by default `eval` in `files.cache_folder()`.
+
+    Returns:
+        A report, JSON-ready: versions and settings, the tasks, and for each plan its digest, its
+        metrics with standard errors, and how many of its requests a server was asked.
+
+    Raises:
+        TaskError: the checkpoint has no tokenizer, a server does not start, or stops answering.
+    """
+    cache = cache or files.cache_folder() / "eval"
+    chosen = list(contenders)
+    rows, described = [], {}
+    for number, contender in enumerate(chosen, 1):
+        _say(f"[{number}/{len(chosen)}] {contender.label}: {contender.plan}")
+        started = time.monotonic()
+        found, asked = _evaluate(model, contender, tasks, settings, cache)
+        described = _describe(found)
+        rows.append(
+            {
+                **asdict(contender),
+                "requests_asked": asked,
+                "seconds": round(time.monotonic() - started, 1),
+                "results": {name: _metrics(found["results"][name]) for name in described},
+            }
+        )
+    report = files.origin("depthpar")
+    report["versions"]["lm_eval"] = metadata.version("lm_eval")
+    path = Path(model).expanduser()
+    return {
+        **report,
+        "model": path.name if path.is_dir() else model,
+        **asdict(settings),
+        "tasks": described,
+        "plans": rows,
+    }
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """A report as a Markdown table: a row for each metric, a column for each plan."""
+    plans = report["plans"]
+    lines = []
+    for task, about in report["tasks"].items():
+        for metric in plans[0]["results"][task]:
+            arrow = {True: " ↑", False: " ↓"}.get(about["higher_is_better"].get(metric), "")
+            cells = [_cell(plan["results"][task][metric]) for plan in plans]
+            lines.append([task, str(about["documents"]), metric + arrow, *cells])
+    return files.table(["task", "documents", "metric", *(plan["label"] for plan in plans)], lines)
+
+
+def check_server_args(arguments: Sequence[str]) -> tuple[str, ...]:
+    """Flags for `vllm serve` that may stand beside a plan's.
+
+    Raises:
+        TaskError: one of them is `RESERVED_FLAGS`.
+    """
+    for argument in arguments:
+        if (flag := argument.partition("=")[0]) in RESERVED_FLAGS:
+            raise TaskError(
+                f"server flag {flag!r} can't be given here; allowed: all of vllm serve's but "
+                f"{', '.join(RESERVED_FLAGS)}"
+            )
+    return tuple(arguments)
+
+
+def _evaluate(
+    model: str, contender: Contender, tasks: Mapping[str, Any], settings: Settings, cache: Path
+) -> tuple[dict[str, Any], int]:
+    """What lm-eval found, and how many requests a server was asked."""
+    import aiohttp
+    import numpy
+    from lm_eval import evaluate
+    from lm_eval.api.model import CachingLM
+
+    from vllm_depthpar.evaluate.lm_eval_model import ServedLM
+
+    # An error is raised, too; they log it once for each of the requests under way.
+    for name in ("asyncio", "lm_eval.models.api_models"):
+        logging.getLogger(name).addFilter(_below_error)
+    _prepare(tasks, settings)
+    random.seed(settings.seed)
+    numpy.random.seed(settings.seed)
+    answers = cache / f"{_cache_key(model, contender, settings)}.sqlite"
+    with contextlib.ExitStack() as stack:
+        # Tasks print.
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        try:
+            lm = ServedLM(lambda: _start(stack, model, contender, settings), model, settings.seed)
+        except (OSError, ValueError) as error:
+            raise TaskError(f"no tokenizer in {model!r} ({type(error).__name__})") from error
+        caching = CachingLM(lm, str(answers))
+        stack.callback(caching.dbdict.close)
+        try:
+            found = evaluate(caching, dict(tasks), limit=settings.limit, log_samples=False)
+        except (aiohttp.ClientError, TimeoutError) as error:
+            assert lm.server is not None
+            raise TaskError(
+                f"no answer from the server of plan {contender.label} ({type(error).__name__}: "
+                f"{error}); the answers so far are kept; its log is {lm.server.log}"
+            ) from error
+    return dict(found), lm.asked
+
+
+def _start(
+    stack: contextlib.ExitStack, model: str, contender: Contender, settings: Settings
+) -> Server:
+    flags = [*settings.server_args, *contender.flags, "--seed", str(settings.seed)]
+    _say("starting vllm serve ...")
+    try:
+        return stack.enter_context(serve(model, *flags, env=contender.env, timeout=START_SECONDS))
+    except RuntimeError as error:
+        raise TaskError(f"plan {contender.label}: {error}") from error
+
+
+def _prepare(tasks: Mapping[str, Any], settings: Settings) -> None:
+    """What lm-eval's `simple_evaluate` does to tasks before it calls `evaluate`."""
+    for task in tasks["tasks"].values():
+        own = task.get_config("num_fewshot")
+        wanted = own if settings.num_fewshot is None or own == 0 else settings.num_fewshot
+        task.set_config(key="num_fewshot", value=wanted or 0)
+        task.set_fewshot_seed(seed=settings.seed)
+
+
+def _cache_key(model: str, contender: Contender, settings: Settings) -> str:
+    """Names the answers that can stand for each other. Their prompts are lm-eval's part."""
+    versions = [metadata.version(name) for name in ("lm_eval", "vllm", "transformers")]
+    parts = [__version__, *versions, fingerprint(model), contender.digest, *settings.server_args]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+
+
+def _describe(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What is the same for all plans, of each task and group."""
+    return {
+        name: {
+            "version": found["versions"].get(name),
+            "num_fewshot": found["n-shot"].get(name),
+            "documents": result["sample_len"],
+            "higher_is_better": found["higher_is_better"].get(name, {}),
+        }
+        for name, result in found["results"].items()
+    }
+
+
+def _metrics(result: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
+    """{metric: {"value", "stderr"}} out of lm-eval's {"acc,none": ..., "acc_stderr,none": ...}."""
+    metrics = {}
+    for key, value in result.items():
+        name, comma, filtered = key.partition(",")
+        if comma and not name.endswith("_stderr"):
+            label = name if filtered == "none" else f"{name} ({filtered})"
+            stderr = result.get(f"{name}_stderr,{filtered}")
+            metrics[label] = {"value": _number(value), "stderr": _number(stderr)}
+    return metrics
+
+
+def _number(value: object) -> float | None:
+    """A number that JSON has; lm-eval says "N/A" where there is none."""
+    if isinstance(value, (int, float)) and math.isfinite(value):
+        return float(value)
+    return None
+
+
+def _cell(metric: Mapping[str, float | None]) -> str:
+    value, stderr = metric["value"], metric["stderr"]
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if stderr is None else f"{value:.4f} ± {stderr:.4f}"
+
+
+def _below_error(record: logging.LogRecord) -> bool:
+    return record.levelno < logging.ERROR
+
+
+def _is_group(path: Path) -> bool:
+    return re.search(r"^group:", path.read_text(errors="replace"), re.MULTILINE) is not None
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

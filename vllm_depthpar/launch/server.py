@@ -1,0 +1,161 @@
+"""A ``vllm serve`` process: start it, wait until it answers, stop it with everything it started."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from vllm_depthpar.launch.process_group import ProcessGroup
+
+HOST = "127.0.0.1"
+
+# For a small CPU machine: one GiB of KV cache, and nothing sent anywhere. The environment wins.
+DEFAULT_ENV = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+}
+SHUTDOWN_SECONDS = 15
+LAST_LINES = 30
+
+
+class Server:
+    """A started ``vllm serve MODEL *args``; `stop` must be called, or use `serve`.
+
+    The server is the leader of a process group of its own, so that its workers end with it. They
+    also end if this process is killed.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *args: str,
+        env: Mapping[str, str] | None = None,
+        port: int | None = None,
+        log: Path | None = None,
+    ) -> None:
+        self.port = port or free_port()
+        self.url = f"http://{HOST}:{self.port}"
+        if log is None:
+            handle, name = tempfile.mkstemp(prefix="vllm-serve-", suffix=".log")
+            os.close(handle)
+            log = Path(name)
+        self.log = log
+        self.log.write_bytes(b"")
+        self.process = start_process(
+            [str(model), "--host", HOST, "--port", str(self.port), *args],
+            {**DEFAULT_ENV, **os.environ, **(env or {})},
+            self.log,
+        )
+        self._group = ProcessGroup(self.process.pid)
+
+    def wait(self, timeout: float = 300) -> None:
+        """Return when the server answers; RuntimeError if it ends or takes `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        while not self.healthy():
+            if (code := self.process.poll()) is not None:
+                raise RuntimeError(f"vllm serve ended with exit code {code}: {self._last_lines()}")
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"vllm serve not up after {timeout} s: {self._last_lines()}")
+            time.sleep(0.25)
+
+    def healthy(self) -> bool:
+        """Whether the server answers requests now."""
+        try:
+            with self._get("/health") as reply:
+                return bool(reply.status == 200) and self.process.poll() is None
+        except OSError:
+            return False
+
+    def model(self) -> dict[str, Any]:
+        """What it says of the model that it serves: `id`, `max_model_len`, ..."""
+        with self._get("/v1/models") as reply:
+            served: dict[str, Any] = json.load(reply)["data"][0]
+        return served
+
+    def _get(self, path: str) -> Any:
+        return open_url(f"{self.url}{path}", timeout=5)
+
+    def signal(self, number: signal.Signals) -> None:
+        """Signal the server and all processes it started."""
+        self._group.signal(number)
+
+    def stop(self) -> None:
+        """End the server and all processes it started; harmless when it has ended already."""
+        self.signal(signal.SIGCONT)
+        for sent in (signal.SIGTERM, signal.SIGKILL):
+            self.signal(sent)
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(SHUTDOWN_SECONDS)
+        self._group.release()
+
+    def log_text(self) -> str:
+        """All that the server has written so far."""
+        return self.log.read_text(errors="replace")
+
+    def _last_lines(self) -> str:
+        lines = self.log_text().splitlines()[-LAST_LINES:]
+        return "\n".join([f"the end of {self.log}", *lines])
+
+
+def start_process(
+    args: Sequence[str], env: Mapping[str, str], log: Path
+) -> subprocess.Popen[bytes]:
+    """``vllm serve *args``, the leader of a session of its own; its output is appended to `log`."""
+    with open(log, "ab") as output:
+        return subprocess.Popen(
+            [str(Path(sys.executable).with_name("vllm")), "serve", *args],
+            env=dict(env),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+@contextmanager
+def serve(
+    model: str | Path,
+    *args: str,
+    env: Mapping[str, str] | None = None,
+    port: int | None = None,
+    log: Path | None = None,
+    timeout: float = 300,
+) -> Iterator[Server]:
+    """Run ``vllm serve MODEL *args`` on 127.0.0.1, ready for requests, for the body of a `with`.
+
+    `env` adds to the environment; `port` is a free one by default; `log` is the file for what the
+    server writes, by default a new one in the temporary folder. RuntimeError, with the last lines
+    of that file, if the server ends or is not up within `timeout` seconds.
+    """
+    server = Server(model, *args, env=env, port=port, log=log)
+    try:
+        server.wait(timeout)
+        yield server
+    finally:
+        server.stop()
+
+
+def open_url(url: str, timeout: float) -> Any:
+    """As `urllib.request.urlopen`, without the environment's proxies: they would be asked for
+    localhost."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    return opener.open(url, timeout=timeout)
+
+
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that nothing listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])

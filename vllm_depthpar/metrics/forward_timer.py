@@ -1,0 +1,213 @@
+"""What the worker of the first tensor-parallel rank publishes of its model and of its speed.
+
+Gauges of the plan, once; and of every n-th forward pass (`DEPTHPAR_METRICS`) its time and that of
+its all-reduces. Times are taken on CPUs only, where a forward pass is over when it returns: on GPUs
+Python runs ahead of the device, and in CUDA graphs it does not run at all.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.distributed import get_tp_group
+
+from vllm_depthpar.metrics import metric_files
+from vllm_depthpar.metrics.all_reduce_timer import stopwatch
+from vllm_depthpar.metrics.metric_files import Counter, Histogram, Metric, MetricFiles
+from vllm_depthpar.plan import Plan
+from vllm_depthpar.plan.drawing import facts
+from vllm_depthpar.vllm_compat import (
+    base_shape,
+    kv_cache_bytes,
+    plan_of,
+    rows_of_this_step,
+    source_of,
+)
+
+PLAN_INFO = Metric("plan_info", "The plan that is served, in labels; always 1.")
+EFFECTIVE_DEPTH = Metric("effective_depth", "Blocks that run one after the other.")
+LAYERS = Metric("layers", "The checkpoint's layers by how they run; they sum to its number.")
+ALL_REDUCES_PER_FORWARD = Metric(
+    "all_reduces_per_forward", "All-reduces of one forward pass; 0 on one rank."
+)
+HIDDEN_ALL_REDUCES_PER_FORWARD = Metric(
+    "hidden_all_reduces_per_forward",
+    "Those of them that the plan lets run while the next module computes.",
+)
+WEIGHT_BYTES_SAVED = Metric(
+    "weight_bytes_saved", "Bytes of weights that each rank holds less than with every layer."
+)
+KV_BYTES_PER_TOKEN_SAVED = Metric(
+    "kv_bytes_per_token_saved",
+    "Bytes of KV cache that a token takes less on each rank than with every layer.",
+)
+TIMED_EVERY = Metric("timed_every", "Every how many forward passes one is timed; 0 for none.")
+FORWARD_SECONDS = Metric(
+    "forward_seconds",
+    "Time of the timed forward passes, by phase and by the number of sequences in the batch. "
+    "Decode: one new token of every sequence; prefill: prompt tokens among them.",
+)
+ALL_REDUCES = Metric(
+    "all_reduces", "All-reduces timed, in the forward passes of forward_seconds, on rank 0."
+)
+ALL_REDUCE_SECONDS = Metric(
+    "all_reduce_seconds",
+    "Time in them. Exposed: the rank was in it, sending, waiting or adding. Hidden: it computed "
+    "between start and wait, the most that can have been hidden.",
+)
+
+SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+
+
+def watch(model: nn.Module, vllm_config: VllmConfig) -> None:
+    """Publish a model that is being built, and time its forward passes.
+
+    Does nothing without a folder for metrics, on other ranks than the first, and for the draft
+    model of speculative decoding.
+    """
+    folder = metric_files.folder()
+    draft = vllm_config.model_config.runner_type == "draft"
+    if folder is None or draft or get_tp_group().rank_in_group != 0:
+        return
+    engine = vllm_config.parallel_config.data_parallel_index
+    labels = {
+        "model_name": str(vllm_config.model_config.served_model_name),
+        "engine": str(engine),
+    }
+    # A process may hold several engines, one after the other.
+    owner = f"{os.getpid()}-{vllm_config.instance_id}"
+    files = MetricFiles(folder, owner, labels)
+    timed = vllm_config.device_config.device_type == "cpu"
+    _publish(files, vllm_config, metric_files.every() if timed else 0)
+    if timed:
+        speculative = vllm_config.speculative_config
+        drafts = speculative.num_speculative_tokens if speculative is not None else 0
+        ranks = vllm_config.parallel_config.tensor_parallel_size
+        meter = Meter(files, metric_files.every(), ranks, decode_tokens=1 + drafts)
+        model.register_forward_pre_hook(meter.begin)
+        model.register_forward_hook(meter.end)
+
+
+def _publish(files: MetricFiles, vllm_config: VllmConfig, every: int) -> None:
+    plan, config = plan_of(vllm_config), vllm_config.model_config
+    tp = vllm_config.parallel_config.tensor_parallel_size
+    shape = replace(base_shape(config.hf_config), dtype_bytes=config.dtype.itemsize)
+    known = facts(plan, shape, tp)
+    files.set_gauge(
+        PLAN_INFO,
+        1,
+        digest=plan.digest,
+        name=plan.name,
+        source=str(source_of(config)),
+        effective_depth=str(plan.depth),
+        tensor_parallel_size=str(tp),
+    )
+    files.set_gauge(EFFECTIVE_DEPTH, plan.depth)
+    for kind, count in layers_by_kind(plan).items():
+        files.set_gauge(LAYERS, count, kind=kind)
+    ranks = tp > 1
+    files.set_gauge(ALL_REDUCES_PER_FORWARD, ranks * known["all_reduces"]["after"])
+    files.set_gauge(HIDDEN_ALL_REDUCES_PER_FORWARD, ranks * known["hidden_all_reduces"])
+    if config.quantization is None:
+        files.set_gauge(WEIGHT_BYTES_SAVED, _saved(known["weight_bytes_per_rank"]))
+    kv = facts(plan, replace(shape, dtype_bytes=kv_cache_bytes(vllm_config)), tp)
+    files.set_gauge(KV_BYTES_PER_TOKEN_SAVED, _saved(kv["kv_bytes_per_token_per_rank"]))
+    files.set_gauge(TIMED_EVERY, every)
+
+
+def _saved(change: dict[str, int]) -> int:
+    return change["before"] - change["after"]
+
+
+def layers_by_kind(plan: Plan) -> dict[str, int]:
+    """How many layers run alone, side by side, in a ladder (whatever its blocks' width), not at
+    all."""
+    blocks = list(enumerate(plan.blocks))
+    standard = [len(block) for at, block in blocks if not plan.is_ladder(at)]
+    return {
+        "single": standard.count(1),
+        "parallel": sum(width for width in standard if width > 1),
+        "ladder": sum(len(block) for at, block in blocks if plan.is_ladder(at)),
+        "skipped": len(plan.skipped),
+    }
+
+
+def bucket_of(sequences: int) -> str:
+    """The label of a batch's size: "1", "2", "3-4", "5-8", and so on by powers of two."""
+    high = 1 << (sequences - 1).bit_length()
+    low = high // 2 + 1
+    return str(high) if low >= high else f"{low}-{high}"
+
+
+class Meter:
+    """Times every n-th forward pass of a model on a CPU.
+
+    Args:
+        every: n.
+        ranks: tensor-parallel size; one rank has no all-reduces to time.
+        decode_tokens: new tokens of a sequence in a decoding step, at most.
+    """
+
+    def __init__(self, files: MetricFiles, every: int, ranks: int, decode_tokens: int) -> None:
+        self._files = files
+        self._every = every
+        self._ranks = ranks
+        self._decode_tokens = decode_tokens
+        self._passes = 0
+        self._begun: float | None = None  # of a pass that is timed
+        self._forward: dict[tuple[str, str], Histogram] = {}
+        self._reductions: dict[str, tuple[Counter, Counter, Counter]] = {}
+
+    def begin(self, model: nn.Module, inputs: Any) -> None:
+        """Hook: a forward pass begins."""
+        if torch.compiler.is_compiling():
+            return
+        if self._passes % self._every == 0:
+            self._begun = perf_counter()
+            if self._ranks > 1:
+                stopwatch.begin()
+        # Not one of the passes that vLLM warms up with, which have no sequences.
+        self._passes += rows_of_this_step() is not None
+
+    def end(self, model: nn.Module, inputs: Any, output: Any) -> None:
+        """Hook: it is over."""
+        if torch.compiler.is_compiling() or self._begun is None:
+            return
+        seconds = perf_counter() - self._begun
+        self._begun = None
+        stopwatch.running = False
+        rows = rows_of_this_step()
+        if rows is None:
+            return
+        sequences, longest = rows
+        phase = "decode" if longest <= self._decode_tokens else "prefill"
+        self._histogram(phase, bucket_of(sequences)).observe(seconds)
+        if stopwatch.count:
+            count, exposed, hidden = self._counters(phase)
+            count.add(stopwatch.count)
+            exposed.add(stopwatch.exposed)
+            hidden.add(stopwatch.hidden)
+
+    def _histogram(self, phase: str, batch_size: str) -> Histogram:
+        key = phase, batch_size
+        if key not in self._forward:
+            self._forward[key] = self._files.histogram(
+                FORWARD_SECONDS, SECONDS, phase=phase, batch_size=batch_size
+            )
+        return self._forward[key]
+
+    def _counters(self, phase: str) -> tuple[Counter, Counter, Counter]:
+        if phase not in self._reductions:
+            counter = self._files.counter
+            self._reductions[phase] = (
+                counter(ALL_REDUCES, phase=phase),
+                counter(ALL_REDUCE_SECONDS, phase=phase, kind="exposed"),
+                counter(ALL_REDUCE_SECONDS, phase=phase, kind="hidden"),
+            )
+        return self._reductions[phase]

@@ -1,0 +1,114 @@
+"""A plan as text that a person can read at a glance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm_depthpar.plan.model_shape import ModelShape, all_reduces, hidden_all_reduces
+from vllm_depthpar.plan.plan import Plan, resolve
+
+
+def facts(plan: Plan, shape: ModelShape, tp: int = 1) -> dict[str, Any]:
+    """What a plan makes of a model, as JSON-ready numbers.
+
+    Bytes are per rank at tensor-parallel size `tp`; all-reduces are per forward pass at TP > 1.
+    """
+    plain = resolve("identity", plan.layers)
+    return {
+        "plan": plan.to_spec(),
+        "digest": plan.digest,
+        "name": plan.name,
+        "tp": tp,
+        "tp_fits": all(shape.fits(len(block), tp) for block in plan.blocks),
+        "tps_that_fit": shape.fitting_tps(plan),
+        "skipped": list(plan.skipped),
+        "depth": {"before": plan.layers, "after": plan.depth},
+        "ladder": plan.to_spec().get("ladder", []),
+        "all_reduces": {"before": all_reduces(plain), "after": all_reduces(plan)},
+        "hidden_all_reduces": hidden_all_reduces(plan),
+        "weight_bytes_per_rank": {
+            "before": shape.weight_bytes(plain, tp),
+            "after": shape.weight_bytes(plan, tp),
+        },
+        "kv_bytes_per_token_per_rank": {
+            "before": shape.kv_bytes_per_token(plain, tp),
+            "after": shape.kv_bytes_per_token(plan, tp),
+        },
+    }
+
+
+def draw(plan: Plan, shape: ModelShape, tp: int = 1, source: str = "") -> str:
+    """The blocks top to bottom, side by side where layers run side by side, and the facts."""
+    known = facts(plan, shape, tp)
+    lines = [f"plan {plan.digest}: {plan.name}" + (f" (from {source})" if source else ""), ""]
+    lines += _column(plan)
+    lines.append("")
+    rows = {
+        "effective depth": _change(known["depth"], str),
+        "all-reduces per forward pass, TP > 1": _change(known["all_reduces"], str)
+        + (f", {known['hidden_all_reduces']} of them hidden" if plan.ladder else ""),
+        f"weights per rank, TP = {tp}": _change(known["weight_bytes_per_rank"], _bytes),
+        f"KV cache per token and rank, TP = {tp}": _change(
+            known["kv_bytes_per_token_per_rank"], _bytes
+        ),
+        "tensor-parallel sizes that fit": ", ".join(map(str, known["tps_that_fit"])),
+    }
+    width = max(map(len, rows))
+    lines += [f"{label:<{width}}  {value}" for label, value in rows.items()]
+    if not known["tp_fits"]:
+        lines.append(f"TP = {tp} does not fit this plan.")
+    return "\n".join(lines)
+
+
+def _change(pair: dict[str, int], form: Callable[[int], str]) -> str:
+    return f"{form(pair['before'])} -> {form(pair['after'])}"
+
+
+def _column(plan: Plan) -> list[str]:
+    """One line per block; runs of layers that stay alone, and of skipped layers, on one line."""
+    lines: list[str] = []
+    run: list[int] = []
+    run_is_ladder = False
+    last = -1
+
+    def close() -> None:
+        if run:
+            notes = [f"{len(run)} layers"] * (len(run) > 1) + ["ladder"] * run_is_ladder
+            mark = "├" if run_is_ladder else "│"
+            lines.append(f"  {mark} {_span(run)}" + (f"   {', '.join(notes)}" if notes else ""))
+            run.clear()
+
+    for position, block in enumerate(plan.blocks):
+        ladder = plan.is_ladder(position)
+        gap = [layer for layer in range(last + 1, min(block)) if layer in set(plan.skipped)]
+        if gap:
+            close()
+            lines.append(f"  ┊ {_span(gap)}   skipped")
+        if len(block) > 1:
+            close()
+            side_by_side = " ║ ".join(str(layer) for layer in block)
+            lines.append(f"  ╪ {side_by_side}" + ("   ladder" if ladder else ""))
+        else:
+            if run and (block[0] != run[-1] + 1 or ladder != run_is_ladder):
+                close()
+            run_is_ladder = ladder
+            run.append(block[0])
+        last = max(last, *block)
+    close()
+    tail = [layer for layer in plan.skipped if layer > last]
+    if tail:
+        lines.append(f"  ┊ {_span(tail)}   skipped")
+    return lines
+
+
+def _span(layers: list[int]) -> str:
+    return str(layers[0]) if len(layers) == 1 else f"{layers[0]} .. {layers[-1]}"
+
+
+def _bytes(count: int) -> str:
+    if count < 1 << 20:
+        return f"{count / 1024:.1f} KiB"
+    if count < 1 << 30:
+        return f"{count / (1 << 20):.1f} MiB"
+    return f"{count / (1 << 30):.2f} GiB"

@@ -1,0 +1,412 @@
+"""The plan: which layers run, which of them run side by side, and what each block reads.
+
+A *spec* is what people write (JSON: ``{"pair": [14, 28]}``, ``{"skip": {"speedup": 1.5}}``, ...).
+`resolve` turns a spec and the checkpoint's number of layers into a `Plan`, the one normal form
+that every other part of the program takes. Plain data: no torch, no vLLM.
+
+Methods: Layer Parallelism (arXiv 2502.02790), Ladder Residual (arXiv 2501.06589), Unified Layer
+Skipping (arXiv 2404.06954). They compose.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, TypeAdapter, ValidationError
+
+# A plan for the deepest published model is a few kilobytes; anything far above is not a plan.
+MAX_SPEC_BYTES = 1 << 20
+
+
+class PlanError(Exception):
+    """A plan, or its use with a model, is wrong; the message is one line for the user.
+
+    Not a ValueError: pydantic, inside vLLM's config classes, would wrap those in its own report.
+    """
+
+
+LayerIndex = Annotated[StrictInt, Field(ge=0)]
+
+
+class Skip(BaseModel):
+    """Unified Layer Skipping: keep floor(layers / speedup) layers, first and last always."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    speedup: float = Field(
+        ge=1,
+        strict=True,
+        allow_inf_nan=False,
+        description="a number from 1 to half the number of layers",
+    )
+    schedule: Literal["balanced", "paper"] = Field(
+        default="balanced",
+        description="'balanced' (spaced evenly) or 'paper' (the authors' integer rule)",
+    )
+
+
+class Spec(BaseModel):
+    """What a user writes. `resolve` gives it meaning."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    blocks: list[list[LayerIndex]] | None = Field(
+        default=None,
+        min_length=1,
+        description="a list of lists of layer indices: the blocks in the order they run; "
+        "layers that are not named are skipped",
+    )
+    pair: tuple[LayerIndex, LayerIndex] | None = Field(
+        default=None,
+        description="[start, end): the span of consecutive layers to run side by side",
+    )
+    group: Annotated[StrictInt, Field(ge=2)] | None = Field(
+        default=None, description="how many layers of 'pair' run side by side, 2 or more (2)"
+    )
+    skip: Skip | None = Field(
+        default=None, description='{"speedup": s} or {"speedup": s, "schedule": "paper"}'
+    )
+    ladder: Annotated[StrictInt, Field(ge=1)] | list[LayerIndex] | Literal["all"] | None = Field(
+        default=None,
+        description="which layers read the stream as a ladder: a number (that many, the last), "
+        "a list of layer indices, or 'all'",
+    )
+    layers: Annotated[StrictInt, Field(ge=1)] | None = Field(
+        default=None, description="the number of layers of the checkpoint the plan was made for"
+    )
+
+
+NAMED = ("auto", "identity")
+NULL = "null is no plan; allowed: a mapping, 'auto' or 'identity'"
+_METHODS = ("blocks", "ladder", "pair", "skip")
+_ADAPTER: TypeAdapter[Any] = TypeAdapter(Spec | Literal["auto", "identity"])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The normal form of a plan.
+
+    Attributes:
+        layers: number of decoder layers N of the checkpoint.
+        blocks: the blocks in the order they run; each holds the indices (0..N-1) of the layers
+            that run side by side in it. Layers in no block are skipped.
+        ladder: positions in `blocks` of the ladder blocks; the others are standard. With x the
+            stream before a block and A and F its attention and MLP, a standard block computes
+            y = x + A(x), then y + F(y). A ladder block computes y = x + A(y'), then y + F(x), where
+            y' is the y of the block before it (of the first block: the embedding).
+    """
+
+    layers: int
+    blocks: tuple[tuple[int, ...], ...]
+    ladder: frozenset[int] = frozenset()
+
+    @property
+    def depth(self) -> int:
+        """Effective depth: the number of blocks that run one after the other."""
+        return len(self.blocks)
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """Indices of the layers that run, ascending."""
+        return tuple(sorted(layer for block in self.blocks for layer in block))
+
+    @property
+    def skipped(self) -> tuple[int, ...]:
+        """Indices of the layers that don't run, ascending."""
+        return tuple(sorted(set(range(self.layers)) - set(self.kept)))
+
+    @property
+    def is_identity(self) -> bool:
+        """True when the plan runs every layer alone and in order, as plain vLLM does."""
+        return not self.ladder and self.blocks == tuple((layer,) for layer in range(self.layers))
+
+    def is_ladder(self, position: int) -> bool:
+        """Whether the block at `position` is a ladder block; False for positions past the last."""
+        return position in self.ladder
+
+    def end(self, position: int) -> int | None:
+        """How many of the checkpoint's layers the stream after a block stands for.
+
+        Those that ran and the skipped ones between them and the next: the first d layers, or None
+        if the layers that ran so far and those to come are interleaved.
+        """
+        done = [layer for block in self.blocks[: position + 1] for layer in block]
+        to_come = [layer for block in self.blocks[position + 1 :] for layer in block]
+        end = min(to_come, default=self.layers)
+        return end if max(done) < end else None
+
+    def is_changed(self, position: int) -> bool:
+        """Whether a block is anything else than one standard layer in its own place."""
+        (first, *more), begin = self.blocks[position], self.end(position - 1) if position else 0
+        return (
+            bool(more)
+            or position in self.ladder
+            or (begin, self.end(position)) != (first, first + 1)
+        )
+
+    @property
+    def name(self) -> str:
+        """A summary for one line of a log: '30 layers as 23 blocks (7 of 2)'."""
+        widths = [len(block) for block in self.blocks if len(block) > 1]
+        notes = [f"{widths.count(width)} of {width}" for width in sorted(set(widths))]
+        if self.ladder:
+            notes.append(f"{len(self.ladder)} ladder")
+        if self.skipped:
+            notes.append(f"{len(self.skipped)} skipped")
+        return f"{self.layers} layers as {self.depth} blocks" + (
+            f" ({', '.join(notes)})" if notes else ""
+        )
+
+    @property
+    def digest(self) -> str:
+        """Twelve hexadecimal digits that identify the plan."""
+        return hashlib.sha256(json.dumps(self.to_spec()).encode()).hexdigest()[:12]
+
+    def to_spec(self) -> dict[str, Any]:
+        """The plan as JSON-ready data; `resolve` gives the same plan back."""
+        spec: dict[str, Any] = {
+            "layers": self.layers,
+            "blocks": [list(block) for block in self.blocks],
+        }
+        if self.ladder:
+            spec["ladder"] = sorted(layer for at in self.ladder for layer in self.blocks[at])
+        return spec
+
+
+def resolve(spec: object, layers: int) -> Plan:
+    """Turn a spec into the normal form.
+
+    Args:
+        spec: parsed JSON: a mapping in one of the short forms, or ``"identity"``. ``"auto"``
+            depends on the model; `vllm_depthpar.plan.precedence` turns it into one of the others.
+        layers: number of decoder layers of the checkpoint.
+
+    Raises:
+        PlanError: one line that names the key, the value and what is allowed.
+    """
+    parsed = parse(spec)
+    if parsed == "identity":
+        return Plan(layers, tuple((layer,) for layer in range(layers)))
+    if parsed == "auto":
+        raise PlanError("plan 'auto' needs the model; allowed here: a mapping, or 'identity'")
+    if parsed.layers not in (None, layers):
+        raise PlanError(
+            f"plan key 'layers': {parsed.layers} is not this checkpoint's number of layers; "
+            f"allowed: {layers}"
+        )
+    blocks = _blocks(parsed, layers)
+    return Plan(layers, blocks, _ladder_blocks(parsed.ladder, blocks, layers))
+
+
+def parse(spec: object) -> Any:
+    """Check a spec's form, without knowing the model: a `Spec`, or one of `NAMED`.
+
+    Raises:
+        PlanError: see `resolve`.
+    """
+    if isinstance(spec, Spec):
+        return spec
+    if isinstance(spec, str):
+        if spec in NAMED:
+            return spec
+        raise PlanError(f"plan {_short(spec)} is unknown; allowed: {_names(NAMED)} or a mapping")
+    if not isinstance(spec, dict) or not all(isinstance(key, str) for key in spec):
+        raise PlanError(f"plan {_short(spec)} is not a mapping; allowed keys: {_names(_KEYS)}")
+    try:
+        parsed = Spec.model_validate(spec)
+    except ValidationError as error:
+        raise PlanError(_explain(error)) from None
+    if all(getattr(parsed, key) is None for key in _METHODS):
+        raise PlanError(f"plan is empty; it needs one of the keys {_names(_METHODS)}")
+    if parsed.blocks is not None and (parsed.pair or parsed.group or parsed.skip):
+        raise PlanError(
+            "plan key 'blocks' names every layer that runs; it can't stand beside pair, group, skip"
+        )
+    if parsed.group is not None and parsed.pair is None:
+        raise PlanError(f"plan key 'group': {parsed.group} needs the key 'pair' beside it")
+    return parsed
+
+
+def load(text_or_path: str) -> object:
+    """Read a spec from JSON text, one of `NAMED`, or the path of a plan file.
+
+    Raises:
+        PlanError: the file is missing or too large, or the JSON is malformed, or null.
+    """
+    text = text_or_path.strip()
+    if text in NAMED:
+        return text
+    origin = "plan"
+    if not text.startswith(("{", "[", '"')):
+        origin = f"plan file {_short(text, 300)}"
+        text = _read(text, origin)
+    if len(text.encode(errors="replace")) > MAX_SPEC_BYTES:
+        raise PlanError(f"{origin} is larger than a plan can be; allowed: {MAX_SPEC_BYTES} bytes")
+    try:
+        spec: object = json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno} column {error.colno}: {error.msg}"
+    except RecursionError:
+        where = "nested too deeply"
+    except ValueError:
+        where = "a number is too long"
+    else:
+        if spec is None:
+            raise PlanError(f"{origin}: {NULL}")
+        return spec
+    raise PlanError(f"{origin} is malformed JSON ({where}); allowed: JSON")
+
+
+def _read(name: str, origin: str) -> str:
+    allowed = f"JSON text, a file with JSON, {_names(NAMED)}"
+    if not name:
+        raise PlanError(f"plan is empty text; allowed: {allowed}")
+    try:
+        with Path(name).expanduser().open("rb") as file:
+            return file.read(MAX_SPEC_BYTES + 1).decode()
+    except UnicodeDecodeError:
+        reason = "not UTF-8 text"
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+    except (RuntimeError, ValueError):  # an unknown ~user, a NUL byte
+        reason = "not a path"
+    raise PlanError(f"{origin} can't be read ({reason}); allowed: {allowed}")
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of a spec."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "vllm-depthpar plan",
+        **_ADAPTER.json_schema(),
+    }
+
+
+def _blocks(spec: Spec, layers: int) -> tuple[tuple[int, ...], ...]:
+    if spec.blocks is not None:
+        return _checked_blocks(spec.blocks, layers)
+    kept = _kept_by_skipping(spec.skip, layers) if spec.skip else tuple(range(layers))
+    if spec.pair is None:
+        return tuple((layer,) for layer in kept)
+    return _grouped(kept, spec.pair, spec.group or 2, layers)
+
+
+def _ladder_blocks(
+    ladder: int | list[int] | str | None, blocks: tuple[tuple[int, ...], ...], layers: int
+) -> frozenset[int]:
+    """Positions of the blocks whose layers `ladder` names."""
+    if isinstance(ladder, int):
+        if ladder > layers:
+            raise PlanError(f"plan key 'ladder': {ladder} is too many; allowed: 1 to {layers}")
+        named = set(range(layers - ladder, layers))
+    elif isinstance(ladder, list):
+        named = set(ladder)
+        kept = {layer for block in blocks for layer in block}
+        for layer in ladder:
+            if layer >= layers:
+                raise PlanError(
+                    f"plan key 'ladder': layer {layer} is out of range; allowed: 0 to {layers - 1}"
+                )
+            if layer not in kept:
+                raise PlanError(
+                    f"plan key 'ladder': layer {layer} is skipped; allowed: layers that run"
+                )
+    else:
+        named = set(range(layers)) if ladder == "all" else set()
+    for block in blocks:
+        if 0 < len(named.intersection(block)) < len(block):
+            raise PlanError(
+                f"plan key 'ladder': {_short(ladder)} takes some layers of the block "
+                f"{_short(list(block))}; allowed: all layers of a block, or none"
+            )
+    return frozenset(position for position, block in enumerate(blocks) if named.issuperset(block))
+
+
+def _checked_blocks(blocks: list[list[int]], layers: int) -> tuple[tuple[int, ...], ...]:
+    seen: set[int] = set()
+    for block in blocks:
+        if not block:
+            raise PlanError("plan key 'blocks': a block is empty; allowed: one layer or more each")
+        for layer in block:
+            if layer >= layers:
+                raise PlanError(
+                    f"plan key 'blocks': layer {layer} is out of range; allowed: 0 to {layers - 1}"
+                )
+            if layer in seen:
+                raise PlanError(f"plan key 'blocks': layer {layer} is used twice; allowed: once")
+            seen.add(layer)
+    return tuple(tuple(block) for block in blocks)
+
+
+def _kept_by_skipping(skip: Skip, layers: int) -> tuple[int, ...]:
+    """The layers that Unified Layer Skipping keeps (arXiv 2404.06954, section 3)."""
+    if skip.speedup > layers / 2:
+        raise PlanError(
+            f"plan key 'skip.speedup': {skip.speedup:g} keeps fewer than two layers; "
+            f"allowed: 1 to {layers / 2:g}"
+        )
+    count = int(layers / skip.speedup)
+    if skip.schedule == "paper":
+        interval = layers // (count - 1)
+        inner = [layer for layer in range(1, layers - 1) if layer % interval == 0]
+        return (0, *inner[: count - 2], layers - 1)
+    # The nearest integers to count evenly spaced points on 0..layers-1, in exact arithmetic.
+    gaps = count - 1
+    return tuple((2 * i * (layers - 1) + gaps) // (2 * gaps) for i in range(count))
+
+
+def _grouped(
+    kept: tuple[int, ...], span: tuple[int, int], group: int, layers: int
+) -> tuple[tuple[int, ...], ...]:
+    start, end = span
+    if not start < end <= layers:
+        raise PlanError(
+            f"plan key 'pair': [{start}, {end}] is not a span of layers; "
+            f"allowed: [start, end) with 0 <= start < end <= {layers}"
+        )
+    inside = [layer for layer in kept if start <= layer < end]
+    if len(inside) % group or not inside:
+        raise PlanError(
+            f"plan key 'pair': [{start}, {end}] holds {len(inside)} layers; "
+            f"allowed: a multiple of {group}"
+        )
+    groups = [tuple(inside[i : i + group]) for i in range(0, len(inside), group)]
+    before = [(layer,) for layer in kept if layer < start]
+    after = [(layer,) for layer in kept if layer >= end]
+    return (*before, *groups, *after)
+
+
+_KEYS = tuple(Spec.model_fields)
+
+
+def _explain(error: ValidationError) -> str:
+    """The first of pydantic's complaints as one line of ours."""
+    # An unknown key often makes a required one look missing: say the cause, not the effect.
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    fields, path = Spec.model_fields, [part for part in first["loc"] if isinstance(part, str)]
+    if path[:1] == ["skip"] and len(path) > 1:
+        fields = Skip.model_fields
+    if path[:1] == ["ladder"]:
+        path = ["ladder"]  # without pydantic's name for the form that it tried
+    key, leaf = ".".join(path), path[-1]
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(leaf, fields, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return f"plan key {_short(key)} is unknown{hint} (allowed: {_names(fields)})"
+    if first["type"] == "missing" and first["loc"][-1] == leaf:
+        return f"plan key {key!r} is missing; allowed: {fields[leaf].description}"
+    return (
+        f"plan key {key!r}: {_short(first['input'])} is wrong; allowed: {fields[leaf].description}"
+    )
+
+
+def _names(names: Any) -> str:
+    return ", ".join(repr(name) for name in sorted(names))
+
+
+def _short(value: object, limit: int = 60) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -1,0 +1,1 @@
+"""How long a plan takes on a machine, before anything is loaded."""

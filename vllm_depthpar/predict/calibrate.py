@@ -1,0 +1,190 @@
+"""Measure this machine for the cost model: `vllm_depthpar.predict.machines.Device`.
+
+What products cost is timed at the model's own shapes, over more weights than a cache holds. What a
+layer and a step cost whatever their size is what vLLM itself takes for models so narrow that
+nothing else is left: the slope and the offset over two depths. An all-reduce is not measured: two
+processes of one host say nothing of two hosts.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vllm_depthpar.launch import engine
+from vllm_depthpar.plan import PlanError
+from vllm_depthpar.plan.model_shape import ModelShape
+from vllm_depthpar.predict.machines import CPU_REDUCTIONS, GPU_OVERLAP, THIS, Device
+from vllm_depthpar.util.files import cpu_model, write_json
+
+if TYPE_CHECKING:
+    import torch
+
+ROWS = (8, 64, 512)
+DEPTHS = (4, 16)
+TOKENS = 48
+# Of one shape: more than a cache holds.
+WEIGHT_BYTES = 64 << 20
+# Of one product: a slow core gets through it in seconds, with many rows too.
+MOST_PARAMETERS = 1 << 24
+REPEATS = 5
+_NARROW = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "intermediate_size": 128,
+    "vocab_size": 512,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
+}
+
+
+def measure(shape: ModelShape, tp: int = 1) -> Device:
+    """One rank of this machine: a GPU if there is one, else what this process may use of the CPU.
+
+    Takes half a minute or more. On a CPU fixed costs are those of eager mode.
+
+    Args:
+        tp: into how many shards the products are cut.
+
+    Raises:
+        PlanError: vLLM could not run here.
+    """
+    import torch
+
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.float32 if shape.dtype_bytes == 4 else torch.bfloat16
+    bandwidth, flops = measure_products(shape, tp, kind, dtype)
+    name = str(dtype).removeprefix("torch.")
+    layer_seconds, step_seconds = measure_fixed(name, eager=kind == "cpu")
+    what = torch.cuda.get_device_name() if kind == "cuda" else cpu_model()
+    day = datetime.now(UTC).date().isoformat()
+    return Device(
+        THIS,
+        bandwidth,
+        flops,
+        layer_seconds,
+        step_seconds,
+        **(CPU_REDUCTIONS if kind == "cpu" else {"overlap": GPU_OVERLAP}),
+        source=f"measured {day}: {what}, {name}, {torch.get_num_threads()} threads",
+    )
+
+
+def measure_products(
+    shape: ModelShape, tp: int, kind: str, dtype: torch.dtype
+) -> tuple[float, tuple[tuple[int, float], ...]]:
+    """Bytes per second of products with one row, and (rows, FLOP/s) of those with `ROWS`."""
+    layer = layer_products(shape, tp)
+    parameters = sum(out * of for out, of in layer)
+
+    def seconds(rows: int) -> float:
+        return sum(_product_seconds(size, rows, kind, dtype) for size in layer)
+
+    return (
+        parameters * shape.dtype_bytes / seconds(1),
+        tuple((rows, 2 * parameters * rows / seconds(rows)) for rows in ROWS),
+    )
+
+
+def _product_seconds(size: tuple[int, int], rows: int, kind: str, dtype: torch.dtype) -> float:
+    """The shortest of some runs: whatever else the machine does only makes one longer."""
+    import torch
+
+    inputs = torch.ones(rows, size[1], dtype=dtype, device=kind)
+    # With one row, weights come from memory: over and over again more than a cache holds of them.
+    # With more it is arithmetic that counts.
+    copies = max(1, math.ceil(WEIGHT_BYTES / (size[0] * size[1] * dtype.itemsize)))
+    weights = [
+        torch.full(size, 0.01, dtype=dtype, device=kind) for _ in range(copies if rows == 1 else 1)
+    ]
+    # A CPU's products one by one: short runs are likelier to be left alone. A GPU's together: it
+    # is the GPU that is to be timed, not the launch.
+    runs = [weights] if kind == "cuda" else [[weight] for weight in weights]
+
+    def run_seconds(run: list[torch.Tensor]) -> float:
+        start = time.perf_counter()
+        for weight in run:
+            torch.nn.functional.linear(inputs, weight)
+        if kind == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - start) / len(run)
+
+    with torch.inference_mode():
+        run_seconds(weights)
+        return min(run_seconds(run) for _ in range(REPEATS) for run in runs)
+
+
+def layer_products(shape: ModelShape, tp: int) -> list[tuple[int, int]]:
+    """(outputs, inputs) of the products of a layer on one rank, large ones with fewer outputs."""
+    q, kv = shape.heads * shape.head_dim // tp, shape.kv_heads * shape.head_dim // tp
+    intermediate = shape.intermediate // tp
+    sizes = [
+        (q + 2 * kv, shape.hidden),
+        (shape.hidden, q),
+        (2 * intermediate, shape.hidden),
+        (shape.hidden, intermediate),
+    ]
+    return [(max(1, min(out, MOST_PARAMETERS // of)), of) for out, of in sizes]
+
+
+def measure_fixed(dtype: str, eager: bool) -> tuple[float, float]:
+    """Seconds that vLLM takes for a layer and for a step, whatever their size.
+
+    Args:
+        dtype: as config.json names it.
+
+    Raises:
+        PlanError: vLLM could not run here.
+    """
+    try:
+        shallow, deep = engine.call(_decode, dtype, eager)
+    except engine.EngineError as error:
+        raise PlanError(f"vLLM does not run here ({error}); allowed: --device") from None
+    layer = max(0.0, (deep - shallow) / (DEPTHS[1] - DEPTHS[0]))
+    return layer, max(0.0, shallow - DEPTHS[0] * layer)
+
+
+def _decode(dtype: str, eager: bool) -> list[float]:
+    """Decode with a narrow model of each depth, in turns; the least seconds of a step of each.
+
+    Like `_product_seconds`, and in turns so that what changes on the machine meets both.
+    """
+    from vllm import LLM, SamplingParams
+    from vllm.inputs import TokensPrompt
+
+    params = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False)
+    engines = []
+    with tempfile.TemporaryDirectory(prefix="calibrate-") as folder:
+        for depth in DEPTHS:
+            config = {**_NARROW, "num_hidden_layers": depth, "torch_dtype": dtype}
+            model = Path(folder, f"{depth}")
+            write_json(model / "config.json", config)
+            engine = LLM(
+                str(model),
+                load_format="dummy",
+                skip_tokenizer_init=True,
+                enforce_eager=eager,
+                distributed_executor_backend="uni",
+                max_model_len=_NARROW["max_position_embeddings"],
+                max_num_seqs=1,
+                kv_cache_memory_bytes=64 << 20,
+            ).llm_engine
+            engine.add_request("calibrate", TokensPrompt(prompt_token_ids=[1] * 8), params)
+            engine.step()  # the prompt
+            engines.append(engine)
+    seconds: list[list[float]] = [[] for _ in engines]
+    while any(engine.has_unfinished_requests() for engine in engines):
+        for engine, found in zip(engines, seconds, strict=True):
+            start = time.perf_counter()
+            engine.step()
+            found.append(time.perf_counter() - start)
+    return [min(found) for found in seconds]

@@ -1,0 +1,262 @@
+"""How long a plan takes on a machine, predicted: plain arithmetic over sizes, no measurement.
+
+A forward pass is a chain of modules, an attention and an MLP a block, and of all-reduces. A module
+takes what its operations take on a roofline (bytes over memory bandwidth, or FLOPs over FLOP/s,
+whichever is longer) and half of the fixed cost of a layer. An all-reduce costs the rank that
+computes some time that nothing hides, and then is on its way for some time, which the next module
+hides in a ladder. The machine's numbers are in `vllm_depthpar.predict.machines`.
+
+No torch, no vLLM, and cheap: a search ranks thousands of plans with it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+
+from vllm_depthpar.plan import Plan, PlanError, resolve
+from vllm_depthpar.plan.model_shape import ModelShape
+from vllm_depthpar.predict.machines import Device, Link
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Where the seconds of one forward pass go.
+
+    Attributes:
+        memory: reading weights and KV cache, in operations that memory bandwidth bounds.
+        compute: operations that FLOP/s bound.
+        fixed: what every layer and every step takes, whatever its size.
+        communication: all-reduces, and the gathering of logits, as far as nothing hides them.
+    """
+
+    memory: float
+    compute: float
+    fixed: float
+    communication: float
+
+    @property
+    def seconds(self) -> float:
+        """All of it."""
+        return self.memory + self.compute + self.fixed + self.communication
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Each part's share of the whole, by its name; they sum to 1."""
+        return {name: part / self.seconds for name, part in vars(self).items()}
+
+
+def step_time(
+    shape: ModelShape,
+    plan: Plan,
+    device: Device,
+    link: Link | None,
+    tp: int = 1,
+    batch: int = 1,
+    context: int = 0,
+    tokens: int = 1,
+    plain: bool = False,
+) -> StepTime:
+    """The time of one forward pass, in seconds.
+
+    Args:
+        link: between the ranks; None: communication is free.
+        tp: tensor-parallel size, one rank a device.
+        batch: sequences.
+        context: tokens that every sequence has in the KV cache before.
+        tokens: new tokens of every sequence: 1 when decoding, the prompt's length in prefill.
+        plain: through plain vLLM's all-reduces, not this package's.
+
+    Raises:
+        PlanError: the plan is for another number of layers, does not fit `tp`, or a number is out
+            of range.
+    """
+    check(shape, plan, tp, batch, context, tokens)
+    work = _Work(shape, device, tp, batch, context, tokens)
+    widths = Counter(len(block) for block in plan.blocks)
+    attention = {width: _parts(work.attention(width)) for width in widths}
+    mlp = {width: _parts(work.mlp(width)) for width in widths}
+    memory, compute = (
+        head
+        + sum(count * (attention[width][of] + mlp[width][of]) for width, count in widths.items())
+        for of, head in enumerate(_parts([work.head()]))
+    )
+    communication = 0.0
+    if tp > 1 and link is not None:
+        reduction = _Reduction(device, link, tp, work.rows * shape.hidden * shape.dtype_bytes)
+        half = device.layer_seconds / 2
+        communication = reduction.communication(
+            plan,
+            {width: half + sum(parts) for width, parts in attention.items()},
+            {width: half + sum(parts) for width, parts in mlp.items()},
+            plain,
+        )
+        # vLLM gathers every rank's logits of the last tokens, for plans as for plain.
+        logits = batch * shape.vocab * shape.dtype_bytes / tp
+        communication += _Reduction(device, link, tp, logits).busy(plain=True)
+        communication += link.gather_seconds(logits, tp)
+    return StepTime(
+        memory=memory,
+        compute=compute,
+        fixed=device.step_seconds + plan.depth * device.layer_seconds,
+        communication=communication,
+    )
+
+
+def plain_time(
+    shape: ModelShape,
+    device: Device,
+    link: Link | None,
+    tp: int = 1,
+    batch: int = 1,
+    context: int = 0,
+    tokens: int = 1,
+) -> StepTime:
+    """`step_time` of plain vLLM: every layer alone, through vLLM's own all-reduces."""
+    identity = resolve("identity", shape.layers)
+    return step_time(shape, identity, device, link, tp, batch, context, tokens, plain=True)
+
+
+def speedup(
+    shape: ModelShape,
+    plan: Plan,
+    device: Device,
+    link: Link | None,
+    tp: int = 1,
+    batch: int = 1,
+    context: int = 0,
+    tokens: int = 1,
+) -> float:
+    """How many times as fast as plain vLLM a plan is: above 1 is faster; raises as `step_time`."""
+    plain = plain_time(shape, device, link, tp, batch, context, tokens)
+    return plain.seconds / step_time(shape, plan, device, link, tp, batch, context, tokens).seconds
+
+
+def check(
+    shape: ModelShape, plan: Plan, tp: int = 1, batch: int = 1, context: int = 0, tokens: int = 1
+) -> None:
+    """Raise what `step_time` would for these numbers, on any machine."""
+    for name, value, lowest in (
+        ("tp", tp, 1),
+        ("batch", batch, 1),
+        ("context", context, 0),
+        ("tokens", tokens, 1),
+    ):
+        if value < lowest:
+            raise PlanError(f"{name} {value} is too small; allowed: {lowest} or more")
+    if plan.layers != shape.layers:
+        raise PlanError(
+            f"the plan is for {plan.layers} layers; allowed: {shape.layers}, as the model has"
+        )
+    if not all(shape.fits(width, tp) for width in {len(block) for block in plan.blocks}):
+        sizes = ", ".join(map(str, shape.fitting_tps(plan)))
+        raise PlanError(
+            f"{plan.name} can't be cut into {tp} tensor-parallel ranks; allowed: {sizes}"
+        )
+
+
+# The seconds that memory bandwidth and that FLOP/s would take for one operation.
+_Operation = tuple[float, float]
+
+
+def _parts(operations: list[_Operation]) -> tuple[float, float]:
+    """Seconds of operations one after the other: those bound by memory, those bound by FLOP/s."""
+    memory = sum(m for m, c in operations if m >= c)
+    return memory, sum(c for m, c in operations if m < c)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """The operations of one forward pass on one rank."""
+
+    shape: ModelShape
+    device: Device
+    tp: int
+    batch: int
+    context: int
+    tokens: int
+
+    @property
+    def rows(self) -> int:
+        return self.batch * self.tokens
+
+    def head(self) -> _Operation:
+        """Of the last token of each sequence, the logits."""
+        return self._matmul(self.shape.vocab * self.shape.hidden, self.batch)
+
+    def attention(self, width: int) -> list[_Operation]:
+        """Projections, then scores and values over the KV cache."""
+        shape = self.shape
+        q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        weights = width * shape.hidden * (2 * q + 2 * kv)
+        seen = self.context + self.tokens
+        kv_heads = max(1, width * shape.kv_heads // self.tp)
+        kv_bytes = 2 * self.batch * seen * kv_heads * shape.head_dim * shape.dtype_bytes
+        # A new token attends to those in the cache, to itself and to the new ones before it.
+        attended = self.rows * (self.context + (self.tokens + 1) / 2)
+        flops = 4 * attended * width * q / self.tp
+        inner = (
+            kv_bytes / self.device.memory_bandwidth,
+            flops / self.device.flops_at(self.rows),
+        )
+        return [self._matmul(weights, self.rows), inner]
+
+    def mlp(self, width: int) -> list[_Operation]:
+        """Gate, up and down."""
+        return [self._matmul(3 * width * self.shape.hidden * self.shape.intermediate, self.rows)]
+
+    def _matmul(self, weights: int, rows: int) -> _Operation:
+        """Products of `rows` activations with so many weights, cut into tp shards."""
+        share = weights / self.tp
+        return (
+            share * self.shape.dtype_bytes / self.device.memory_bandwidth,
+            2 * share * rows / self.device.flops_at(rows),
+        )
+
+
+@dataclass(frozen=True)
+class _Reduction:
+    """All-reduces of one size between the ranks."""
+
+    device: Device
+    link: Link
+    tp: int
+    size: float
+
+    @cached_property
+    def flight(self) -> float:
+        return self.link.all_reduce_seconds(self.size, self.tp)
+
+    def busy(self, plain: bool) -> float:
+        """What nothing can hide."""
+        if self.link.shared_memory:
+            return 0.0  # the threads that compute do it all, in plain vLLM too: see `flight`
+        moved = 2 * (self.tp - 1) / self.tp * self.size
+        seconds = self.device.reduce_seconds + moved / self.device.reduce_bandwidth
+        return seconds + plain * self.device.plain_reduce_seconds
+
+    def communication(
+        self, plan: Plan, attention: dict[int, float], mlp: dict[int, float], plain: bool
+    ) -> float:
+        """Seconds of a forward pass's all-reduces that nothing hides.
+
+        Args:
+            attention: seconds of a block's attention, by the width of the block; `mlp`: likewise.
+        """
+        busy = self.busy(plain)
+        total = busy + self._left()  # the embedding's
+        for at, block in enumerate(plan.blocks):
+            ladder, before_ladder = plan.is_ladder(at), plan.is_ladder(at + 1)
+            if ladder and not before_ladder:
+                total += busy + self._left()  # of attention and MLP together
+                continue
+            behind_mlp = mlp[len(block)] if ladder else 0.0
+            behind_attention = attention[len(plan.blocks[at + 1])] if before_ladder else 0.0
+            total += 2 * busy + self._left(behind_mlp) + self._left(behind_attention)
+        return total
+
+    def _left(self, behind: float = 0.0) -> float:
+        """What is left to wait for of an all-reduce behind so many seconds of computation."""
+        hidden = 0.0 if self.link.shared_memory else self.device.overlap * self.flight
+        return self.flight - min(hidden, behind)

@@ -1,0 +1,327 @@
+"""Win back quality that a plan has cost: by least squares (`least_squares`), then by distillation.
+
+The loop is transformers' Trainer, on one process or as many as `accelerate launch` starts; bfloat16
+computes on float32 master weights. Everything a run needs to go on after a kill lies in one folder.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import PartialState
+from safetensors.torch import load_file, save
+from torch import Tensor
+from transformers import ProgressCallback, Trainer, TrainingArguments
+
+from vllm_depthpar.evaluate.texts import Windows
+from vllm_depthpar.plan import PlanError
+from vllm_depthpar.recover.distillation import Distillation, Objective
+from vllm_depthpar.recover.least_squares import refit
+from vllm_depthpar.util import files
+from vllm_depthpar.util.progress import bar
+
+Train = Literal["blocks", "norms", "lora", "all"]
+_MEASURED_BATCH = 2
+# A run of given minutes leaves this much of them to saving and to steps slower than the first.
+_MARGIN = 0.95
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run depends on beside model, plan and texts; the run of a folder keeps them.
+
+    Attributes:
+        train: what gradients change: the changed blocks, their norms, low-rank adapters of their
+            projections (merged in the end), or every tensor.
+        refit: how many tokens to refit on, 0 for no refit.
+        objective: see `Distillation`.
+        batch: windows of a step, over all processes.
+        micro_batch: windows that run together on a process.
+        rate: peak of the learning rate: linear warm-up, cosine decay.
+        rank: of the adapters.
+        checkpointing: recompute activations in the backward pass instead of keeping them.
+        seed: of the order of the windows and of adapters.
+        evaluations: how often to measure while training.
+    """
+
+    train: Train = "blocks"
+    refit: int = 32768
+    objective: Objective = "distil"
+    batch: int = 4
+    micro_batch: int = 4
+    rate: float = 2e-4
+    rank: int = 16
+    checkpointing: bool = False
+    seed: int = 0
+    evaluations: int = 10
+
+
+def this_process() -> PartialState:
+    """This process among those that `accelerate launch` or torchrun started."""
+    # Without being told, processes without GPUs would not know of each other.
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
+class Recovery:
+    """A run, in its folder.
+
+    Args:
+        distillation: teacher and student, on the device that this process trains on.
+        settings: of the run.
+        training: windows to learn from.
+        held_out: windows to measure on, by their texts' names.
+        folder: where what a later call needs to go on is kept. Another run's is refused.
+        identity: what else the run depends on, JSON-ready: checkpoint, texts.
+
+    Raises:
+        PlanError: the folder holds another run.
+    """
+
+    def __init__(
+        self,
+        distillation: Distillation,
+        settings: Settings,
+        training: Tensor,
+        held_out: Sequence[Windows],
+        folder: Path,
+        identity: object = None,
+    ) -> None:
+        self._distillation = distillation
+        self._settings = settings
+        self._training = training
+        self._held_out = held_out
+        self._folder = folder
+        self._process = this_process()
+        # Of a step's batch, one after the other on each process.
+        self._parts = settings.batch // (settings.micro_batch * self._process.num_processes)
+        wanted = {
+            "settings": asdict(settings),
+            "plan": distillation.plan.to_spec(),
+            "identity": identity,
+        }
+        if self._once("run.json", lambda: wanted) != json.loads(json.dumps(wanted)):
+            raise PlanError(
+                f"{folder} holds a run of other settings, plan or texts; allowed: the same command "
+                f"again to go on with it, another --out, or remove the folder"
+            )
+        self.curve: list[dict[str, Any]] = []
+
+    def _once(self, name: str, make: Callable[[], object]) -> Any:
+        """What is in a file of the folder; if there is none, what `make` gives on the main process.
+
+        Every process gets it as JSON.
+        """
+        path = self._folder / name
+        if self._process.is_main_process and not path.exists():
+            files.write_json(path, make())
+        self._process.wait_for_everyone()
+        return json.loads(path.read_text())
+
+    def measure(self) -> dict[str, dict[str, float]]:
+        """The student's perplexity on every held-out text, and its KL from the teacher."""
+        return {windows.name: quality(self._distillation, windows) for windows in self._held_out}
+
+    def refit(self) -> dict[int, float]:
+        """`refit`, or what a call before this one made of it; returns the ridges."""
+        path = self._folder / "refit.safetensors"
+
+        def fit() -> dict[int, float]:
+            count = max(8, self._settings.refit // self._training.shape[1])
+            # Spread over the texts, which come one after the other.
+            chosen = self._training[:: max(1, len(self._training) // count)][:count]
+            with bar("Refit") as advance:
+                found = refit(self._distillation, chosen, on_progress=advance)
+            downs = self._distillation.own_downs(found)
+            files.write_bytes(path, save({name: down.detach() for name, down in downs.items()}))
+            return found
+
+        ridges = {int(at): ridge for at, ridge in self._once("refit.json", fit).items()}
+        fitted = load_file(path)
+        with torch.no_grad():
+            for name, down in self._distillation.own_downs(ridges).items():
+                down.copy_(fitted[name])
+        return ridges
+
+    def train(self, tokens: int | None, until: float | None) -> dict[str, Any]:
+        """Distil.
+
+        Args:
+            tokens: how many to learn from; more than there are repeats them. None: all once.
+            until: stop about then, `time.time()`, rather than after `tokens`.
+
+        Returns:
+            What was done: steps, tokens, seconds.
+        """
+        settings, of_step = self._settings, self._tokens_of_a_step
+        # The first call decides for the later ones.
+        steps: int = self._once("steps.json", lambda: self._steps(tokens, until))
+        if steps == 0:
+            return {"steps": 0, "tokens": 0, "seconds": 0.0}
+        self._prepare()
+        every = max(1, round(steps / settings.evaluations)) if settings.evaluations else steps
+        trainer = _Trainer(
+            recovery=self,
+            model=self._distillation,
+            args=TrainingArguments(
+                output_dir=str(self._folder),
+                max_steps=steps,
+                per_device_train_batch_size=settings.micro_batch,
+                gradient_accumulation_steps=self._parts,
+                learning_rate=settings.rate,
+                lr_scheduler_type="cosine",
+                warmup_steps=max(1, steps // 20),
+                optim="adamw_torch_fused",
+                adam_beta2=0.95,
+                weight_decay=0.0,
+                max_grad_norm=1.0,
+                seed=settings.seed,
+                data_seed=settings.seed,
+                # Distillation casts by itself.
+                use_cpu=self._process.device.type == "cpu",
+                eval_strategy="steps",
+                eval_steps=every,
+                save_strategy="steps",
+                save_steps=every,
+                save_total_limit=1,
+                logging_steps=every,
+                report_to="none",
+                log_level="error",
+                label_names=[],
+            ),
+            train_dataset=[{"input_ids": row} for row in self._training],
+            eval_dataset=[],
+        )
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(_Progress(of_step))
+        started = time.monotonic()
+        trainer.train(resume_from_checkpoint=_last_complete(self._folder))
+        self.curve = [
+            entry["quality"] | {"step": entry["step"], "tokens": entry["step"] * of_step}
+            for entry in trainer.state.log_history
+            if "quality" in entry
+        ]
+        return {
+            "steps": steps,
+            "tokens": steps * of_step,
+            "seconds": time.monotonic() - started,
+        }
+
+    def _prepare(self) -> None:
+        """Make the student one that learns; harmless the second time."""
+        if any(parameter.requires_grad for parameter in self._distillation.parameters()):
+            return
+        settings = self._settings
+        self._distillation.unfreeze(settings.train, settings.rank, settings.seed)
+        if settings.checkpointing:
+            self._distillation.student.gradient_checkpointing_enable()
+
+    @property
+    def _tokens_of_a_step(self) -> int:
+        return self._settings.batch * self._training.shape[1]
+
+    def _steps(self, tokens: int | None, until: float | None) -> int:
+        """How many steps to take."""
+        if until is None:
+            wanted = self._training.numel() if tokens is None else tokens
+            return math.ceil(wanted / self._tokens_of_a_step)
+        per_step = self._seconds_of_a_step()
+        begun = time.time()
+        self.measure()
+        measuring = (time.time() - begun) * (self._settings.evaluations + 1)
+        left = until - time.time() - measuring
+        return max(0, math.floor(_MARGIN * left / per_step))
+
+    def _seconds_of_a_step(self) -> float:
+        """The faster of two steps that change nothing."""
+        self._prepare()
+        settings, device = self._settings, self._process.device
+        part = self._training[: settings.micro_batch].to(device)
+        seconds = []
+        for _ in range(2):
+            begun = time.monotonic()
+            loss = self._distillation(part)["loss"]
+            loss.backward()
+            loss.item()
+            seconds.append(time.monotonic() - begun)
+            self._distillation.zero_grad()
+        return min(seconds) * self._parts
+
+
+@torch.no_grad()
+def quality(distillation: Distillation, windows: Windows) -> dict[str, float]:
+    """Perplexity and mean KL divergence (nats per token) of the student on a text.
+
+    All tokens of a window but its first are counted.
+    """
+    device = distillation.teacher.device
+    training = distillation.training
+    distillation.eval()
+    kl = nll = 0.0
+    for part in windows.tokens.split(_MEASURED_BATCH):
+        losses = distillation(part.to(device))
+        share = len(part) / len(windows)
+        kl, nll = kl + share * float(losses["kl"]), nll + share * float(losses["nll"])
+    distillation.train(training)
+    return {"perplexity": math.exp(min(nll, 700)), "kl": kl}
+
+
+def _last_complete(folder: Path) -> str | None:
+    """The newest checkpoint that was written to its end: its state is what Trainer writes last."""
+    for state in sorted(
+        folder.glob("checkpoint-*/trainer_state.json"),
+        key=lambda path: int(path.parent.name.split("-")[1]),
+        reverse=True,
+    ):
+        try:
+            json.loads(state.read_text())
+        except ValueError:
+            continue
+        return str(state.parent)
+    return None
+
+
+class _Trainer(Trainer):
+    """Measures the held-out texts where Trainer would compute a loss."""
+
+    def __init__(self, recovery: Recovery, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._recovery = recovery
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Measure, write down, show."""
+        found = self._recovery.measure()
+        self.log({"quality": found})
+        self.control: Any = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, {"quality": found}
+        )
+        return {}
+
+
+class _Progress(ProgressCallback):
+    """A bar of steps, and a line for each measurement."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self._tokens = tokens
+
+    def on_log(self, *_: Any, **__: Any) -> None:
+        """Nothing: `on_evaluate` shows more."""
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Show what was measured."""
+        if state.is_world_process_zero and self.training_bar is not None:
+            found = kwargs["metrics"]["quality"]
+            shown = "   ".join(
+                f"{name}: perplexity {value['perplexity']:.2f}, KL {value['kl']:.3f}"
+                for name, value in found.items()
+            )
+            line = f"{state.global_step * self._tokens} tokens   {shown}"
+            self.training_bar.write(line, file=sys.stderr)

@@ -1,0 +1,124 @@
+"""What a search is for: a length that tiles add up to, and the length that is asked for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from vllm_depthpar.plan import Plan, PlanError
+from vllm_depthpar.plan.model_shape import ModelShape
+from vllm_depthpar.predict import cost_model
+from vllm_depthpar.predict.machines import Device, Link
+from vllm_depthpar.search.tiling import Tile, best_of_each_length, plan_of
+
+# Units that a layer's time is divided into.
+_UNITS = 16
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where plans will run, for predicted speed-ups in decoding."""
+
+    device: Device
+    link: Link | None
+    tp: int
+    batch: int
+    context: int
+
+    def speedup(self, shape: ModelShape, plan: Plan) -> float:
+        """Of a plan, over plain vLLM."""
+        return cost_model.speedup(shape, plan, *self._where)
+
+    def lengths(self, shape: ModelShape, tiles: Iterable[Tile]) -> dict[Tile, int]:
+        """Each tile's time, in sixteenths of a layer's."""
+        layer = self._block_seconds(shape, 1, ladder=False)
+        kinds = {(tile.width, tile.ladder) for tile in tiles if not tile.skip}
+        units = {
+            (width, ladder): round(_UNITS * self._block_seconds(shape, width, ladder) / layer)
+            for width, ladder in kinds
+        }
+        return {tile: 0 if tile.skip else units[tile.width, tile.ladder] for tile in tiles}
+
+    def length_of(self, shape: ModelShape, speedup: float) -> int:
+        """The total length that a speed-up over plain vLLM allows."""
+        layer = self._block_seconds(shape, 1, ladder=False)
+        whole = self._seconds(shape, plan_of((), shape.layers))
+        rest = whole - shape.layers * layer
+        plain = cost_model.plain_time(shape, *self._where).seconds
+        return math.floor(_UNITS * (plain / speedup - rest) / layer)
+
+    def _block_seconds(self, shape: ModelShape, width: int, ladder: bool) -> float:
+        """What one more block of a kind costs, in a row of its kind."""
+        times = [
+            self._seconds(
+                replace(shape, layers=width * count),
+                plan_of(
+                    tuple(Tile(width * at, width, ladder=ladder) for at in range(count)),
+                    width * count,
+                ),
+            )
+            for count in (4, 8)
+        ]
+        return (times[1] - times[0]) / 4
+
+    def _seconds(self, shape: ModelShape, plan: Plan) -> float:
+        return cost_model.step_time(shape, plan, *self._where).seconds
+
+    @property
+    def _where(self) -> tuple[Device, Link | None, int, int, int]:
+        return self.device, self.link, self.tp, self.batch, self.context
+
+
+def depths(tiles: Iterable[Tile]) -> dict[Tile, int]:
+    """Each tile's length where lengths count blocks."""
+    return {tile: int(not tile.skip) for tile in tiles}
+
+
+def reachable(layers: int, lengths: dict[Tile, int]) -> list[int]:
+    """Total lengths that some plan has, ascending."""
+    return sorted(best_of_each_length(layers, dict.fromkeys(lengths, 0.0), lengths))
+
+
+def check_depth(depth: int, layers: int, lengths: dict[Tile, int], methods: Sequence[str]) -> int:
+    """A depth that can be reached.
+
+    Raises:
+        PlanError: it can't; names the nearest.
+    """
+    depths = [length for length in reachable(layers, lengths) if 1 <= length < layers]
+    if depth in depths:
+        return depth
+    how = ", ".join(methods)
+    if not depths:
+        raise PlanError(f"depth {depth}: {how} can't make these {layers} layers any shorter")
+    nearest = min(depths, key=lambda length: abs(length - depth))
+    raise PlanError(
+        f"depth {depth} can't be reached with {how}; allowed: {depths[0]} to {depths[-1]}, "
+        f"nearest: {nearest}"
+    )
+
+
+def check_speedup(
+    speedup: float,
+    shape: ModelShape,
+    machine: Machine,
+    lengths: dict[Tile, int],
+    methods: Sequence[str],
+) -> int:
+    """The length that a speed-up needs.
+
+    Raises:
+        PlanError: no plan is that fast; names the most that is predicted.
+    """
+    free = dict.fromkeys(lengths, 0.0)
+    of_length = best_of_each_length(shape.layers, free, lengths)
+    _, tiling = of_length[min(of_length)]
+    most = machine.speedup(shape, plan_of(tiling, shape.layers))
+    if not 1 < speedup <= most:
+        raise PlanError(
+            f"speed-up {speedup:g} can't be reached with {', '.join(methods)} there; "
+            f"allowed: more than 1, nearest: {most:.2f}"
+        )
+    # One unit less: lengths are rounded.
+    return max(min(of_length), machine.length_of(shape, speedup) - 1)

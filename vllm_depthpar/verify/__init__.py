@@ -1,0 +1,1 @@
+"""Whether this machine serves the models that plans mean."""

@@ -1,0 +1,252 @@
+"""Whether this machine, with these flags, serves the models that plans mean.
+
+vLLM answers as it would serve, and `vllm_depthpar.verify.streamed` runs the same plan over the same
+texts; `vllm_depthpar.verify.rounding` says what their difference means.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from vllm_depthpar.bench.server_load import has_tokenizer
+from vllm_depthpar.checkpoint.config import folder, read_config
+from vllm_depthpar.launch import hardware
+from vllm_depthpar.launch.engine import EngineError, Worker, flags_of, make_engine
+from vllm_depthpar.launch.variants import PLAIN, Contender, contenders, usual
+from vllm_depthpar.plan import Plan, PlanError, resolve
+from vllm_depthpar.plan.model_shape import ModelShape
+from vllm_depthpar.plan.precedence import ENV, choose
+from vllm_depthpar.util import files, progress
+from vllm_depthpar.verify import passages
+from vllm_depthpar.verify.rounding import Answer, Served, compare, judge
+
+TOKENS = 64
+# What sequences take of the KV cache beyond their tokens: blocks that are not full, padding.
+_KV_BLOCK, _KV_SLACK = 128, 1.5
+
+
+class VerifyError(Exception):
+    """A served model is not what its plan means, or nothing can be said; one line for the user."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How vLLM serves, by its flags.
+
+    Attributes:
+        engine_args: more flags of vLLM's engine; they win.
+    """
+
+    tp: int = 1
+    dtype: str = "auto"
+    eager: bool = False
+    engine_args: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One that is served: a contender, the plan that it means, and its tensor-parallel size."""
+
+    contender: Contender
+    plan: Plan
+    tp: int
+
+
+def verify(model: str, labels: Sequence[str], settings: Settings) -> dict[str, Any]:
+    """Serve plans, and compare each with the reference.
+
+    Args:
+        model: folder or hub name.
+        labels: plans as `vllm_depthpar.launch.variants` takes them; none for what would be served.
+
+    Returns:
+        JSON-ready: when, with what and on what; `rows`: the control and then the plans, each with
+        its differences, what rounding explains of them and what is allowed (see `rounding.judge`).
+
+    Raises:
+        VerifyError: vLLM did not start, or ended.
+        PlanError: wrong input, or a checkpoint of which there is no reference.
+    """
+    config = read_config(model)
+    entries = _entries(model, config, labels, settings.tp)
+    prompts = _prompts(model, config)
+
+    import torch
+
+    from vllm_depthpar.verify.streamed import StreamedModel
+
+    on_gpu = torch.cuda.is_available()
+    reference = StreamedModel(folder(model), torch.device("cuda" if on_gpu else "cpu"))
+    served, differences = [], []
+    with progress.step_bar() as bar:
+        task = bar.add_task("", total=3 * len(entries))
+        # All of them before the first reference, which would keep a GPU's memory from them.
+        for entry in entries:
+            bar.update(task, description=f"vLLM: {entry.contender.label}")
+            served.append(_serve(model, config, entry, settings, prompts, on_gpu))
+            bar.advance(task)
+        for entry, one in zip(entries, served, strict=True):
+            bar.update(task, description=f"transformers: {entry.contender.label}")
+            texts = [answer.text for answer in one.answers]
+            exact, in_bf16 = (
+                reference.score(entry.plan, texts, dtype, lambda share: bar.advance(task, share))
+                for dtype in (torch.float32, torch.bfloat16)
+            )
+            differences.append(compare(one.answers, exact, in_bf16))
+    verdicts = judge(differences, served[0].dtype, served[0].quantized)
+    return {
+        **files.origin("depthpar"),
+        "hardware": hardware.facts(),
+        "model": Path(model).name,
+        "settings": asdict(settings),
+        "passages": len(served[0].answers),
+        "prompt_tokens": sum(len(answer.prompt) for answer in served[0].answers),
+        "generated_tokens": sum(len(answer.generated) for answer in served[0].answers),
+        "rows": [
+            {
+                **asdict(entry.contender),
+                "blocks": entry.plan.depth,
+                "tp": entry.tp,
+                "dtype": one.dtype,
+                "mode": one.mode,
+                "quantized": one.quantized,
+                **verdict,
+            }
+            for entry, one, verdict in zip(entries, served, verdicts, strict=True)
+        ],
+    }
+
+
+def _entries(model: str, config: Mapping[str, Any], labels: Sequence[str], tp: int) -> list[Entry]:
+    """The control, and the plans.
+
+    The control is vLLM's own model; where that can't be, every layer of the checkpoint alone. It
+    may be cut into fewer ranks than a plan, whose blocks have more heads.
+    """
+    option = "--plan"
+    if not labels and os.environ.get(ENV):
+        labels, option = [os.environ[ENV]], ENV
+    if PLAIN in labels:
+        raise PlanError("--plan 'plain' is every plan's control; allowed: other plans")
+    labels = labels or [label for label in usual(config) if label != PLAIN]
+    plans = contenders(model, labels, option)
+    shape = ModelShape.from_config(config)
+    if PLAIN in usual(config):
+        control, alone = Contender(PLAIN), resolve("identity", shape.layers)
+    else:
+        kept = choose(config)[0].kept
+        alone = resolve({"blocks": [[layer] for layer in kept]}, shape.layers)
+        spec = {**alone.to_spec(), "ladder": []}
+        control = Contender("every layer alone", alone.name, spec, alone.digest)
+    entries = [Entry(control, alone, max(shape.fitting_tps(alone, tp)))]
+    for one in plans:
+        plan = resolve(one.spec, shape.layers)
+        if tp not in (fitting := shape.fitting_tps(plan)):
+            raise PlanError(
+                f"--tp {tp} can't cut {one.label} ({one.plan}); "
+                f"allowed: {', '.join(map(str, fitting))}"
+            )
+        entries.append(Entry(one, plan, tp))
+    return entries
+
+
+def _prompts(model: str, config: Mapping[str, Any]) -> list[list[int]]:
+    """Token ids of the passages, as long as the model has positions for them and what it adds."""
+    most = config.get("max_position_embeddings", math.inf) - TOKENS
+    if most < 2:
+        raise PlanError(f"{most + TOKENS} positions are too few; allowed: {TOKENS + 2} or more")
+    if not has_tokenizer(model):
+        return passages.random_ids(config["vocab_size"], most)
+    from transformers import AutoTokenizer
+
+    from vllm_depthpar.checkpoint import ladder_config
+
+    ladder_config.register()
+    return passages.token_ids(AutoTokenizer.from_pretrained(model), most)
+
+
+def _serve(
+    model: str,
+    config: Mapping[str, Any],
+    entry: Entry,
+    settings: Settings,
+    prompts: Sequence[Sequence[int]],
+    on_gpu: bool,
+) -> Served:
+    """What an engine answers, in a process of its own that has ended.
+
+    Raises:
+        VerifyError: it did not answer.
+    """
+    one = entry.contender
+    options = {
+        "dtype": settings.dtype,
+        "enforce_eager": settings.eager,
+        "tensor_parallel_size": entry.tp,
+        "max_model_len": max(map(len, prompts)) + TOKENS,
+    }
+    flags = [*one.flags, *flags_of(options), *settings.engine_args]
+    env = hardware.environment(entry.tp, on_gpu)
+    if (space := "VLLM_CPU_KVCACHE_SPACE") not in os.environ:
+        shape = ModelShape.from_config(config)
+        # In fp32, whatever it will be.
+        token = shape.kv_bytes_per_token(entry.plan, entry.tp) * 4 // shape.dtype_bytes
+        tokens = sum(len(prompt) + TOKENS + _KV_BLOCK for prompt in prompts)
+        env[space] = str(math.ceil(_KV_SLACK * tokens * token / 2**30))
+    worker = Worker(one.label, ask, model, flags, prompts, TOKENS, env={**env, **one.env})
+    try:
+        found: Served = worker.receive()
+    except EngineError as error:
+        reason = error.last.rpartition("depthpar: error: ")[2]
+        raise VerifyError(f"vLLM could not serve {one.label}: {reason}") from None
+    finally:
+        worker.stop()
+    return found
+
+
+def ask(
+    connection: Connection,
+    model: str,
+    flags: Sequence[str],
+    prompts: Sequence[Sequence[int]],
+    tokens: int,
+) -> None:
+    """An engine's process: sends `Served` for all prompts at once and then the longest alone.
+
+    Args:
+        tokens: how many to generate, greedily, after each.
+    """
+    engine = make_engine(model, flags)
+    from vllm import SamplingParams
+    from vllm.inputs import TokensPrompt
+
+    from vllm_depthpar import vllm_compat
+
+    params = SamplingParams(
+        temperature=0,
+        max_tokens=tokens,
+        ignore_eos=True,
+        detokenize=False,
+        prompt_logprobs=0,
+        logprobs=0,
+    )
+    answers = []
+    for batch in (prompts, [max(prompts, key=len)]):
+        asked = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in batch]
+        for output in engine.generate(asked, params, use_tqdm=False):
+            given, made = list(output.prompt_token_ids), list(output.outputs[0].token_ids)
+            entries = [*output.prompt_logprobs[1:], *output.outputs[0].logprobs]
+            logprobs = [
+                float(entry[token].logprob)
+                for entry, token in zip(entries, [*given[1:], *made], strict=True)
+            ]
+            answers.append(Answer(given, made, logprobs))
+    served = Served(answers, **vllm_compat.how_it_runs(engine))
+    vllm_compat.shut_down(engine)
+    connection.send(served)

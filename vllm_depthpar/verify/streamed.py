@@ -1,0 +1,175 @@
+"""Plans on transformers with one block in memory at a time: the reference for models of any size.
+
+Blocks and equations are those of `vllm_depthpar.hf`. Only the weights come later, straight from the
+checkpoint's files, and go again once their block has run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from vllm_depthpar import hf
+from vllm_depthpar.checkpoint.tensors import stored
+from vllm_depthpar.plan import Plan, PlanError
+
+# Positions whose logits are in memory at once.
+_POSITIONS = 256
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a model makes of a text, in nats; an entry for each token but the first.
+
+    Attributes:
+        chosen: log-probability of the token that stands there.
+        best: that of the likeliest one.
+    """
+
+    chosen: list[float]
+    best: list[float]
+
+
+class StreamedModel:
+    """A checkpoint to run by plans.
+
+    Args:
+        folder: of the checkpoint. Weights that compressed-tensors quantized are dequantized.
+        device: where blocks run.
+
+    Raises:
+        PlanError: its weights are quantized in another way, or are no safetensors.
+    """
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        self._folder, self._device = folder, device
+        self._dequantize = _dequantizer(folder)
+        self._files = {name: folder / file for name, (file, _) in stored(folder).items()}
+        # Checkpoints of a model without its head have no prefix.
+        self._prefix = "" if "embed_tokens.weight" in self._files else "model."
+
+    @torch.inference_mode()
+    def score(
+        self,
+        plan: Plan,
+        texts: Sequence[Sequence[int]],
+        dtype: torch.dtype,
+        on_progress: Callable[[float], None] = lambda _: None,
+    ) -> list[Score]:
+        """Run a plan over texts.
+
+        Args:
+            texts: token ids; each text runs alone.
+            dtype: of weights and activations; softmax is in fp32.
+            on_progress: called with the share of the work done since the last call; they sum to 1.
+
+        Raises:
+            PlanError: the checkpoint is of no family that can be restructured, lacks a tensor that
+                the plan needs, or has one of another shape.
+        """
+        model = hf.outline(self._folder, plan, self._device)
+        body, head = model.model, model.lm_head
+        share = 1 / (len(body.layers) + 1)
+        self._fill(body.embed_tokens, "embed_tokens.", dtype)
+        streams: list[Any] = [
+            body.embed_tokens(torch.tensor([text], device=self._device)) for text in texts
+        ]
+        contexts = [hf.context(model, stream) for stream in streams]
+        if not model.config.tie_word_embeddings:
+            body.embed_tokens.to("meta")
+        for block in body.layers:
+            for index, layer in block.members.items():
+                self._fill(layer, f"layers.{index}.", dtype)
+            streams = [
+                block(stream, **context) for stream, context in zip(streams, contexts, strict=True)
+            ]
+            block.to("meta")
+            on_progress(share)
+        self._fill(body.norm, "norm.", dtype)
+        if model.config.tie_word_embeddings:
+            head.weight = body.embed_tokens.weight
+        else:
+            self._fill(head, "lm_head.", dtype)
+        scores = [
+            self._score(head, body.norm(stream[0]), text)
+            for stream, text in zip(streams, texts, strict=True)
+        ]
+        on_progress(share)
+        return scores
+
+    def _score(self, head: nn.Module, hidden: Tensor, text: Sequence[int]) -> Score:
+        """Of a text, from the last norm's output, (tokens, hidden)."""
+        targets = torch.tensor(text[1:], dtype=torch.int64, device=self._device)
+        chosen: list[float] = []
+        best: list[float] = []
+        parts = hidden[:-1].split(_POSITIONS), targets.split(_POSITIONS)
+        for positions, wanted in zip(*parts, strict=True):
+            logprobs = head(positions).float().log_softmax(-1)
+            chosen += logprobs.gather(1, wanted[:, None])[:, 0].tolist()
+            best += logprobs.amax(-1).tolist()
+        return Score(chosen, best)
+
+    def _fill(self, module: nn.Module, name: str, dtype: torch.dtype) -> None:
+        """Give a module its weights; `name` is the module's in transformers' decoder, and a dot."""
+        prefix = name if name == "lm_head." else self._prefix + name
+        found = self._dequantize(self._read(prefix))
+        state = {}
+        for leaf, outline in module.state_dict().items():
+            tensor = found.get(prefix + leaf)
+            if tensor is None:
+                raise PlanError(
+                    f"{self._folder} lacks the tensor {prefix + leaf!r}; allowed: plans of the "
+                    "layers that it has"
+                )
+            if tensor.shape != outline.shape:
+                raise PlanError(
+                    f"{self._folder}: the tensor {prefix + leaf!r} has the shape "
+                    f"{list(tensor.shape)}; allowed: {list(outline.shape)}"
+                )
+            state[leaf] = tensor.to(self._device, dtype)
+        module.load_state_dict(state, assign=True)
+
+    def _read(self, prefix: str) -> dict[str, Tensor]:
+        """All tensors whose names begin so."""
+        names = [name for name in self._files if name.startswith(prefix)]
+        found = {}
+        for file in {self._files[name] for name in names}:
+            with safe_open(file, framework="pt") as tensors:
+                for name in names:
+                    if self._files[name] == file:
+                        found[name] = tensors.get_tensor(name)
+        return found
+
+
+def _dequantizer(folder: Path) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    """What makes of a layer's tensors, by their full names, those of the unquantized layer."""
+    quantization = json.loads((folder / "config.json").read_text()).get("quantization_config")
+    if quantization is None:
+        return lambda tensors: tensors
+    method = quantization.get("quant_method")
+    if method != "compressed-tensors":
+        raise PlanError(
+            f"{folder} is quantized by {method!r}, of which there is no reference; allowed: "
+            "compressed-tensors, or unquantized checkpoints"
+        )
+    from compressed_tensors.entrypoints.convert.converters import CompressedTensorsDequantizer
+
+    # Products of codes and scales are exact enough in fp32 only.
+    library = CompressedTensorsDequantizer(folder, dtype=torch.float32)
+
+    def dequantize(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        scale = ".weight_scale"
+        modules = {name.removesuffix(scale) for name in tensors if name.endswith(scale)}
+        # The library takes a matrix that has no scales, as an embedding is, for quantized, too.
+        coded = {name for name in tensors if name.rpartition(".")[0] in modules}
+        found: dict[str, Tensor] = library.process({name: tensors.pop(name) for name in coded})
+        return tensors | found
+
+    return dequantize
