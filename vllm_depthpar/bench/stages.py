@@ -87,17 +87,22 @@ class Engines:
             "tokens": self._setup.settings.output_len,
             "vocab": self._setup.config["vocab_size"],
         }
-        found = running.ask(job)
-        prefill, decoding = found["prefill_seconds"], found["decode_seconds"]
-        gpu = {"gpu_bytes": found["gpu_bytes"]} if found["gpu_bytes"] else {}
-        if load.part == LATENCY:
-            each = decoding / found["decode_tokens"]
-            return {"ttft_ms": 1e3 * prefill, "tpot_ms": 1e3 * each, **gpu}
-        return {
-            "decode_tokens_per_second": found["decode_tokens"] / decoding,
-            "prefill_tokens_per_second": load.batch * load.prompt_tokens / prefill,
-            **gpu,
-        }
+        return figures_of(load, running.ask(job))
+
+
+def figures_of(load: Load, found: dict[str, float]) -> dict[str, float]:
+    """What a batch through an engine (`engine_load.run_batch`) says of a load: times in ms of one
+    sequence, or tokens per second of many."""
+    prefill, decoding = found["prefill_seconds"], found["decode_seconds"]
+    gpu = {"gpu_bytes": found["gpu_bytes"]} if found["gpu_bytes"] else {}
+    if load.part == LATENCY:
+        each = decoding / found["decode_tokens"]
+        return {"ttft_ms": 1e3 * prefill, "tpot_ms": 1e3 * each, **gpu}
+    return {
+        "decode_tokens_per_second": found["decode_tokens"] / decoding,
+        "prefill_tokens_per_second": load.batch * load.prompt_tokens / prefill,
+        **gpu,
+    }
 
 
 class Servers:
