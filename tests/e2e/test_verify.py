@@ -134,6 +134,20 @@ def test_ladder_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert shown.splitlines()[-1] == "verify: auto ok"
 
 
+def test_checkpoint_that_carries_its_plan(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Skipped layers are not in it: the control is what is there, in prefill by parts here."""
+    model, out = checkpoint(tmp_path / "model"), tmp_path / "out"
+    plan = '{"blocks": [[0], [2, 3]]}'
+    assert main(["export", str(model), "--plan", plan, "--out", str(out)]) == 0
+    capsys.readouterr()
+    code, shown, error = run(capsys, out, "--engine-args=--max-num-batched-tokens 256")
+    assert (code, error) == (0, "")
+    assert "| every layer alone | 3 |" in shown
+    assert "| carried | 2 |" in shown
+
+
 def test_compiled_as_it_is_served(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -45,7 +45,7 @@ def add(commands: Any) -> None:
         default="",
         metavar="ARGS",
         help="more flags that you serve with, as one argument: "
-        "--engine-args='--kv-cache-dtype fp8 ...'",
+        "--engine-args='--max-num-batched-tokens 512 ...'",
     )
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the numbers as JSON")
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
