@@ -54,7 +54,7 @@ started = Server(model)
 """
 # With workers of vLLM's, one for each of two ranks.
 ENGINE = """
-from vllm_depthpar import engine_load
+from vllm_depthpar.bench import engine_load
 from vllm_depthpar.launch.engine import Worker
 flags = ["--enforce-eager", "--load-format", "dummy", "--tensor-parallel-size", "2"]
 started = Worker("an engine", engine_load.serve, model, flags)

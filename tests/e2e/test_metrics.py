@@ -377,7 +377,7 @@ def test_a_wrong_interval_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_killed_servers_leave_is_removed() -> None:
     """And nothing of one that runs."""
     starts = (
-        "import os, sys; from vllm_depthpar import metric_files; metric_files.prepare(); "
+        "import os, sys; from vllm_depthpar.metrics import metric_files; metric_files.prepare(); "
         "print(os.environ[metric_files.FOLDER_ENV], flush=True); sys.stdin.read()"
     )
 
