@@ -169,6 +169,7 @@ def _model_type(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 
 def config_of(path: str | PathLike[str]) -> PreTrainedConfig:
+    """Read the config.json of a checkpoint folder; errors as `load`."""
     ladder_config.register()
     config = AutoConfig.from_pretrained(path)
     family_of(config.to_dict())

@@ -282,7 +282,7 @@ def _separate_kv_caches(vllm_config: VllmConfig, plan: Plan) -> None:
         outside_state.connector_named(connector, transfer and transfer.kv_connector_module_path),
         transfer.kv_connector_extra_config if transfer is not None else {},
         plan,
-        copies_kv_heads=tp > kv_heads and any(len(block) > 1 for block in plan.blocks),
+        copies_kv_heads=tp > kv_heads and plan.has_parallel_blocks,
     )
     if transfer is not None:
         # Not in place: it may be the caller's own, for the next engine, too.
@@ -306,7 +306,7 @@ def _check_features(vllm_config: VllmConfig, plan: Plan, tp: int) -> None:
             f"and --tensor-parallel-size for more ranks"
         )
     sharers = vllm_config.parallel_config.decode_context_parallel_size
-    if sharers > 1 and any(len(block) > 1 for block in plan.blocks):
+    if sharers > 1 and plan.has_parallel_blocks:
         # vLLM deals a sequence's tokens out to the ranks that hold the same KV heads, and counts
         # these by the model's number of them. A wide block has more.
         raise PlanError(
@@ -456,7 +456,7 @@ def how_it_runs(engine: LLM) -> dict[str, str]:
     `CompilationMode`, and on a CPU there are no CUDA graphs, whatever its mode of them says.
     """
     config = engine.llm_engine.vllm_config
-    mode = "eager" if config.compilation_config.mode == CompilationMode.NONE else "compiled"
+    mode = "compiled" if compiles(config) else "eager"
     graphs = config.compilation_config.cudagraph_mode
     if not current_platform.is_cpu() and graphs not in (None, CUDAGraphMode.NONE):
         mode += f", CUDA graphs {graphs.name.lower()}"

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
+import two_nodes
 from fork_server import start_process
 from forked_serve import forked_servers
 from models import write_llama
@@ -68,22 +69,14 @@ def test_ranks(specs: list[Any], words: list[str] | None, tmp_path: Path) -> Non
 def nodes(tmp_path: Path) -> Iterator[list[tuple[Server, Path]]]:
     """Two nodes of one model, of one rank each; DEPTHPAR_PLAN differs."""
     model = write_llama(tmp_path / "model", layers=LAYERS)
-    options = ["--model-impl", "depthpar", "--enforce-eager", "--tensor-parallel-size", "2"]
-    options += ["--skip-tokenizer-init", "--distributed-executor-backend", "mp"]
-    options += ["--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(free_port())]
-    env = {
-        "VLLM_HOST_IP": "127.0.0.1",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "OMP_NUM_THREADS": "1",
-        "TORCHDYNAMO_DISABLE": "1",
-    }
+    options = ["--model-impl", "depthpar", "--enforce-eager", "--skip-tokenizer-init"]
+    options += two_nodes.options()
     with ExitStack() as stack, forked_servers():
         started = []
-        for rank, (plan, role) in enumerate(((ONE, []), (OTHER, ["--headless"]))):
+        for rank, (plan, role) in enumerate(zip((ONE, OTHER), two_nodes.ROLES, strict=True)):
             log = tmp_path / f"{rank}.log"
-            chosen = {**env, "DEPTHPAR_PLAN": json.dumps(plan)}
-            node = Server(model, *options, "--node-rank", str(rank), *role, env=chosen, log=log)
+            env = {**two_nodes.ENV, "DEPTHPAR_PLAN": json.dumps(plan)}
+            node = Server(model, *options, *role, env=env, log=log)
             stack.callback(node.stop)
             started.append((node, log))
         yield started

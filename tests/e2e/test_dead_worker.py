@@ -14,11 +14,12 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+import two_nodes
 from forked_serve import forked_servers
 from models import write_llama
 from processes import command_line
 
-from vllm_depthpar.launch.server import Server, free_port
+from vllm_depthpar.launch.server import Server
 
 # What vLLM gives a step here (300 s by default), and then the time to say so and to end.
 STEP_SECONDS = 10
@@ -32,22 +33,17 @@ def hosts(tmp_path: Path, smollm2: Path) -> Iterator[tuple[Server, Server]]:
     for file in smollm2.glob("*token*.json"):
         shutil.copy(file, model)
     options = ["--model-impl", "depthpar", "--hf-overrides", '{"depthpar": {"ladder": "all"}}']
-    options += ["--dtype", "float32", "--enforce-eager", "--tensor-parallel-size", "2"]
-    options += ["--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(free_port())]
-    options += ["--distributed-executor-backend", "mp", "--served-model-name", "ladder"]
+    options += ["--dtype", "float32", "--enforce-eager", "--served-model-name", "ladder"]
+    options += two_nodes.options()
     env = {
-        "VLLM_HOST_IP": "127.0.0.1",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "OMP_NUM_THREADS": "1",
-        "TORCHDYNAMO_DISABLE": "1",
+        **two_nodes.ENV,
         "VLLM_LOGGING_LEVEL": "INFO",
         "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": str(STEP_SECONDS),
     }
     with ExitStack() as stack:
         nodes = []
-        for rank, role in enumerate(([], ["--headless"])):
-            arguments = [*options, "--node-rank", str(rank), *role]
+        for rank, role in enumerate(two_nodes.ROLES):
+            arguments = [*options, *role]
             with forked_servers():
                 node = Server(model, *arguments, env=env, log=tmp_path / f"{rank}.log")
             stack.callback(node.stop)

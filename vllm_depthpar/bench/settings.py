@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm_depthpar.bench.engine_load import BUDGET, most_tokens
 from vllm_depthpar.launch.engine import flags_of
-from vllm_depthpar.launch.variants import Contender
+from vllm_depthpar.launch.variants import Contender, check_tp
 from vllm_depthpar.plan import PlanError, resolve
 from vllm_depthpar.plan.model_shape import ModelShape
 
@@ -111,11 +111,7 @@ def check(settings: Settings, contenders: Sequence[Contender], config: dict[str,
     shape = ModelShape.from_config(config)
     for one in contenders:
         plan = resolve(one.spec or "identity", shape.layers)
-        if settings.tp not in (fitting := shape.fitting_tps(plan)):
-            raise PlanError(
-                f"--tp {settings.tp} can't cut {one.label} ({one.plan}); "
-                f"allowed: {', '.join(map(str, fitting))}"
-            )
+        check_tp(one, plan, shape, settings.tp)
     longest = max(load.longest for load in settings.loads())
     positions = config.get("max_position_embeddings", math.inf)
     if longest > positions:

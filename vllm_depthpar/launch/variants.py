@@ -9,8 +9,9 @@ from typing import Any
 
 from vllm_depthpar import plan
 from vllm_depthpar.checkpoint.config import read_config
-from vllm_depthpar.plan import PlanError, precedence
+from vllm_depthpar.plan import Plan, PlanError, precedence
 from vllm_depthpar.plan.ladder_checkpoint import ladder_of
+from vllm_depthpar.plan.model_shape import ModelShape
 
 PLAIN = "plain"
 # The plan in a checkpoint's own config.json.
@@ -83,3 +84,19 @@ def contenders(model: str, labels: Iterable[str], option: str = "--plan") -> lis
         else:
             found.append(Contender(PLAIN))
     return found
+
+
+def check_tp(one: Contender, meant: Plan, shape: ModelShape, tp: int) -> None:
+    """Refuse a tensor-parallel size that a contender can't be cut into.
+
+    Args:
+        meant: the plan that `one` means.
+        shape: of the checkpoint.
+
+    Raises:
+        PlanError: it can't.
+    """
+    if tp not in (fitting := shape.fitting_tps(meant)):
+        raise PlanError(
+            f"--tp {tp} can't cut {one.label} ({one.plan}); allowed: {', '.join(map(str, fitting))}"
+        )

@@ -25,7 +25,7 @@ from vllm.v1.metrics.perf import (
 )
 
 from vllm_depthpar.plan.families import windows
-from vllm_depthpar.vllm_compat import base_shape, plan_of, source_of
+from vllm_depthpar.vllm_compat import base_config, base_shape, plan_of, source_of
 
 
 class _Sum:
@@ -125,8 +125,7 @@ class BlockFfn(_Sum, ComponentMetrics):
 def _kinds(vllm_config: VllmConfig) -> Counter[tuple[int, int | None]]:
     """How many blocks there are of how many layers, with which window of attention."""
     model_config = vllm_config.model_config
-    config = model_config.hf_config.to_dict()
-    of = windows({**config, "num_hidden_layers": config["depthpar_base_layers"]})
+    of = windows(base_config(model_config.hf_config))
     if model_config.disable_sliding_window:
         of = [None] * len(of)
     return Counter((len(block), of[block[0]]) for block in plan_of(vllm_config).blocks)

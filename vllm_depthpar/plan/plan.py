@@ -119,6 +119,11 @@ class Plan:
         return tuple(sorted(set(range(self.layers)) - set(self.kept)))
 
     @property
+    def has_parallel_blocks(self) -> bool:
+        """Whether any layers run side by side."""
+        return any(len(block) > 1 for block in self.blocks)
+
+    @property
     def is_identity(self) -> bool:
         """True when the plan runs every layer alone and in order, as plain vLLM does."""
         return not self.ladder and self.blocks == tuple((layer,) for layer in range(self.layers))

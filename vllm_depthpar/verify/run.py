@@ -18,7 +18,7 @@ from vllm_depthpar.bench.server_load import has_tokenizer
 from vllm_depthpar.checkpoint.config import folder, read_config
 from vllm_depthpar.launch import hardware
 from vllm_depthpar.launch.engine import EngineError, Worker, flags_of, make_engine
-from vllm_depthpar.launch.variants import PLAIN, Contender, contenders, usual
+from vllm_depthpar.launch.variants import PLAIN, Contender, check_tp, contenders, usual
 from vllm_depthpar.plan import Plan, PlanError, resolve
 from vllm_depthpar.plan.model_shape import ModelShape
 from vllm_depthpar.plan.precedence import ENV, choose
@@ -147,11 +147,7 @@ def _entries(model: str, config: Mapping[str, Any], labels: Sequence[str], tp: i
     entries = [Entry(control, alone, max(shape.fitting_tps(alone, tp)))]
     for one in plans:
         plan = resolve(one.spec, shape.layers)
-        if tp not in (fitting := shape.fitting_tps(plan)):
-            raise PlanError(
-                f"--tp {tp} can't cut {one.label} ({one.plan}); "
-                f"allowed: {', '.join(map(str, fitting))}"
-            )
+        check_tp(one, plan, shape, tp)
         entries.append(Entry(one, plan, tp))
     return entries
 
