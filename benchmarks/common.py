@@ -9,21 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from vllm_depthpar.cli.types import at_least as at_least
+from vllm_depthpar.errors import UserError
 from vllm_depthpar.launch import hardware
 from vllm_depthpar.launch import variants as of_model
 from vllm_depthpar.launch.variants import PLAIN as PLAIN
 from vllm_depthpar.launch.variants import Contender
-from vllm_depthpar.plan import PlanError
-from vllm_depthpar.util import files
-from vllm_depthpar.util.files import table as markdown  # noqa: F401
 from vllm_depthpar.util.files import write_json  # noqa: F401
+from vllm_depthpar.util.markdown import table as markdown  # noqa: F401
+from vllm_depthpar.util.provenance import origin
 
 
 def contenders(model: str, labels: Iterable[str]) -> list[Contender]:
     """Plain vLLM, which is always one and the first, and the plans for the checkpoint `model`.
 
     Raises:
-        PlanError: see `vllm_depthpar.launch.variants`.
+        UserError: see `vllm_depthpar.launch.variants`.
     """
     return of_model.contenders(model, [PLAIN, *labels], "--plans")
 
@@ -36,7 +36,7 @@ def environment(contender: Contender, tp: int = 1) -> dict[str, str]:
 def facts() -> dict[str, Any]:
     """When, with what and on what: JSON-ready."""
     return {
-        **files.origin(f"python benchmarks/{Path(sys.argv[0]).name}"),
+        **origin(f"python benchmarks/{Path(sys.argv[0]).name}"),
         **hardware.facts(),
     }
 
@@ -62,7 +62,7 @@ def run_main(main: Callable[[], None]) -> None:
     """Run a benchmark; exit code 1, with one line for wrong input, if it cannot be run."""
     try:
         main()
-    except (PlanError, RuntimeError, OSError) as error:
+    except (UserError, RuntimeError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -35,7 +35,7 @@ from vllm_depthpar.plan.auto import auto_spec
 from vllm_depthpar.plan.model_shape import ModelShape
 from vllm_depthpar.predict.cost_model import step_time
 from vllm_depthpar.predict.machines import Device, Link
-from vllm_depthpar.util import files
+from vllm_depthpar.util.provenance import origin
 
 RESULTS = Path(__file__).parent / "results"
 PLAIN_LINK = "cluster-eager-plain"
@@ -314,7 +314,7 @@ def main() -> None:
         print(f"\n{title}: {summary(predictions)}\n\n{table(predictions)}")
     if args.out:
         content = {
-            **files.origin("python benchmarks/predict_measured.py"),
+            **origin("python benchmarks/predict_measured.py"),
             "checks": {
                 title: [{**asdict(one), "error": one.error} for one in predictions]
                 for title, predictions in checks.items()

@@ -33,7 +33,7 @@ from vllm_depthpar.plan import resolve
 from vllm_depthpar.plan.model_shape import ModelShape
 from vllm_depthpar.predict.cost_model import plain_time, speedup, step_time
 from vllm_depthpar.predict.machines import DEVICES, LINKS, Device, Link
-from vllm_depthpar.util import files
+from vllm_depthpar.util.provenance import origin
 
 PUBLISHED = json.loads((Path(__file__).parent / "published.json").read_text())
 LADDER = PUBLISHED["ladder_residual"]
@@ -231,7 +231,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="The cost model against published speeds.")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the numbers as JSON")
     args = parser.parse_args()
-    report: dict[str, Any] = {**files.origin("python benchmarks/predict_published.py"), "ways": {}}
+    report: dict[str, Any] = {**origin("python benchmarks/predict_published.py"), "ways": {}}
     lines = []
     for name, way in WAYS.items():
         constants = fitted(way)

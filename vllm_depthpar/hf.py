@@ -38,7 +38,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vllm_depthpar.checkpoint import ladder_config
 from vllm_depthpar.checkpoint.tensors import check_folder
-from vllm_depthpar.plan import Plan, PlanError, resolve
+from vllm_depthpar.errors import UserError
+from vllm_depthpar.plan import Plan, resolve
 from vllm_depthpar.plan.families import family_of, windows
 from vllm_depthpar.plan.precedence import KEY
 
@@ -113,14 +114,14 @@ def load(
         The model, in evaluation mode.
 
     Raises:
-        PlanError: the plan is wrong, or the checkpoint of no family that can be restructured, or
+        UserError: the plan is wrong, or the checkpoint of no family that can be restructured, or
             its layers differ in their windows of attention, or its tensors are not what its
             config.json says; before weights load.
         OSError: there is no checkpoint at `path`.
     """
     config = config_of(path)
     if spec is None and getattr(config, KEY, None) is None:
-        raise PlanError(f"{path} carries no plan; allowed: a spec, or a checkpoint that does")
+        raise UserError(f"{path} carries no plan; allowed: a spec, or a checkpoint that does")
     if not isinstance(spec, Plan):
         spec = resolve(getattr(config, KEY) if spec is None else spec, config.num_hidden_layers)
     _check_layers(spec, config.num_hidden_layers)
@@ -150,7 +151,7 @@ def outline(path: str | PathLike[str], plan: Plan, device: torch.device) -> PreT
         device: what its rotary embedding, which has no weights, is made for.
 
     Raises:
-        PlanError, OSError: see `load`.
+        UserError, OSError: see `load`.
     """
     config = config_of(path)
     with torch.device("meta"):
@@ -180,7 +181,7 @@ def config_of(path: str | PathLike[str]) -> PreTrainedConfig:
 def _check_windows(config: PreTrainedConfig) -> None:
     """transformers gives each block the mask of the layer that was in its place."""
     if len(set(windows(config.to_dict()))) > 1:
-        raise PlanError(
+        raise UserError(
             "the layers differ in their windows of attention; allowed: to serve the model, or "
             "models whose layers have the same"
         )
@@ -203,7 +204,7 @@ def _weights(
     )
     missing = {int(name.split(".")[2]) for name in report["missing_keys"] if ".layers." in name}
     if lost := sorted(missing - set(absent)):
-        raise PlanError(
+        raise UserError(
             f"weights of layer {lost[0]} are not in {path}; allowed: plans of its other layers"
         )
     return cast(PreTrainedModel, model)
@@ -223,12 +224,12 @@ def restructure(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
         The same model.
 
     Raises:
-        PlanError: the plan is for another number of layers, or the model was restructured before,
+        UserError: the plan is for another number of layers, or the model was restructured before,
             or its layers differ in their windows of attention.
     """
     layers = model.model.layers
     if any(isinstance(layer, ParallelBlock) for layer in layers):
-        raise PlanError("the model is already restructured; allowed: a model as loaded")
+        raise UserError("the model is already restructured; allowed: a model as loaded")
     _check_layers(plan, len(layers))
     _check_windows(model.config)
     for slot, index in enumerate(index for block in plan.blocks for index in block):
@@ -281,7 +282,7 @@ def checkpoint_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _check_layers(plan: Plan, layers: int) -> None:
     if plan.layers != layers:
-        raise PlanError(f"the plan is for {plan.layers} layers; allowed: {layers}, as in the model")
+        raise UserError(f"the plan is for {plan.layers} layers; allowed: {layers}, as in the model")
 
 
 def _total(terms: Iterable[Tensor]) -> Tensor:

@@ -5,7 +5,7 @@ def register() -> None:
     """Register the plugin. vLLM calls this in every one of its processes, perhaps repeatedly.
 
     Raises:
-        PlanError: this vLLM is not one that the package was checked on.
+        UserError: this vLLM is not one that the package was checked on.
     """
     from vllm.version import __version__ as vllm_version
 

@@ -53,10 +53,11 @@ from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
 from vllm_depthpar import __version__
 from vllm_depthpar.checkpoint import ladder_config
 from vllm_depthpar.checkpoint.tensors import check_folder
+from vllm_depthpar.errors import UserError
 from vllm_depthpar.metrics import metric_files
 from vllm_depthpar.model import last_words, outside_state
 from vllm_depthpar.model.agreement import check_agreement
-from vllm_depthpar.plan import NULL, Plan, PlanError, ladder_checkpoint, precedence, resolve
+from vllm_depthpar.plan import NULL, Plan, ladder_checkpoint, precedence, resolve
 from vllm_depthpar.plan.families import FAMILIES
 from vllm_depthpar.plan.model_shape import ModelShape
 from vllm_depthpar.plan.precedence import ARCHITECTURE, OLD_ARCHITECTURE
@@ -97,14 +98,14 @@ def check_version(version: str) -> None:
     """Refuse a vLLM that this package was not checked on.
 
     Raises:
-        PlanError: `version` is outside `SUPPORTED`.
+        UserError: `version` is outside `SUPPORTED`.
     """
     try:
         supported = SUPPORTED.contains(Version(Version(version).base_version))
     except InvalidVersion:  # a source tree without its version
         supported = False
     if not supported:
-        raise PlanError(
+        raise UserError(
             f"vllm-depthpar {__version__} does not work with vllm {version}; allowed: vllm "
             f"{SUPPORTED}, or VLLM_PLUGINS without 'depthpar' to run vllm alone"
         )
@@ -146,7 +147,7 @@ def _with_model_impl(method: Callable[..., Any]) -> Callable[..., Any]:
 def _select(architectures: str | Sequence[str]) -> str:
     names = [architectures] if isinstance(architectures, str) else list(architectures)
     if not any(name in ARCHITECTURES for name in names):
-        raise PlanError(
+        raise UserError(
             f"--model-impl {MODEL_IMPL} can't serve the architecture {', '.join(names)}; "
             f"allowed: {', '.join(ARCHITECTURES)}"
         )
@@ -176,11 +177,11 @@ class DepthParConfig(VerifyAndUpdateConfig):
             return
         # What vLLM makes of Mistral's params.json is of no class of transformers.
         if type(config) is PreTrainedConfig:
-            raise PlanError(MISTRAL_FORMAT)
+            raise UserError(MISTRAL_FORMAT)
         overrides = model_config.hf_overrides
         given = overrides if isinstance(overrides, dict) else {}
         if precedence.KEY in given and given[precedence.KEY] is None:
-            raise PlanError(f"--hf-overrides, key {precedence.KEY!r}: {NULL}")
+            raise UserError(f"--hf-overrides, key {precedence.KEY!r}: {NULL}")
         plan, source = precedence.choose(
             config.to_dict(),
             override=given.get(precedence.KEY),
@@ -229,7 +230,7 @@ def _check_format(vllm_config: VllmConfig) -> None:
     if load_format == "mistral" or (
         load_format == "auto" and is_mistral_model_repo(model.model, model.revision)
     ):
-        raise PlanError(MISTRAL_FORMAT)
+        raise UserError(MISTRAL_FORMAT)
 
 
 def _only_safetensors(vllm_config: VllmConfig) -> None:
@@ -242,7 +243,7 @@ def _only_safetensors(vllm_config: VllmConfig) -> None:
     if load.load_format != "auto":
         return
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
-        raise PlanError(
+        raise UserError(
             f"{folder} has no *.safetensors; allowed: safetensors checkpoints, or --load-format hf "
             "to unpickle *.bin"
         )
@@ -253,7 +254,7 @@ def _check_shards(plan: Plan, shape: ModelShape, tp: int) -> None:
     for block in plan.blocks:
         if not shape.fits(len(block), tp):
             fitting = ", ".join(str(size) for size in shape.fitting_tps(plan))
-            raise PlanError(
+            raise UserError(
                 f"--tensor-parallel-size {tp} can't cut a block of {len(block)} layers with "
                 f"{shape.heads} heads and {shape.kv_heads} KV heads each; allowed: {fitting}"
             )
@@ -293,7 +294,7 @@ def _separate_kv_caches(vllm_config: VllmConfig, plan: Plan) -> None:
 
 def _check_features(vllm_config: VllmConfig, plan: Plan, tp: int) -> None:
     if vllm_config.lora_config is not None:
-        raise PlanError(
+        raise UserError(
             "--enable-lora: adapters address single layers, and a restructured model has others; "
             "allowed: merge the adapter into the checkpoint first"
         )
@@ -301,7 +302,7 @@ def _check_features(vllm_config: VllmConfig, plan: Plan, tp: int) -> None:
     if stages > 1:
         # vLLM 0.32's CPU build fails at the first request with two stages, so that nothing here
         # could be checked with them.
-        raise PlanError(
+        raise UserError(
             f"--pipeline-parallel-size {stages}: not checked with restructured models; allowed: 1, "
             f"and --tensor-parallel-size for more ranks"
         )
@@ -309,20 +310,20 @@ def _check_features(vllm_config: VllmConfig, plan: Plan, tp: int) -> None:
     if sharers > 1 and plan.has_parallel_blocks:
         # vLLM deals a sequence's tokens out to the ranks that hold the same KV heads, and counts
         # these by the model's number of them. A wide block has more.
-        raise PlanError(
+        raise UserError(
             f"--decode-context-parallel-size {sharers}: the ranks of side-by-side layers hold "
             f"different KV heads; allowed: 1, or a plan without parallel blocks"
         )
     speculative = vllm_config.speculative_config
     if speculative is not None and speculative.method not in _SPECULATION:
-        raise PlanError(
+        raise UserError(
             f"--speculative-config method {speculative.method!r} reads layers of the unmodified "
             f"model; allowed: {', '.join(_SPECULATION)}"
         )
     quantization = vllm_config.model_config.quantization
     widths = sorted({len(block) for block in plan.blocks if len(block) > 1})
     if quantization is not None and any(tp % width for width in widths):
-        raise PlanError(
+        raise UserError(
             f"quantization {quantization!r}: the norms of side-by-side layers can't be folded "
             f"into quantized weights; allowed: --tensor-parallel-size a multiple of "
             f"{' and '.join(map(str, widths))}, an unquantized checkpoint, or a plan without "
@@ -358,7 +359,7 @@ def check_ranks_agree(vllm_config: VllmConfig) -> None:
     Relies on: `cpu_group` of vLLM's groups is a process group of torch.distributed.
 
     Raises:
-        PlanError: see `agreement.check_agreement`.
+        UserError: see `agreement.check_agreement`.
     """
     draft = vllm_config.model_config.runner_type == "draft"
     group = get_tp_group() if draft else parallel_state.get_world_group()
@@ -620,7 +621,7 @@ def _explain(error: BaseException) -> str | None:
     vLLM's own checks of the same command line (model, port, options) are reported likewise when
     the command asks for this plugin; plain vLLM keeps its own reports.
     """
-    if isinstance(error, PlanError):
+    if isinstance(error, UserError):
         return str(error)
     if (words := last_words.found()) is not None:
         return words

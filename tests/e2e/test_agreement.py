@@ -17,9 +17,10 @@ from fork_server import start_process
 from forked_serve import forked_servers
 from models import write_llama
 
+from vllm_depthpar.errors import UserError
 from vllm_depthpar.launch.server import Server, free_port
 from vllm_depthpar.model.agreement import check_agreement
-from vllm_depthpar.plan import PlanError, resolve
+from vllm_depthpar.plan import resolve
 
 LAYERS = 6
 ONE, OTHER = {"pair": [0, 4]}, {"pair": [0, 2]}
@@ -36,7 +37,7 @@ def compare(rank: int, port: int, specs: list[Any], answer: Path) -> None:
         source = f"source {rank}"
         check_agreement(resolve(specs[rank], LAYERS), source, dist.group.WORLD)
         answer.write_text("")
-    except PlanError as error:
+    except UserError as error:
         answer.write_text(str(error))
 
 

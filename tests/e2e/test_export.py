@@ -19,7 +19,8 @@ from vllm_depthpar.checkpoint import export
 from vllm_depthpar.checkpoint.config import read_tensors
 from vllm_depthpar.checkpoint.tensors import split_name
 from vllm_depthpar.cli.main import main
-from vllm_depthpar.plan import PlanError, resolve
+from vllm_depthpar.errors import UserError
+from vllm_depthpar.plan import resolve
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -141,33 +142,33 @@ def test_changed_tensors_and_shards(model: Path, tmp_path: Path) -> None:
     loaded = hf.load(tmp_path / "out")
     weight = loaded.model.layers[3].members["4"].mlp.down_proj.weight
     assert torch.equal(weight, change[name].bfloat16().float())
-    with pytest.raises(PlanError, match=r"no tensor 'model\.layers\.3\.x'"):
+    with pytest.raises(UserError, match=r"no tensor 'model\.layers\.3\.x'"):
         export.export(str(sharded), plan, tmp_path / "no", {"model.layers.3.x": change[name]})
     assert not (tmp_path / "no").exists()
     read = dict(read_tensors(str(sharded), tensors))
     assert read.keys() == tensors.keys()
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in read.items())
-    with pytest.raises(PlanError, match=r"^the checkpoint has no tensor 'x'; allowed: "):
+    with pytest.raises(UserError, match=r"^the checkpoint has no tensor 'x'; allowed: "):
         dict(read_tensors(str(sharded), [name, "x"]))
 
 
 def test_wrong_input(model: Path, exported: dict[str, Path], tmp_path: Path) -> None:
     plan = resolve(PLANS["pairs"], LAYERS)
-    with pytest.raises(PlanError, match="is there already; allowed: a folder that is new or empty"):
+    with pytest.raises(UserError, match="is there already; allowed: a folder that is new or empty"):
         export.export(str(model), plan, exported["pairs"])
     with pytest.raises(
-        PlanError, match=r"no layer 2, which the plan runs; allowed: layers 0, 1, 3, 5"
+        UserError, match=r"no layer 2, which the plan runs; allowed: layers 0, 1, 3, 5"
     ):
         export.export(str(exported["skip"]), plan, tmp_path / "out")
     with pytest.raises(
-        PlanError, match=r"no layer 2, which the plan runs; allowed: layers 0, 1, 3, 5"
+        UserError, match=r"no layer 2, which the plan runs; allowed: layers 0, 1, 3, 5"
     ):
         hf.load(exported["skip"], plan)
     bare = tmp_path / "bare"
     bare.mkdir()
     (bare / "config.json").write_bytes((model / "config.json").read_bytes())
     torch.save({}, bare / "pytorch_model.bin")
-    with pytest.raises(PlanError, match=r"has no model.safetensors; allowed: safetensors"):
+    with pytest.raises(UserError, match=r"has no model.safetensors; allowed: safetensors"):
         export.export(str(bare), plan, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

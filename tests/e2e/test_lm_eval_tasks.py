@@ -22,10 +22,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from vllm_depthpar import hf
 from vllm_depthpar.checkpoint.config import fingerprint
 from vllm_depthpar.cli.main import main
+from vllm_depthpar.errors import UserError
+from vllm_depthpar.errors import UserError
 from vllm_depthpar.evaluate import lm_eval_tasks
 from vllm_depthpar.evaluate.lm_eval_model import ServedLM
 from vllm_depthpar.launch.variants import contenders
-from vllm_depthpar.plan import PlanError
 
 PIQA = Path(__file__).parents[2] / "benchmarks" / "tasks" / "piqa.yaml"
 PLAN = '{"pair": [8, 28]}'
@@ -302,7 +303,7 @@ def test_without_lm_eval(smollm2: Path) -> None:
 
 def test_plain_of_a_ladder_checkpoint(tmp_path: Path) -> None:
     model = write_llama(tmp_path, layers=4, ladder_layers=2)
-    with pytest.raises(PlanError, match="vLLM itself can't serve a ladder"):
+    with pytest.raises(UserError, match="vLLM itself can't serve a ladder"):
         contenders(str(model), ["auto", "plain"])
     (auto,) = contenders(str(model), ["auto"])
     assert auto.plan == "4 layers as 4 blocks (2 ladder)"
@@ -349,7 +350,7 @@ def test_piqa_is_lm_evals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         {"goal": "How do I dry a shirt?", "sol1": "Bury it", "sol2": "hang it in the sun"},
     ]
     monkeypatch.delenv("PIQA_DIR", raising=False)
-    with pytest.raises(lm_eval_tasks.TaskError, match="PIQA_DIR must name a folder"):
+    with pytest.raises(UserError, match="PIQA_DIR must name a folder"):
         lm_eval_tasks.load_tasks([str(PIQA)])
     monkeypatch.setenv("PIQA_DIR", str(tmp_path))
     (tmp_path / "piqa-valid.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -30,12 +30,13 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
 
+from vllm_depthpar.errors import UserError
 from vllm_depthpar.launch.server import Server, serve
 from vllm_depthpar.metrics import metric_files
 from vllm_depthpar.metrics.all_reduce_timer import Stopwatch
 from vllm_depthpar.metrics.forward_timer import Meter, bucket_of, layers_by_kind
 from vllm_depthpar.metrics.metric_files import Metric, MetricFiles
-from vllm_depthpar.plan import PlanError, precedence, resolve
+from vllm_depthpar.plan import precedence, resolve
 from vllm_depthpar.plan.drawing import draw
 from vllm_depthpar.plan.model_shape import ModelShape, all_reduces, hidden_all_reduces
 from vllm_depthpar.serving.stats import stats_of
@@ -366,7 +367,7 @@ def test_batch_sizes_are_powers_of_two() -> None:
 def test_a_wrong_interval_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     for text in ("-1", "often", ""):
         monkeypatch.setenv(metric_files.ENV, text)
-        with pytest.raises(PlanError, match=r"DEPTHPAR_METRICS=.*; allowed: 0 for no metrics"):
+        with pytest.raises(UserError, match=r"DEPTHPAR_METRICS=.*; allowed: 0 for no metrics"):
             metric_files.every()
     monkeypatch.setenv(metric_files.ENV, "0")
     metric_files.prepare()

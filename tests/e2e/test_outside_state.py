@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from vllm.config import KVTransferConfig
 
 from vllm_depthpar import hf
+from vllm_depthpar.errors import UserError
 from vllm_depthpar.model.outside_state import keyed_by_plan
-from vllm_depthpar.plan import PlanError, resolve
+from vllm_depthpar.plan import resolve
 
 LAYERS = 6
 # The same number of blocks, of the same widths, under the same names.
@@ -114,7 +115,7 @@ def test_what_ends_with_the_engine_needs_no_key(connector: str, extra: dict[str,
     ],
 )
 def test_others_are_refused(connector: str, extra: dict[str, Any], words: str) -> None:
-    with pytest.raises(PlanError) as error:
+    with pytest.raises(UserError) as error:
         keyed_by_plan(connector, extra, resolve(PAIRS, LAYERS))
     assert words in str(error.value)
     assert "; allowed: " in str(error.value)
@@ -125,7 +126,7 @@ def test_others_are_refused(connector: str, extra: dict[str, Any], words: str) -
 
 def test_copies_of_kv_heads() -> None:
     """Mooncake's store keeps one rank's for all where vLLM says that they are copies."""
-    with pytest.raises(PlanError, match="--tensor-parallel-size"):
+    with pytest.raises(UserError, match="--tensor-parallel-size"):
         keyed_by_plan("MooncakeStoreConnector", {}, resolve(PAIRS, LAYERS), copies_kv_heads=True)
     for connector in ("OffloadingConnector", "ExampleConnector"):
         keyed_by_plan(connector, {}, resolve(PAIRS, LAYERS), copies_kv_heads=True)

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from vllm_depthpar import hf
 from vllm_depthpar.cli.main import main
-from vllm_depthpar.plan import PlanError, resolve
+from vllm_depthpar.errors import UserError
+from vllm_depthpar.plan import resolve
 from vllm_depthpar.verify.rounding import (
     FLOOR,
     MEAN_FACTOR,
@@ -264,11 +265,11 @@ def test_streamed_says_what_a_checkpoint_lacks(tmp_path: Path) -> None:
     up = tensors.pop(name)
     save_file(tensors, folder / "model.safetensors")
     model, texts = StreamedModel(folder, CPU), prompts(1, 5).tolist()
-    with pytest.raises(PlanError, match=f"lacks the tensor '{name}'"):
+    with pytest.raises(UserError, match=f"lacks the tensor '{name}'"):
         model.score(resolve("identity", 6), texts, torch.float32)
     model.score(resolve({"blocks": [[0], [1], [2], [4], [5]]}, 6), texts, torch.float32)
     save_file({**tensors, name: up[:80].clone()}, folder / "model.safetensors")
-    with pytest.raises(PlanError, match=r"has the shape \[80, 64\]; allowed: \[96, 64\]"):
+    with pytest.raises(UserError, match=r"has the shape \[80, 64\]; allowed: \[96, 64\]"):
         StreamedModel(folder, CPU).score(resolve("identity", 6), texts, torch.float32)
 
 

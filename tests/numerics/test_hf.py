@@ -15,7 +15,8 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from vllm_depthpar import hf
-from vllm_depthpar.plan import PlanError, resolve
+from vllm_depthpar.errors import UserError
+from vllm_depthpar.plan import resolve
 
 LAYERS = 6
 PLANS: dict[str, Any] = {
@@ -207,11 +208,11 @@ def test_parameters_keep_their_checkpoint_names(folder: Path) -> None:
 
 def test_errors(folder: Path, tmp_path: Path) -> None:
     model = hf.load(folder, "identity")
-    with pytest.raises(PlanError, match="already restructured"):
+    with pytest.raises(UserError, match="already restructured"):
         hf.restructure(model, resolve("identity", LAYERS))
-    with pytest.raises(PlanError, match="the plan is for 7 layers; allowed: 6"):
+    with pytest.raises(UserError, match="the plan is for 7 layers; allowed: 6"):
         hf.load(folder, resolve("identity", 7))
-    with pytest.raises(PlanError, match="layer 6 is out of range"):
+    with pytest.raises(UserError, match="layer 6 is out of range"):
         hf.load(folder, {"blocks": [[6]]})
     other = write_llama(tmp_path, layers=2)
     config = json.loads((other / "config.json").read_text())
@@ -230,7 +231,7 @@ def test_errors(folder: Path, tmp_path: Path) -> None:
     ]
     for keys, message in wrong:
         (other / "config.json").write_text(json.dumps(config | keys))
-        with pytest.raises(PlanError, match=message):
+        with pytest.raises(UserError, match=message):
             hf.load(other, "identity")
 
 

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from vllm_depthpar import hf
 from vllm_depthpar.checkpoint.tensors import Expected, check_folder, split_name, stored
 from vllm_depthpar.cli.main import main
+from vllm_depthpar.errors import UserError
 from vllm_depthpar.model.causal_lm import addressed
-from vllm_depthpar.plan import PlanError, resolve
+from vllm_depthpar.plan import resolve
 from vllm_depthpar.plan.model_shape import ModelShape
 
 LAYERS = 4
@@ -88,9 +89,9 @@ def test_every_tensor_of_every_wrong_size(family: str, models: dict[str, Path]) 
                 f"layer 1 of the checkpoint: {name!r} has the shape {list(shape)}; allowed: "
                 f"{list(right)}, as its config.json says"
             )
-            with pytest.raises(PlanError, match=f"^{re.escape(line)}$"):
+            with pytest.raises(UserError, match=f"^{re.escape(line)}$"):
                 expected.check_all({**shapes, name: shape}, range(LAYERS))
-        with pytest.raises(PlanError, match=f"^layer 1 of the checkpoint lacks {rest!r}; "):
+        with pytest.raises(UserError, match=f"^layer 1 of the checkpoint lacks {rest!r}; "):
             expected.check_all({k: v for k, v in shapes.items() if k != name}, range(LAYERS))
         expected.check_all({k: v for k, v in shapes.items() if k != name}, [0, 2, 3])
 
@@ -99,13 +100,13 @@ def test_numbers_of_layers(models: dict[str, Path]) -> None:
     folder = models["llama"]
     fewer = {**config_of(folder), "num_hidden_layers": LAYERS - 1}
     with pytest.raises(
-        PlanError,
+        UserError,
         match=r"^the checkpoint has layer 3 \('model\.layers\.3\..*'\), .* layers 0 to 2$",
     ):
         check_folder(folder, fewer, range(LAYERS - 1))
     more = {**config_of(folder), "num_hidden_layers": LAYERS + 1}
     with pytest.raises(
-        PlanError,
+        UserError,
         match=r"^the checkpoint has no layer 4, which the plan runs; allowed: layers 0, 1, 2, 3$",
     ):
         check_folder(folder, more, range(LAYERS + 1))
@@ -116,7 +117,7 @@ def test_quantized_ones_have_other_shapes(models: dict[str, Path]) -> None:
     config = {**config_of(models["llama"]), "quantization_config": {"quant_method": "awq"}}
     expected = Expected(config)
     expected.check("model.layers.1.mlp.up_proj.weight", (1, 2))
-    with pytest.raises(PlanError, match=r"^the checkpoint has layer 4 "):
+    with pytest.raises(UserError, match=r"^the checkpoint has layer 4 "):
         expected.check("model.layers.4.mlp.up_proj.qweight", (1, 2))
 
 
@@ -127,7 +128,7 @@ def test_hf_and_export(
     folder = changed(source, tmp_path / "wrong", {name: torch.zeros(80, 64)})
     line = r"layer 2 of the checkpoint: .*up_proj\.weight' has the shape \[80, 64\]; .* \[96, 64\]"
     for load in (lambda: hf.load(folder, PLAN), lambda: hf.load_unmodified(folder)):
-        with pytest.raises(PlanError, match=line):
+        with pytest.raises(UserError, match=line):
             load()
     out = tmp_path / "out"
     assert main(["export", str(folder), "--plan", json.dumps(PLAN), "--out", str(out)]) == 1
@@ -137,7 +138,7 @@ def test_hf_and_export(
     config = {**config_of(source), "num_hidden_layers": LAYERS - 2}
     (folder / "config.json").write_text(json.dumps(config))
     plan = json.dumps({"pair": [0, 2]})
-    with pytest.raises(PlanError, match=r"the checkpoint has layer 2 .*num_hidden_layers 2"):
+    with pytest.raises(UserError, match=r"the checkpoint has layer 2 .*num_hidden_layers 2"):
         hf.load(folder, {"pair": [0, 2]})
     assert main(["export", str(folder), "--plan", plan, "--out", str(out)]) == 1
     assert "num_hidden_layers 2; allowed: layers 0 to 1" in capsys.readouterr().err
@@ -151,7 +152,7 @@ def test_tensors_that_come_from_elsewhere(models: dict[str, Path]) -> None:
     names = [name for name, _ in addressed(weights, plan, expected)]
     assert names == ["model.layers.0.0.mlp.up_proj.weight"]
     weights.append(("model.layers.3.mlp.up_proj.weight", torch.zeros(80, 64)))
-    with pytest.raises(PlanError, match=r"^layer 3 of the checkpoint: .* \[80, 64\]; "):
+    with pytest.raises(UserError, match=r"^layer 3 of the checkpoint: .* \[80, 64\]; "):
         list(addressed(weights, plan, expected))
 
 
@@ -170,6 +171,6 @@ def test_tensors_that_come_from_elsewhere(models: dict[str, Path]) -> None:
 def test_bad_files(index: str, line: str, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(index)
     (tmp_path / "junk.safetensors").write_bytes(b"\xff" * 64)
-    with pytest.raises(PlanError, match=re.escape(line)) as raised:
+    with pytest.raises(UserError, match=re.escape(line)) as raised:
         stored(tmp_path)
     assert "\n" not in str(raised.value)

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_depthpar.plan import Plan, PlanError, resolve
+from vllm_depthpar.errors import UserError
+from vllm_depthpar.plan import Plan, resolve
 from vllm_depthpar.plan.model_shape import ModelShape, all_reduces, hidden_all_reduces
 from vllm_depthpar.predict.cost_model import plain_time, speedup, step_time
 from vllm_depthpar.predict.machines import DEVICES, LINKS, Device, Link
@@ -235,14 +236,14 @@ def test_a_ladder_is_never_slower(plan: Plan, device: Device, link: Link, load: 
 )
 def test_wrong_numbers_are_refused(wrong: dict[str, Any], message: str) -> None:
     given = {"plan": IDENTITY, "device": DEVICES["h100"], "link": FREE, **wrong}
-    with pytest.raises(PlanError, match=message):
+    with pytest.raises(UserError, match=message):
         step_time(SHAPE, **given)
 
 
 def test_a_wide_plan_is_cut_further_than_the_plain_model() -> None:
     device, link = DEVICES["h100"], LINKS["nvlink4"]
     assert step_time(SHAPE, PAIRS, device, link, tp=16).seconds > 0
-    with pytest.raises(PlanError, match="16 tensor-parallel ranks"):
+    with pytest.raises(UserError, match="16 tensor-parallel ranks"):
         speedup(SHAPE, PAIRS, device, link, tp=16)
 
 

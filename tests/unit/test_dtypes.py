@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from vllm_depthpar.errors import UserError
 from vllm_depthpar.evaluate import dtypes
 from vllm_depthpar.evaluate.dtypes import usable_dtype
-from vllm_depthpar.plan import PlanError
 
 # Of what lscpu shows on them, a few.
 FLAGS = {
@@ -57,5 +57,5 @@ def test_what_is_said_wins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flag
         assert usable_dtype("float32") == torch.float32
         assert usable_dtype("bfloat16") == torch.bfloat16
     monkeypatch.setenv(dtypes.ENV, "half")
-    with pytest.raises(PlanError, match=r"^DEPTHPAR_DTYPE 'half' is unknown; allowed: bfloat16, f"):
+    with pytest.raises(UserError, match=r"^DEPTHPAR_DTYPE 'half' is unknown; allowed: bfloat16, f"):
         usable_dtype("auto")

@@ -27,6 +27,7 @@ ORDER = (
     "checkpoint",
     "plan",
     "util",
+    "errors",
 )
 _CONFIG = "vllm_compat still holds the model's config, which belongs to model/"
 _INSTALL = "vllm_compat still installs the plugin, which belongs to plugin"

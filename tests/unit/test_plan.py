@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_depthpar.errors import UserError
 from vllm_depthpar.plan import (
     MAX_SPEC_BYTES,
     Plan,
-    PlanError,
     json_schema,
     load,
     resolve,
@@ -354,7 +354,7 @@ ERRORS: list[tuple[Any, str]] = [
 
 @pytest.mark.parametrize(("spec", "words"), ERRORS, ids=lambda value: repr(value)[:60])
 def test_error_is_one_line_that_says_what_is_wrong(spec: Any, words: str) -> None:
-    with pytest.raises(PlanError) as error:
+    with pytest.raises(UserError) as error:
         resolve(spec, 30)
     message = str(error.value)
     assert message.startswith("plan ")
@@ -381,7 +381,7 @@ spec_like = st.dictionaries(
 def test_any_json_gives_a_plan_or_one_line(spec: Any) -> None:
     try:
         plan = resolve(spec, 30)
-    except PlanError as error:
+    except UserError as error:
         assert len(str(error).splitlines()) == 1
     else:
         assert plan == resolve(plan.to_spec(), 30)
@@ -421,7 +421,7 @@ LOAD_ERRORS = [
 
 @pytest.mark.parametrize(("text", "words"), LOAD_ERRORS, ids=lambda value: value[:40])
 def test_load_error_is_one_line(text: str, words: str) -> None:
-    with pytest.raises(PlanError) as error:
+    with pytest.raises(UserError) as error:
         load(text)
     assert words in str(error.value)
     assert len(str(error.value).splitlines()) == 1
@@ -441,7 +441,7 @@ def test_load_error_is_one_line(text: str, words: str) -> None:
 def test_load_of_a_bad_file_names_the_file(tmp_path: Path, content: bytes, words: str) -> None:
     file = tmp_path / "my plan.json"
     file.write_bytes(content)
-    with pytest.raises(PlanError) as error:
+    with pytest.raises(UserError) as error:
         load(str(file))
     assert words in str(error.value)
     assert "my plan.json" in str(error.value)

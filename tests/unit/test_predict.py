@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from vllm_depthpar.cli.main import main
-from vllm_depthpar.plan import PlanError, resolve
+from vllm_depthpar.errors import UserError
+from vllm_depthpar.plan import resolve
 from vllm_depthpar.plan.model_shape import ModelShape
 from vllm_depthpar.predict import machines
 from vllm_depthpar.predict.calibrate import ROWS, measure_products
@@ -198,7 +199,7 @@ def test_a_broken_file_is_refused(cache: Path, content: str) -> None:
     cache.mkdir()
     (cache / "machine.json").write_text(content)
     with pytest.raises(
-        PlanError, match=r"machine\.json can't be read .*; allowed: what --calibrate"
+        UserError, match=r"machine\.json can't be read .*; allowed: what --calibrate"
     ):
         device_named("this")
 

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from vllm_depthpar.plan import Plan, PlanError
+from vllm_depthpar.errors import UserError
+from vllm_depthpar.plan import Plan
 from vllm_depthpar.plan.model_shape import ModelShape
 from vllm_depthpar.predict.machines import device_named, link_named
 from vllm_depthpar.search.search import Search
@@ -173,12 +174,12 @@ def test_surrogate_draws_around_its_mean() -> None:
 def test_depths_that_cannot_be_reached() -> None:
     lengths = {tile: int(not tile.skip) for tile in candidates(30, ["pair"])}
     assert check_depth(15, 30, lengths, ["pair"]) == 15
-    with pytest.raises(PlanError, match=r"depth 10 .* allowed: 15 to 29, nearest: 15"):
+    with pytest.raises(UserError, match=r"depth 10 .* allowed: 15 to 29, nearest: 15"):
         check_depth(10, 30, lengths, ["pair"])
-    with pytest.raises(PlanError, match=r"depth 30 .* nearest: 29"):
+    with pytest.raises(UserError, match=r"depth 30 .* nearest: 29"):
         check_depth(30, 30, lengths, ["pair"])
     nothing = dict.fromkeys(candidates(30, ["ladder"]), 1)
-    with pytest.raises(PlanError, match="ladder can't make these 30 layers any shorter"):
+    with pytest.raises(UserError, match="ladder can't make these 30 layers any shorter"):
         check_depth(20, 30, nothing, ["ladder"])
 
 
@@ -208,7 +209,7 @@ def test_speedups_that_cannot_be_reached() -> None:
     tiles = candidates(SHAPE.layers, ["pair"])
     lengths = where.lengths(SHAPE, tiles)
     most = where.speedup(SHAPE, plan_of(tuple(Tile(at, 2) for at in range(0, 32, 2)), 32))
-    with pytest.raises(PlanError, match=rf"speed-up 3 .* nearest: {most:.2f}"):
+    with pytest.raises(UserError, match=rf"speed-up 3 .* nearest: {most:.2f}"):
         check_speedup(3, SHAPE, where, lengths, ["pair"])
-    with pytest.raises(PlanError, match=r"speed-up 0.9 .* more than 1"):
+    with pytest.raises(UserError, match=r"speed-up 0.9 .* more than 1"):
         check_speedup(0.9, SHAPE, where, lengths, ["pair"])

@@ -9,8 +9,9 @@ import pytest
 from models import write_tokenizer
 from transformers import AutoTokenizer
 
+from vllm_depthpar.errors import UserError
 from vllm_depthpar.evaluate import texts
-from vllm_depthpar.evaluate.texts import TextError, cut
+from vllm_depthpar.evaluate.texts import cut
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -73,7 +74,7 @@ def test_limit_spreads_over_the_text(plain: Any) -> None:
     ],
 )
 def test_wrong_windows(plain: Any, options: dict[str, int], message: str) -> None:
-    with pytest.raises(TextError) as error:
+    with pytest.raises(UserError) as error:
         cut("letters", LETTERS, plain, **options)
     assert str(error.value) == message
 
@@ -88,7 +89,7 @@ def test_wrong_files(tmp_path: Path) -> None:
         (empty, "is empty"),
         (tmp_path, "Is a directory"),
     ):
-        with pytest.raises(TextError, match=reason):
+        with pytest.raises(UserError, match=reason):
             texts.read(path)
 
 

@@ -24,9 +24,9 @@ from vllm.v1.spec_decode.draft_model import DraftModelProposer
 from vllm.version import __version__ as vllm_version
 
 from vllm_depthpar import vllm_compat
+from vllm_depthpar.errors import UserError
 from vllm_depthpar.metrics import mfu
 from vllm_depthpar.model import outside_state
-from vllm_depthpar.plan import PlanError
 from vllm_depthpar.plugin import register
 
 
@@ -37,7 +37,7 @@ def test_version_is_taken(version: str) -> None:
 
 @pytest.mark.parametrize("version", ["0.31.9", "0.34.0", "1.0", "dev"])
 def test_version_is_refused(version: str) -> None:
-    with pytest.raises(PlanError, match=r"does not work with vllm .*; allowed: vllm "):
+    with pytest.raises(UserError, match=r"does not work with vllm .*; allowed: vllm "):
         vllm_compat.check_version(version)
 
 

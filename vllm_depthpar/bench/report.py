@@ -10,7 +10,7 @@ from vllm_depthpar.bench.memory import MIB
 from vllm_depthpar.bench.rounds import spread, summary, written
 from vllm_depthpar.bench.settings import LATENCY, PARTS, SERVING, THROUGHPUT, Load
 from vllm_depthpar.launch.variants import PLAIN
-from vllm_depthpar.util.files import table
+from vllm_depthpar.util.markdown import table
 
 
 @dataclass(frozen=True)

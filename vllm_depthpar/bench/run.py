@@ -19,9 +19,11 @@ from vllm_depthpar.bench.rounds import awake, in_turn, pause
 from vllm_depthpar.bench.settings import ENGINES, STAGES, Load, Settings, Setup
 from vllm_depthpar.bench.stages import Engines, Running, Servers, Stage
 from vllm_depthpar.checkpoint.config import fingerprint, read_config
+from vllm_depthpar.errors import UserError
 from vllm_depthpar.launch import hardware
 from vllm_depthpar.launch.variants import Contender
-from vllm_depthpar.util import files, progress
+from vllm_depthpar.util import progress
+from vllm_depthpar.util.provenance import origin
 
 # {contender's label: {load's key: {figure: value}}}
 Round = dict[str, dict[str, dict[str, float]]]
@@ -30,11 +32,6 @@ Doing = Callable[[str], AbstractContextManager[None]]
 
 # vLLM's own default is 0.92.
 _GPU_SHARE = 0.9
-
-
-class BenchError(Exception):
-    """Nothing can be measured; the message is one line for the user, and the end of an engine's or
-    a server's log after it if that is the reason."""
 
 
 def open_record(
@@ -47,21 +44,21 @@ def open_record(
         `contenders`; and of each stage `starts` and `rounds` (see `Round`).
 
     Raises:
-        BenchError: the file is no record, or one of other settings.
+        UserError: the file is no record, or one of other settings.
     """
-    origin = files.origin("depthpar")
+    begun = origin("depthpar")
     path = Path(model).expanduser()
     chosen = {**asdict(settings), "rates": [f"{rate:g}" for rate in settings.rates]}
     record: dict[str, Any] = {
-        **origin,
+        **begun,
         "hardware": (found := hardware.facts()),
         "model": path.name if path.is_dir() else model,
         "settings": {
             "checkpoint": hashlib.sha256(fingerprint(model).encode()).hexdigest()[:16],
             "plans": {one.label: one.digest for one in contenders},
             **chosen,
-            **origin["versions"],
-            "cpu": origin["cpu"],
+            **begun["versions"],
+            "cpu": begun["cpu"],
             **found,
         },
         "contenders": [asdict(one) for one in contenders],
@@ -75,10 +72,10 @@ def open_record(
         known = json.loads(out.read_text())
         old, _ = known["settings"], known["stages"][ENGINES]["rounds"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise BenchError(f"{out} is not a file of depthpar bench; allowed: another --out") from None
+        raise UserError(f"{out} is not a file of depthpar bench; allowed: another --out") from None
     for key, value in record["settings"].items():
         if old.get(key) != value:
-            raise BenchError(
+            raise UserError(
                 f"{out} has rounds of other settings ({key}: {json.dumps(old.get(key))}, not "
                 f"{json.dumps(value)}); allowed: the same command, or another --out"
             )
@@ -99,7 +96,7 @@ def run(
         record: see `open_record`; grows.
 
     Raises:
-        BenchError: vLLM did not start, or ended.
+        UserError: vLLM did not start, or ended.
     """
     on_gpu = "gpus" in record["hardware"]
     alive = 1 if settings.one_at_a_time else len(contenders)
@@ -114,7 +111,7 @@ def run(
             try:
                 yield
             except RuntimeError as error:
-                raise BenchError(f"{what}: {error}") from error
+                raise UserError(f"{what}: {error}") from error
             bar.advance(task)
 
         work = []

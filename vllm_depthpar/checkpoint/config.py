@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_depthpar.checkpoint.tensors import stored
-from vllm_depthpar.plan import PlanError
+from vllm_depthpar.errors import UserError
 from vllm_depthpar.plan.families import family_of
 from vllm_depthpar.plan.precedence import KEY
 
@@ -23,7 +23,7 @@ def read_config(model: str) -> dict[str, Any]:
         model: its folder, or its name on the Hugging Face hub (cached or downloaded).
 
     Raises:
-        PlanError: there is none, or it is not of a family that can be restructured.
+        UserError: there is none, or it is not of a family that can be restructured.
     """
     path = Path(model).expanduser() / "config.json"
     if not path.exists():
@@ -31,7 +31,7 @@ def read_config(model: str) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise PlanError(f"{path} can't be read ({error}); allowed: a config.json") from None
+        raise UserError(f"{path} can't be read ({error}); allowed: a config.json") from None
     family_of(config if isinstance(config, dict) else {})
     return config
 
@@ -40,11 +40,11 @@ def read_original_config(model: str) -> dict[str, Any]:
     """`read_config` of a checkpoint that carries no plan: one to plan for.
 
     Raises:
-        PlanError: see `read_config`; or it carries one.
+        UserError: see `read_config`; or it carries one.
     """
     config = read_config(model)
     if config.get(KEY) is not None:
-        raise PlanError(f"{model} carries a plan already; allowed: the checkpoint it was made from")
+        raise UserError(f"{model} carries a plan already; allowed: the checkpoint it was made from")
     return config
 
 
@@ -55,7 +55,7 @@ def folder(model: str) -> Path:
         model: see `read_config`, which has accepted it.
 
     Raises:
-        PlanError: its files can't be downloaded.
+        UserError: its files can't be downloaded.
     """
     path = Path(model).expanduser()
     if (path / "config.json").exists():
@@ -73,7 +73,7 @@ def read_tensors(model: str, names: Iterable[str]) -> Iterator[tuple[str, Tensor
         model: see `read_config`, which has accepted it.
 
     Raises:
-        PlanError: see `folder` and `tensors.stored`; or the checkpoint lacks one.
+        UserError: see `folder` and `tensors.stored`; or the checkpoint lacks one.
     """
     from safetensors import safe_open
 
@@ -82,7 +82,7 @@ def read_tensors(model: str, names: Iterable[str]) -> Iterator[tuple[str, Tensor
     by_file: dict[str, list[str]] = {}
     for name in names:
         if name not in where:
-            raise PlanError(f"the checkpoint has no tensor {name!r}; allowed: {source} with it")
+            raise UserError(f"the checkpoint has no tensor {name!r}; allowed: {source} with it")
         by_file.setdefault(where[name][0], []).append(name)
     for path, inside in by_file.items():
         with safe_open(source / path, framework="pt") as file:
@@ -116,7 +116,7 @@ def _downloaded(model: str, download: Callable[[], str]) -> Path:
     try:
         return Path(download())
     except Exception as error:
-        raise PlanError(
+        raise UserError(
             f"no checkpoint at {model!r} ({type(error).__name__}); "
             f"allowed: a folder with config.json, or a model of the hub"
         ) from None

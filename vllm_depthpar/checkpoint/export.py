@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_depthpar.checkpoint.config import folder, read_config
 from vllm_depthpar.checkpoint.tensors import INDEX, Expected, split_name, stored
-from vllm_depthpar.plan import Plan, PlanError, drawing, ladder_checkpoint
+from vllm_depthpar.errors import UserError
+from vllm_depthpar.plan import Plan, drawing, ladder_checkpoint
 from vllm_depthpar.plan.model_shape import ModelShape
 from vllm_depthpar.plan.precedence import ARCHITECTURE, KEY
 from vllm_depthpar.util import files
+from vllm_depthpar.util.markdown import table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,17 +32,17 @@ def check_out(out: Path) -> None:
     """Refuse a folder that holds something.
 
     Raises:
-        PlanError: it does.
+        UserError: it does.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise PlanError(f"--out {out} is there already; allowed: a folder that is new or empty")
+        raise UserError(f"--out {out} is there already; allowed: a folder that is new or empty")
 
 
 def check_source(model: str, plan: Plan) -> None:
     """Refuse a checkpoint that can't be exported with a plan, before anything long begins.
 
     Raises:
-        PlanError: it is not in safetensors, lacks layers that the plan runs, or its tensors are not
+        UserError: it is not in safetensors, lacks layers that the plan runs, or its tensors are not
             what its config.json says.
     """
     _shards(folder(model), read_config(model), plan)
@@ -63,7 +65,7 @@ def export(
         recovery: what the changes come from, JSON-ready, for the model card and recovery.json.
 
     Raises:
-        PlanError: see `check_out` and `check_source`; or a change has no place.
+        UserError: see `check_out` and `check_source`; or a change has no place.
     """
     check_out(out)
     source, config = folder(model), read_config(model)
@@ -127,7 +129,7 @@ def _write_weights(
         total += sum(tensor.nbytes for tensor in tensors.values())
     kept = {name: shard for shard, names in shards.items() for name in names}
     if lost := sorted(changes.keys() - kept.keys()):
-        raise PlanError(f"the checkpoint has no tensor {lost[0]!r} to replace")
+        raise UserError(f"the checkpoint has no tensor {lost[0]!r} to replace")
     if set(shards) != {"model.safetensors"}:
         files.write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": kept})
 
@@ -212,7 +214,7 @@ def _recovered(recovery: Mapping[str, Any]) -> str:
             "Perplexity, and mean KL divergence from the original model (nats per token), on text "
             "that was not learned from:",
             "",
-            files.table(header, rows),
+            table(header, rows),
             "",
             "Every measurement on the way is in `recovery.json`.",
         ]

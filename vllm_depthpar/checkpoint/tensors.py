@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from vllm_depthpar.plan import PlanError
+from vllm_depthpar.errors import UserError
 from vllm_depthpar.plan.model_shape import ModelShape
 
 INDEX = "model.safetensors.index.json"
@@ -48,20 +48,20 @@ class Expected:
         """Refuse a tensor of a layer that is not in the model, or of a wrong shape.
 
         Raises:
-            PlanError: it is one.
+            UserError: it is one.
         """
         place = split_name(name)
         if place is None:
             return
         _, layer, rest = place
         if layer >= self.layers:
-            raise PlanError(
+            raise UserError(
                 f"the checkpoint has layer {layer} ({name!r}), and its config.json says "
                 f"num_hidden_layers {self.layers}; allowed: layers 0 to {self.layers - 1}"
             )
         right, found = self.of_layer.get(rest), tuple(shape)
         if right is not None and found != right:
-            raise PlanError(
+            raise UserError(
                 f"layer {layer} of the checkpoint: {name!r} has the shape {list(found)}; allowed: "
                 f"{list(right)}, as its config.json says"
             )
@@ -74,7 +74,7 @@ class Expected:
             kept: the layers that are to run.
 
         Raises:
-            PlanError: it is one.
+            UserError: it is one.
         """
         there: dict[int, set[str]] = {}
         for name, shape in shapes.items():
@@ -83,7 +83,7 @@ class Expected:
                 there.setdefault(place[1], set()).add(place[2])
         for layer in sorted(kept):
             if layer not in there:
-                raise PlanError(
+                raise UserError(
                     f"the checkpoint has no layer {layer}, which the plan runs; allowed: layers "
                     f"{', '.join(map(str, sorted(there))) or 'none'}"
                 )
@@ -92,9 +92,9 @@ class Expected:
                     raise lacks(layer, rest)
 
 
-def lacks(layer: int, rest: str) -> PlanError:
+def lacks(layer: int, rest: str) -> UserError:
     """The error of a checkpoint without a tensor of a layer that runs."""
-    return PlanError(f"layer {layer} of the checkpoint lacks {rest!r}; allowed: whole layers")
+    return UserError(f"layer {layer} of the checkpoint lacks {rest!r}; allowed: whole layers")
 
 
 def has_safetensors(folder: Path) -> bool:
@@ -106,30 +106,30 @@ def stored(folder: Path) -> dict[str, tuple[str, Shape]]:
     """The files and shapes of a folder's tensors, by the tensors' names; none are read.
 
     Raises:
-        PlanError: there are no safetensors, or a file can't be read.
+        UserError: there are no safetensors, or a file can't be read.
     """
     from safetensors import SafetensorError, safe_open
 
     index, names = folder / INDEX, ["model.safetensors"]
     if not has_safetensors(folder):
-        raise PlanError(f"{folder} has no model.safetensors; allowed: safetensors checkpoints")
+        raise UserError(f"{folder} has no model.safetensors; allowed: safetensors checkpoints")
     if index.exists():
         try:
             where = json.loads(index.read_text())["weight_map"]
             names = sorted({str(Path(name)) for name in where.values()})
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise PlanError(f"{index} is not an index of safetensors; allowed: one") from None
+            raise UserError(f"{index} is not an index of safetensors; allowed: one") from None
     found = {}
     for name in names:
         path = folder / name
         if path.parent != folder:
-            raise PlanError(f"{index} names {name!r}; allowed: files of its folder")
+            raise UserError(f"{index} names {name!r}; allowed: files of its folder")
         try:
             with safe_open(path, framework="np") as file:
                 for key in file.keys():  # noqa: SIM118 (not a mapping)
                     found[key] = (name, tuple(file.get_slice(key).get_shape()))
         except (OSError, SafetensorError) as error:
-            raise PlanError(f"{path} can't be read ({error}); allowed: safetensors") from None
+            raise UserError(f"{path} can't be read ({error}); allowed: safetensors") from None
     return found
 
 
@@ -137,7 +137,7 @@ def check_folder(folder: Path, config: Mapping[str, Any], kept: Iterable[int]) -
     """Refuse a checkpoint whose safetensors are not what its config.json says; see `Expected`.
 
     Raises:
-        PlanError: it is one. Folders without safetensors pass.
+        UserError: it is one. Folders without safetensors pass.
     """
     if has_safetensors(folder):
         shapes = {name: shape for name, (_, shape) in stored(folder).items()}

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vllm_depthpar.bench.report import FIGURES, SHOWN, markdown, summarize, title
-from vllm_depthpar.bench.run import BenchError, open_record, run
+from vllm_depthpar.bench.run import open_record, run
 from vllm_depthpar.bench.settings import PARTS, THROUGHPUT, Load, Settings, check
 from vllm_depthpar.checkpoint.config import read_config
 from vllm_depthpar.cli.types import DTYPES, MODEL_HELP, PLAN_HELP, at_least, engine_flags
+from vllm_depthpar.errors import UserError
 from vllm_depthpar.launch.variants import Contender, contenders, usual
-from vllm_depthpar.plan import PlanError, resolve
+from vllm_depthpar.plan import resolve
 from vllm_depthpar.plan.model_shape import ModelShape
 from vllm_depthpar.predict import machines
 from vllm_depthpar.predict.cost_model import plain_time, step_time
@@ -119,7 +120,7 @@ def _run(args: argparse.Namespace) -> str:
     settings = _settings(args)
     check(settings, chosen, config)
     if args.out and args.out.suffix != ".json":
-        raise BenchError(f"--out {args.out}: its name must end in .json")
+        raise UserError(f"--out {args.out}: its name must end in .json")
     record = open_record(args.model, chosen, settings, args.out)
     draw = args.out is not None and len(chosen) > 1
     if draw and find_spec("matplotlib") is None:
@@ -158,7 +159,7 @@ def _predicted(
     if this machine was measured for it; between GPUs it would have to know the link."""
     try:
         device = machines.device_named(machines.THIS)
-    except PlanError:
+    except UserError:
         return {}
     if settings.tp > 1 and on_gpu:
         return {}

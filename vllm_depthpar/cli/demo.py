@@ -22,6 +22,7 @@ from rich.console import Console
 
 from vllm_depthpar.bench.rounds import awake, in_turn, pause, spread
 from vllm_depthpar.checkpoint import bundled
+from vllm_depthpar.errors import UserError
 from vllm_depthpar.launch.server import Server
 
 QUESTION = "What is gravity? Answer in two sentences."
@@ -42,7 +43,7 @@ def main() -> int:
         RuntimeError,
         OpenAIError,
         subprocess.CalledProcessError,
-        bundled.BundledModelError,
+        UserError,
     ) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -12,10 +12,12 @@ from typing import Any
 from vllm_depthpar.checkpoint.config import read_config
 from vllm_depthpar.cli.quality_table import quality_table
 from vllm_depthpar.cli.types import DTYPES, MODEL_HELP, PLAN_HELP, at_least
+from vllm_depthpar.errors import UserError
 from vllm_depthpar.evaluate import lm_eval_tasks
 from vllm_depthpar.launch.variants import Contender, contenders, usual
 from vllm_depthpar.plan.model_shape import ModelShape
 from vllm_depthpar.util import files
+from vllm_depthpar.util.provenance import origin
 
 
 def add(commands: Any) -> None:
@@ -78,7 +80,7 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace) -> str:
     if not args.tasks and not args.text:
-        raise lm_eval_tasks.TaskError(
+        raise UserError(
             "nothing to measure; allowed: --text FILE ..., --tasks NAME ..."
         )
     plans = contenders(args.model, args.plan or usual(read_config(args.model)))
@@ -91,7 +93,7 @@ def _run(args: argparse.Namespace) -> str:
         shown.append(text_table(report["text"]))
     if args.tasks:
         report["tasks"] = lm_eval_tasks.run_tasks(args.model, plans, loaded, task_settings)
-        shown.append(lm_eval_tasks.table(report["tasks"]))
+        shown.append(lm_eval_tasks.task_table(report["tasks"]))
     if args.out:
         files.write_json(args.out, report)
     return "\n\n".join(shown)
@@ -109,7 +111,7 @@ def measure_texts(args: argparse.Namespace, plans: Sequence[Contender]) -> dict[
     resolved = [resolve(one.spec or "identity", layers) for one in plans]
     found = bench.measure(resolved, "Text")
     return {
-        **files.origin("depthpar"),
+        **origin("depthpar"),
         "model": Path(args.model).name,
         "seed": args.seed,
         **suite.settings(domains, bench.evaluator),
@@ -135,5 +137,5 @@ def _task_settings(args: argparse.Namespace) -> lm_eval_tasks.Settings:
     try:
         server_args = lm_eval_tasks.check_server_args(shlex.split(args.server_args))
     except ValueError as error:
-        raise lm_eval_tasks.TaskError(f"--server-args: {error}") from None
+        raise UserError(f"--server-args: {error}") from None
     return lm_eval_tasks.Settings(args.limit, args.num_fewshot, args.seed, server_args)

@@ -8,8 +8,6 @@ import signal
 import sys
 
 from vllm_depthpar import __version__
-from vllm_depthpar.bench.run import BenchError
-from vllm_depthpar.checkpoint.bundled import BundledModelError
 from vllm_depthpar.cli import (
     bench,
     bundled,
@@ -22,13 +20,9 @@ from vllm_depthpar.cli import (
     study,
     verify,
 )
-from vllm_depthpar.evaluate.lm_eval_tasks import TaskError
-from vllm_depthpar.evaluate.texts import TextError
-from vllm_depthpar.plan import PlanError
-from vllm_depthpar.verify.run import VerifyError
+from vllm_depthpar.errors import UserError
 
 COMMANDS = (plan, verify, predict, bench, search, eval, study, recover, export, bundled)
-USER_ERRORS = (PlanError, TextError, TaskError, BenchError, BundledModelError, VerifyError)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         print(args.run(args))
-    except USER_ERRORS as error:
+    except UserError as error:
         print(f"depthpar: error: {error}", file=sys.stderr)
         return 1
     except BrokenPipeError:

@@ -12,7 +12,8 @@ from typing import Any
 from vllm_depthpar import plan as plans
 from vllm_depthpar.checkpoint.config import read_config
 from vllm_depthpar.cli.types import MODEL_HELP, PLAN_HELP, at_least
-from vllm_depthpar.plan import Plan, PlanError, precedence
+from vllm_depthpar.errors import UserError
+from vllm_depthpar.plan import Plan, precedence
 from vllm_depthpar.plan.model_shape import ModelShape
 from vllm_depthpar.predict import machines
 from vllm_depthpar.predict.cost_model import StepTime, check, plain_time, step_time
@@ -87,9 +88,9 @@ def _predict(args: argparse.Namespace) -> str:
         chosen = {source: served}
     link = machines.link_named(args.link) if args.link else None
     if link is None and args.tp > 1:
-        raise PlanError(f"--tp {args.tp} needs a --link; allowed: {', '.join(machines.LINKS)}")
+        raise UserError(f"--tp {args.tp} needs a --link; allowed: {', '.join(machines.LINKS)}")
     if args.calibrate and args.device != machines.THIS:
-        raise PlanError(f"--calibrate measures this machine; allowed: --device {machines.THIS}")
+        raise UserError(f"--calibrate measures this machine; allowed: --device {machines.THIS}")
     for plan in chosen.values():
         check(shape, plan, args.tp)
     device = _calibrated(shape, args.tp) if args.calibrate else machines.device_named(args.device)

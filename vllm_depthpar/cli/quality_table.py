@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from vllm_depthpar.util.files import table
+from vllm_depthpar.util.markdown import table
 
 Figures = Mapping[str, Mapping[str, float]]
 

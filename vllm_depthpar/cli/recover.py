@@ -15,10 +15,10 @@ from vllm_depthpar.checkpoint import export
 from vllm_depthpar.checkpoint.config import fingerprint, read_original_config, read_tensors
 from vllm_depthpar.cli.quality_table import quality_table
 from vllm_depthpar.cli.types import DTYPES, MODEL_HELP, PLAN_HELP, at_least
-from vllm_depthpar.evaluate.texts import TextError
-from vllm_depthpar.plan import Plan, PlanError, precedence
+from vllm_depthpar.errors import UserError
+from vllm_depthpar.plan import Plan, precedence
 from vllm_depthpar.plan.ladder_checkpoint import ladder_of
-from vllm_depthpar.util import files
+from vllm_depthpar.util.provenance import origin
 
 if TYPE_CHECKING:
     from vllm_depthpar.evaluate.texts import Windows
@@ -146,7 +146,7 @@ def _run(args: argparse.Namespace) -> str:
     quality_after["end"] = run.measure()
     if process.is_main_process:
         record = {
-            **files.origin("depthpar"),
+            **origin("depthpar"),
             "plan": chosen.to_spec(),
             "settings": asdict(settings),
             "dtype": str(dtype).removeprefix("torch."),
@@ -171,7 +171,7 @@ def _check_installed(args: argparse.Namespace) -> None:
         if args.train == "lora":
             import peft  # noqa: F401
     except ImportError as error:
-        raise PlanError(
+        raise UserError(
             f"recovery needs {error.name}; allowed: pip install 'vllm-depthpar[recover]'"
         ) from None
 
@@ -180,19 +180,19 @@ def _check(args: argparse.Namespace, processes: int) -> Plan:
     """Refuse what is wrong before anything long begins; returns the plan."""
     config = read_original_config(args.model)
     if ladder_of(config):
-        raise PlanError("the model is a ladder checkpoint; allowed: a model that runs every layer")
+        raise UserError("the model is a ladder checkpoint; allowed: a model that runs every layer")
     chosen, _ = precedence.choose(config, plan.load(args.plan), override_name="--plan")
     if chosen.is_identity:
-        raise PlanError("the plan changes nothing, and nothing is lost; allowed: another --plan")
+        raise UserError("the plan changes nothing, and nothing is lost; allowed: another --plan")
     export.check_out(args.out)
     export.check_source(args.model, chosen)
     if args.batch % (at_once := args.micro_batch * processes):
-        raise PlanError(
+        raise UserError(
             f"--batch {args.batch} is no multiple of --micro-batch {args.micro_batch} times "
             f"{processes} processes; allowed: multiples of {at_once}"
         )
     if args.minutes is not None and not args.minutes > 0:
-        raise PlanError(f"--minutes {args.minutes:g} is too short; allowed: more than 0")
+        raise UserError(f"--minutes {args.minutes:g} is too short; allowed: more than 0")
     return chosen
 
 
@@ -204,7 +204,7 @@ def _texts(args: argparse.Namespace) -> tuple[list[Windows], list[Windows]]:
     if own is None:
         own = 0 if args.text else _OWN_TOKENS
     if not args.text and not own:
-        raise TextError("no text to learn from; allowed: --text FILE ..., --own-text N")
+        raise UserError("no text to learn from; allowed: --text FILE ..., --own-text N")
     domains = suite.read_texts(
         args.model,
         args.text,
@@ -219,7 +219,7 @@ def _texts(args: argparse.Namespace) -> tuple[list[Windows], list[Windows]]:
         parted = [domain.part(_HELD_OUT) for domain in domains]
         domains, held_out = [rest for rest, _ in parted], [held for _, held in parted]
     if (count := sum(map(len, domains))) < _LEAST_WINDOWS:
-        raise TextError(
+        raise UserError(
             f"{count} windows of {args.window} tokens to learn from; allowed: {_LEAST_WINDOWS} or "
             f"more (more text, --own-text, a smaller --window)"
         )

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_depthpar.checkpoint.config import read_original_config
 from vllm_depthpar.cli.types import DTYPES, MODEL_HELP, at_least
-from vllm_depthpar.plan import Plan, PlanError
+from vllm_depthpar.errors import UserError
+from vllm_depthpar.plan import Plan
 from vllm_depthpar.plan.model_shape import ModelShape
 from vllm_depthpar.predict import machines
 from vllm_depthpar.search.target import Machine, check_depth, check_speedup, depths, reachable
@@ -136,7 +137,7 @@ def _target(
     if args.speedup is not None and machine is not None:
         return check_speedup(args.speedup, shape, machine, lengths, methods)
     if not args.max_ppl_increase > 0:
-        raise PlanError(
+        raise UserError(
             f"--max-ppl-increase {args.max_ppl_increase:g} is too small; allowed: more than 0"
         )
     return None
@@ -146,14 +147,14 @@ def _methods(text: str) -> list[str]:
     methods = [method.strip() for method in text.split(",")]
     for method in methods:
         if method not in METHODS:
-            raise PlanError(f"method {method!r} is unknown; allowed: {', '.join(METHODS)}")
+            raise UserError(f"method {method!r} is unknown; allowed: {', '.join(METHODS)}")
     return [method for method in METHODS if method in methods]
 
 
 def _machine(args: argparse.Namespace) -> Machine | None:
     """Where plans will run; None if nothing asks for it."""
     if args.tp > 1 and not args.link:
-        raise PlanError(f"--tp {args.tp} needs a --link; allowed: {', '.join(machines.LINKS)}")
+        raise UserError(f"--tp {args.tp} needs a --link; allowed: {', '.join(machines.LINKS)}")
     if args.speedup is None and not (args.device or args.link):
         return None
     device = machines.device_named(args.device or machines.THIS)
@@ -169,7 +170,7 @@ def _texts(args: argparse.Namespace) -> list[Windows]:
     if own is None:
         own = args.tokens // 2 if args.text else args.tokens
     if not own and not args.text:
-        raise PlanError("nothing to calibrate on; allowed: --text FILE, or --own-text above 0")
+        raise UserError("nothing to calibrate on; allowed: --text FILE, or --own-text above 0")
     if not args.text:
         print(f"No --text: calibrating on {own} tokens that the model writes.", file=sys.stderr)
     each = max(1, (args.tokens - own) // len(args.text)) if args.text else None

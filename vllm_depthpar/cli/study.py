@@ -9,10 +9,12 @@ from typing import Any
 
 from vllm_depthpar.checkpoint.config import read_original_config
 from vllm_depthpar.cli.types import DTYPES, MODEL_HELP, at_least
+from vllm_depthpar.errors import UserError
 from vllm_depthpar.evaluate.span_study import TRANSFORMATIONS, spans, steps_of
-from vllm_depthpar.plan import PlanError
 from vllm_depthpar.plan.model_shape import ModelShape
 from vllm_depthpar.util import files
+from vllm_depthpar.util.markdown import table
+from vllm_depthpar.util.provenance import origin
 
 
 def add(commands: Any) -> None:
@@ -48,7 +50,7 @@ def _run(args: argparse.Namespace) -> str:
     try:
         from vllm_depthpar.util import plots
     except ImportError:
-        raise PlanError(
+        raise UserError(
             "heat maps need matplotlib; allowed: pip install 'vllm-depthpar[bench]'"
         ) from None
     layers = ModelShape.from_config(read_original_config(args.model)).layers
@@ -77,7 +79,7 @@ def _run(args: argparse.Namespace) -> str:
     files.write_json(
         args.out,
         {
-            **files.origin("depthpar"),
+            **origin("depthpar"),
             "model": model,
             **suite.settings(domains, bench.evaluator),
             "grid": args.grid,
@@ -100,5 +102,5 @@ def _run(args: argparse.Namespace) -> str:
                     f"{best['perplexity']:.2f}",
                 ]
             )
-    table = files.table(["transformation", "layers", "best span", "perplexity"], rows)
-    return f"{table}\n\nunmodified: {unmodified.perplexity:.2f}   {args.out}   {picture}"
+    shown = table(["transformation", "layers", "best span", "perplexity"], rows)
+    return f"{shown}\n\nunmodified: {unmodified.perplexity:.2f}   {args.out}   {picture}"

@@ -6,7 +6,7 @@ import argparse
 import shlex
 from collections.abc import Callable, Sequence
 
-from vllm_depthpar.plan import PlanError
+from vllm_depthpar.errors import UserError
 
 MODEL_HELP = "folder or hub name of a checkpoint"
 # "auto": bfloat16 where the hardware multiplies it, else float32.
@@ -24,15 +24,15 @@ def engine_flags(text: str, reserved: Sequence[str] = RESERVED_FLAGS) -> tuple[s
     """The flags in the value of `--engine-args`.
 
     Raises:
-        PlanError: vLLM does not know one, or it is not for there.
+        UserError: vLLM does not know one, or it is not for there.
     """
     try:
         flags = tuple(shlex.split(text))
     except ValueError as error:
-        raise PlanError(f"--engine-args: {error}") from None
+        raise UserError(f"--engine-args: {error}") from None
     for flag in flags:
         if flag.partition("=")[0].replace("_", "-") in reserved:
-            raise PlanError(
+            raise UserError(
                 f"--engine-args {flag!r} can't be given here; allowed: all of vLLM's engine but "
                 f"{', '.join(reserved)}"
             )
@@ -42,7 +42,7 @@ def engine_flags(text: str, reserved: Sequence[str] = RESERVED_FLAGS) -> tuple[s
         try:
             engine.check_flags(flags)
         except engine.EngineError as error:
-            raise PlanError(f"--engine-args: {error.last.removeprefix('vllm: error: ')}") from None
+            raise UserError(f"--engine-args: {error.last.removeprefix('vllm: error: ')}") from None
     return flags
 
 

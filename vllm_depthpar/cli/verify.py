@@ -15,9 +15,11 @@ from vllm_depthpar.cli.types import (
     at_least,
     engine_flags,
 )
+from vllm_depthpar.errors import UserError
 from vllm_depthpar.util import files
+from vllm_depthpar.util.markdown import table
 from vllm_depthpar.verify.rounding import PHASES
-from vllm_depthpar.verify.run import Settings, VerifyError, verify
+from vllm_depthpar.verify.run import Settings, verify
 
 # With these there are other log-probabilities than the model's, or none.
 _RESERVED = (*RESERVED_FLAGS, "--logprobs-mode", "--runner", "--convert")
@@ -62,7 +64,7 @@ def _run(args: argparse.Namespace) -> str:
     faults = [_fault(row, row is control) for row in record["rows"] if row["fault"]]
     if faults:
         print(shown)
-        raise VerifyError(f"verify: {faults[0]}")
+        raise UserError(f"verify: {faults[0]}")
     names = ", ".join(row["label"] for row in plans)
     return shown if args.json else f"{shown}\n\nverify: {names} ok"
 
@@ -97,7 +99,7 @@ def _table(record: dict[str, Any]) -> str:
     header += ["rounding explains", "token behind the best", ""]
     quantized = f", quantized: {control['quantized']}" if control["quantized"] else ""
     return (
-        f"{files.table(header, rows)}\n\n"
+        f"{table(header, rows)}\n\n"
         f"Differences of log-probabilities from transformers in float32, in nats; "
         f"{record['prompt_tokens']} prompt tokens and {record['generated_tokens']} generated ones "
         f"of {record['passages']} passages{quantized}"

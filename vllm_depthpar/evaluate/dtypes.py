@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from vllm_depthpar.plan import PlanError
+from vllm_depthpar.errors import UserError
 
 AUTO = "auto"
 # Says what "auto" is, whatever the hardware.
@@ -23,14 +23,14 @@ def usable_dtype(name: str) -> torch.dtype:
     bfloat16 where the hardware multiplies it, else float32.
 
     Raises:
-        PlanError: `ENV` says something else.
+        UserError: `ENV` says something else.
     """
     if name != AUTO:
         dtype: torch.dtype = getattr(torch, name)
         return dtype
     if said := os.environ.get(ENV):
         if said not in _ANSWERS:
-            raise PlanError(f"{ENV} {said!r} is unknown; allowed: {', '.join(_ANSWERS)}")
+            raise UserError(f"{ENV} {said!r} is unknown; allowed: {', '.join(_ANSWERS)}")
         return _ANSWERS[said]
     return torch.bfloat16 if multiplies_bfloat16() else torch.float32
 

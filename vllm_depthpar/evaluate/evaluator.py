@@ -21,10 +21,11 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vllm_depthpar import __version__, hf
+from vllm_depthpar.errors import UserError
 from vllm_depthpar.evaluate.steps import Step, Steps, steps
 from vllm_depthpar.evaluate.texts import Windows
 from vllm_depthpar.hf import ParallelBlock
-from vllm_depthpar.plan import Plan, PlanError, resolve
+from vllm_depthpar.plan import Plan, resolve
 from vllm_depthpar.util.result_cache import Journal
 
 _WAYS_AT_ONCE = 64
@@ -115,12 +116,12 @@ class Evaluator:
             on_progress: called with the share of the work done since the last call; they sum to 1.
 
         Raises:
-            PlanError: a plan runs a layer that the checkpoint lacks.
+            UserError: a plan runs a layer that the checkpoint lacks.
         """
         ways = [steps(plan) if isinstance(plan, Plan) else plan for plan in plans]
         run = {layer for way in ways for step in way for layer in step.layers}
         if lost := sorted(run & self._absent):
-            raise PlanError(
+            raise UserError(
                 f"weights of layer {lost[0]} are not in the checkpoint; allowed: plans of its "
                 f"other layers"
             )

@@ -26,20 +26,18 @@ from typing import Any
 
 from vllm_depthpar import __version__
 from vllm_depthpar.checkpoint.config import fingerprint
+from vllm_depthpar.errors import UserError
 from vllm_depthpar.launch.server import Server, serve
 from vllm_depthpar.launch.variants import Contender
 from vllm_depthpar.util import files
+from vllm_depthpar.util.markdown import table
+from vllm_depthpar.util.provenance import origin
 
 # A large model is read and compiled before its server answers.
 START_SECONDS = 1800
 YAML = (".yaml", ".yml")
 # Set by the plan, or by how the server is reached.
 RESERVED_FLAGS = ("--api-key", "--hf-overrides", "--host", "--model-impl", "--port")
-
-
-class TaskError(Exception):
-    """Tasks can't be run; the message is one line for the user, and the server's log after it if
-    that is the reason."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +69,11 @@ def load_tasks(names: Sequence[str]) -> dict[str, Any]:
         What lm-eval's TaskManager loads.
 
     Raises:
-        TaskError: lm-eval is not installed, a name is unknown, or a task or its data can't be
+        UserError: lm-eval is not installed, a name is unknown, or a task or its data can't be
             loaded.
     """
     if find_spec("lm_eval") is None:
-        raise TaskError("tasks need lm-eval: pip install 'vllm-depthpar[eval]'")
+        raise UserError("tasks need lm-eval: pip install 'vllm-depthpar[eval]'")
     from lm_eval.tasks import TaskManager
 
     # It explains options of its own command to everyone who loads a task with a function.
@@ -83,7 +81,7 @@ def load_tasks(names: Sequence[str]) -> dict[str, Any]:
     paths = [Path(name).expanduser() for name in names if name.endswith(YAML)]
     for path in paths:
         if not path.is_file():
-            raise TaskError(f"task file {str(path)!r} does not exist")
+            raise UserError(f"task file {str(path)!r} does not exist")
     manager = TaskManager(
         include_path=sorted({str(path.parent) for path in paths}),
         # Looking through lm-eval's thousands of tasks takes seconds.
@@ -94,7 +92,7 @@ def load_tasks(names: Sequence[str]) -> dict[str, Any]:
         if not name.endswith(YAML) and name not in manager.task_index:
             near = difflib.get_close_matches(name, manager.all_tasks, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise TaskError(
+            raise UserError(
                 f"task {name!r} is unknown{hint} (allowed: a name that `lm-eval ls tasks` lists, "
                 "or the path of a YAML file)"
             )
@@ -104,10 +102,10 @@ def load_tasks(names: Sequence[str]) -> dict[str, Any]:
     except Exception as error:
         reason = " ".join(str(error).split())
         which = ", ".join(map(repr, specs))
-        raise TaskError(f"can't load {which} ({type(error).__name__}: {reason})") from error
+        raise UserError(f"can't load {which} ({type(error).__name__}: {reason})") from error
     for name, task in loaded["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False):
-            raise TaskError(f"task {name!r} would run code that the model writes; not supported")
+            raise UserError(f"task {name!r} would run code that the model writes; not supported")
     return loaded
 
 
@@ -135,7 +133,7 @@ def run_tasks(
         metrics with standard errors, and how many of its requests a server was asked.
 
     Raises:
-        TaskError: the checkpoint has no tokenizer, a server does not start, or stops answering.
+        UserError: the checkpoint has no tokenizer, a server does not start, or stops answering.
     """
     cache = cache or files.cache_folder() / "eval"
     chosen = list(contenders)
@@ -153,7 +151,7 @@ def run_tasks(
                 "results": {name: _metrics(found["results"][name]) for name in described},
             }
         )
-    report = files.origin("depthpar")
+    report = origin("depthpar")
     report["versions"]["lm_eval"] = metadata.version("lm_eval")
     path = Path(model).expanduser()
     return {
@@ -165,7 +163,7 @@ def run_tasks(
     }
 
 
-def table(report: Mapping[str, Any]) -> str:
+def task_table(report: Mapping[str, Any]) -> str:
     """A report as a Markdown table: a row for each metric, a column for each plan."""
     plans = report["plans"]
     lines = []
@@ -174,18 +172,18 @@ def table(report: Mapping[str, Any]) -> str:
             arrow = {True: " ↑", False: " ↓"}.get(about["higher_is_better"].get(metric), "")
             cells = [_cell(plan["results"][task][metric]) for plan in plans]
             lines.append([task, str(about["documents"]), metric + arrow, *cells])
-    return files.table(["task", "documents", "metric", *(plan["label"] for plan in plans)], lines)
+    return table(["task", "documents", "metric", *(plan["label"] for plan in plans)], lines)
 
 
 def check_server_args(arguments: Sequence[str]) -> tuple[str, ...]:
     """Flags for `vllm serve` that may stand beside a plan's.
 
     Raises:
-        TaskError: one of them is `RESERVED_FLAGS`.
+        UserError: one of them is `RESERVED_FLAGS`.
     """
     for argument in arguments:
         if (flag := argument.partition("=")[0]) in RESERVED_FLAGS:
-            raise TaskError(
+            raise UserError(
                 f"server flag {flag!r} can't be given here; allowed: all of vllm serve's but "
                 f"{', '.join(RESERVED_FLAGS)}"
             )
@@ -216,14 +214,14 @@ def _evaluate(
         try:
             lm = ServedLM(lambda: _start(stack, model, contender, settings), model, settings.seed)
         except (OSError, ValueError) as error:
-            raise TaskError(f"no tokenizer in {model!r} ({type(error).__name__})") from error
+            raise UserError(f"no tokenizer in {model!r} ({type(error).__name__})") from error
         caching = CachingLM(lm, str(answers))
         stack.callback(caching.dbdict.close)
         try:
             found = evaluate(caching, dict(tasks), limit=settings.limit, log_samples=False)
         except (aiohttp.ClientError, TimeoutError) as error:
             assert lm.server is not None
-            raise TaskError(
+            raise UserError(
                 f"no answer from the server of plan {contender.label} ({type(error).__name__}: "
                 f"{error}); the answers so far are kept; its log is {lm.server.log}"
             ) from error
@@ -238,7 +236,7 @@ def _start(
     try:
         return stack.enter_context(serve(model, *flags, env=contender.env, timeout=START_SECONDS))
     except RuntimeError as error:
-        raise TaskError(f"plan {contender.label}: {error}") from error
+        raise UserError(f"plan {contender.label}: {error}") from error
 
 
 def _prepare(tasks: Mapping[str, Any], settings: Settings) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_depthpar.checkpoint.config import fingerprint, read_config
-from vllm_depthpar.evaluate.texts import TextError
+from vllm_depthpar.errors import UserError
 from vllm_depthpar.launch import engine
 from vllm_depthpar.plan import resolve
 from vllm_depthpar.plan.model_shape import ModelShape
@@ -110,7 +110,7 @@ def write(
         kinds: of `PROSE`, `ANSWERS`, `CHATS`; as much of each.
 
     Raises:
-        TextError: vLLM could not run the model.
+        UserError: vLLM could not run the model.
     """
     from transformers import AutoTokenizer
 
@@ -123,7 +123,7 @@ def write(
         try:
             engine.call(_sample, *arguments, progress=True)
         except engine.EngineError as error:
-            raise TextError(f"vLLM could not write text with {model!r}: {error}") from None
+            raise UserError(f"vLLM could not write text with {model!r}: {error}") from None
         journal = Journal(settings, folder)
     found = {}
     for kind in dict.fromkeys(kind for kind, _ in openings):

@@ -100,7 +100,7 @@ def read_texts(
         kinds: what it writes, see `own_text`.
 
     Raises:
-        TextError: a file can't be read or is too short, or vLLM could not run the model.
+        UserError: a file can't be read or is too short, or vLLM could not run the model.
     """
     from transformers import AutoTokenizer
 
@@ -131,7 +131,7 @@ def open_model(model: str, dtype: str = "auto", batch: int = 2) -> Evaluator:
         dtype: see `usable_dtype`.
 
     Raises:
-        PlanError: there is no such checkpoint, or it is of no family that can be restructured; or
+        UserError: there is no such checkpoint, or it is of no family that can be restructured; or
             see `usable_dtype`.
     """
     config = read_config(model)

@@ -8,12 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_depthpar.errors import UserError
+
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-class TextError(Exception):
-    """A text can't be used; the message is one line for the user."""
 
 
 @dataclass(frozen=True)
@@ -69,16 +67,16 @@ def read(path: str | Path) -> str:
     """A UTF-8 text file.
 
     Raises:
-        TextError: it can't be read, or is empty.
+        UserError: it can't be read, or is empty.
     """
     path = Path(path).expanduser()
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise TextError(f"text {str(path)!r} can't be read ({reason})") from None
+        raise UserError(f"text {str(path)!r} can't be read ({reason})") from None
     if not text.strip():
-        raise TextError(f"text {str(path)!r} is empty")
+        raise UserError(f"text {str(path)!r} is empty")
     return text
 
 
@@ -102,7 +100,7 @@ def cut(
         limit: count at most about this many tokens, in windows spread evenly over the text.
 
     Raises:
-        TextError: the text is shorter than a window, or the stride is not 1 to `window`.
+        UserError: the text is shorter than a window, or the stride is not 1 to `window`.
     """
     import torch  # takes seconds: every command imports this module, for its error
 
@@ -112,9 +110,9 @@ def cut(
     body = window - len(start)
     stride = stride or body
     if not 1 <= stride <= body:
-        raise TextError(f"stride {stride} does not fit windows of {window}; allowed: 1 to {body}")
+        raise UserError(f"stride {stride} does not fit windows of {window}; allowed: 1 to {body}")
     if len(ids) < body:
-        raise TextError(
+        raise UserError(
             f"text {name!r} has {len(ids)} tokens; allowed: at least one window of {body}"
         )
     starts = list(range(0, len(ids) - body + 1, stride))

@@ -9,7 +9,8 @@ from typing import Any
 
 from vllm_depthpar import plan
 from vllm_depthpar.checkpoint.config import read_config
-from vllm_depthpar.plan import Plan, PlanError, precedence
+from vllm_depthpar.errors import UserError
+from vllm_depthpar.plan import Plan, precedence
 from vllm_depthpar.plan.ladder_checkpoint import ladder_of
 from vllm_depthpar.plan.model_shape import ModelShape
 
@@ -64,7 +65,7 @@ def contenders(model: str, labels: Iterable[str], option: str = "--plan") -> lis
         option: where the labels were given, for messages.
 
     Raises:
-        PlanError: no such checkpoint, or it carries no plan, or is not for plain vLLM, or a label
+        UserError: no such checkpoint, or it carries no plan, or is not for plain vLLM, or a label
             is no plan for it.
     """
     config = read_config(model)
@@ -72,12 +73,12 @@ def contenders(model: str, labels: Iterable[str], option: str = "--plan") -> lis
     for label in dict.fromkeys(labels):
         if label != PLAIN:
             if label == CARRIED and config.get(precedence.KEY) is None:
-                raise PlanError(f"{option} 'carried': {model} carries no plan; allowed: a plan")
+                raise UserError(f"{option} 'carried': {model} carries no plan; allowed: a plan")
             spec = None if label == CARRIED else plan.load(label)
             chosen, _ = precedence.choose(config, spec, override_name=option)
             found.append(Contender(label, chosen.name, chosen.to_spec(), chosen.digest))
         elif PLAIN not in usual(config):
-            raise PlanError(
+            raise UserError(
                 f"{option} 'plain': vLLM itself can't serve a ladder checkpoint, or one that "
                 "carries a plan; allowed: a plan, 'auto' or 'identity'"
             )
@@ -94,9 +95,9 @@ def check_tp(one: Contender, meant: Plan, shape: ModelShape, tp: int) -> None:
         shape: of the checkpoint.
 
     Raises:
-        PlanError: it can't.
+        UserError: it can't.
     """
     if tp not in (fitting := shape.fitting_tps(meant)):
-        raise PlanError(
+        raise UserError(
             f"--tp {tp} can't cut {one.label} ({one.plan}); allowed: {', '.join(map(str, fitting))}"
         )

@@ -34,7 +34,7 @@ from typing import NamedTuple
 from prometheus_client.mmap_dict import MmapedDict, mmap_key
 from prometheus_client.utils import floatToGoString
 
-from vllm_depthpar.plan import PlanError
+from vllm_depthpar.errors import UserError
 
 # 0: no metrics; n: every n-th forward pass is timed.
 ENV = "DEPTHPAR_METRICS"
@@ -56,11 +56,11 @@ def every() -> int:
     """Every how many forward passes one is timed; 0 for no metrics at all.
 
     Raises:
-        PlanError: `DEPTHPAR_METRICS` is not such a number.
+        UserError: `DEPTHPAR_METRICS` is not such a number.
     """
     text = os.environ.get(ENV, str(EVERY))
     if not text.isascii() or not text.isdigit():
-        raise PlanError(
+        raise UserError(
             f"environment variable {ENV}={text!r} is not a number; allowed: 0 for no metrics, n to "
             f"time every n-th forward pass ({EVERY})"
         )

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from vllm_depthpar.plan import Plan, PlanError
+from vllm_depthpar.errors import UserError
+from vllm_depthpar.plan import Plan
 
 
 def check_agreement(plan: Plan, source: str, group: dist.ProcessGroup) -> None:
@@ -24,7 +25,7 @@ def check_agreement(plan: Plan, source: str, group: dist.ProcessGroup) -> None:
         group: of the processes' CPUs.
 
     Raises:
-        PlanError: they differ; on every rank, with the same line.
+        UserError: they differ; on every rank, with the same line.
     """
     answers: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(answers, (plan.digest, source), group=group)
@@ -36,7 +37,7 @@ def check_agreement(plan: Plan, source: str, group: dist.ProcessGroup) -> None:
             f"{digest} on rank {', '.join(map(str, where))} (from {origin})"
             for (digest, origin), where in ranks.items()
         )
-        raise PlanError(
+        raise UserError(
             f"the ranks have different plans: {found}; allowed: the same on every node, from "
             f"--hf-overrides, DEPTHPAR_PLAN or config.json"
         )

@@ -446,7 +446,7 @@ class DepthParModel(LlamaModel):
         of one: see `WideDecoderLayer`.
 
         Raises:
-            PlanError: a tensor has a wrong shape, or is of a layer that the model does not have, or
+            UserError: a tensor has a wrong shape, or is of a layer that the model does not have, or
                 is missing where there were no weights before.
         """
         with last_words.kept():
@@ -489,7 +489,7 @@ def addressed(
     for member M of a block of several.
 
     Raises:
-        PlanError: a tensor is not what it is expected to be.
+        UserError: a tensor is not what it is expected to be.
     """
     places = {
         layer: f"{position}.{member}" if len(block) > 1 else f"{position}"

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from multiprocessing.util import Finalize
 from pathlib import Path
 
-from vllm_depthpar.plan import PlanError
+from vllm_depthpar.errors import UserError
 
 ENV = "DEPTHPAR_LAST_WORDS"
 
@@ -35,10 +35,10 @@ def prepare() -> None:
 
 @contextlib.contextmanager
 def kept() -> Iterator[None]:
-    """Leave the line of a `PlanError` that passes; of several workers the first one's."""
+    """Leave the line of a `UserError` that passes; of several workers the first one's."""
     try:
         yield
-    except PlanError as error:
+    except UserError as error:
         with contextlib.suppress(OSError, KeyError):
             # The folder is everyone's: no file that is there already, nor a link.
             file = os.open(os.environ[ENV], os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

@@ -19,7 +19,8 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
-from vllm_depthpar.plan import Plan, PlanError
+from vllm_depthpar.errors import UserError
+from vllm_depthpar.plan import Plan
 
 # By the loaders that call the model's `load_weights`. Not "mistral", whose names are others, and
 # not "tensorizer" and "modelexpress", which may do either.
@@ -53,10 +54,10 @@ def check_load_format(load_format: str) -> None:
     """Refuse the load formats that place tensors by parameter name.
 
     Raises:
-        PlanError: `load_format` is none of `LOAD_FORMATS`.
+        UserError: `load_format` is none of `LOAD_FORMATS`.
     """
     if load_format not in LOAD_FORMATS:
-        raise PlanError(
+        raise UserError(
             f"--load-format {load_format} places tensors by the names of an engine's parameters, "
             f"which say nothing of the plan; allowed: {', '.join(LOAD_FORMATS)}"
         )
@@ -79,14 +80,14 @@ def keyed_by_plan(
         The same with the plan's digest in it; asked again with the result, the result.
 
     Raises:
-        PlanError: it has no place for the digest, or can't hold blocks of different widths.
+        UserError: it has no place for the digest, or can't hold blocks of different widths.
     """
     if plan.is_identity:
         return dict(extra)
     if connector == "MooncakeStoreConnector" and copies_kv_heads:
         # It keeps one rank's KV heads for all that hold the same, by the model-wide number; the
         # ranks of a wide block hold different ones.
-        raise PlanError(
+        raise UserError(
             "MooncakeStoreConnector takes the KV heads of several ranks for copies, which those of "
             "side-by-side layers are not; allowed: a smaller --tensor-parallel-size, or a plan "
             "without parallel blocks"
@@ -117,7 +118,7 @@ def _keyed(connector: str, extra: Mapping[str, Any], digest: str) -> Config:
                 _keyed_child(child, digest) for child in config.get("connectors") or ()
             ]
         case _:
-            raise PlanError(
+            raise UserError(
                 f"--kv-transfer-config: {connector} knows KV caches by model and sizes, not by "
                 f"plan, and would mix up two plans'; allowed: {', '.join(CONNECTORS)}, or the "
                 f"plan 'identity'"
@@ -140,7 +141,7 @@ def _keyed_tiers(config: Config, name: str) -> Config:
     """The offloading connector: memory of this engine, and tiers behind it that may outlive it."""
     spec = config.get("spec_name", "CPUOffloadingSpec")
     if spec not in _SPECS:
-        raise PlanError(
+        raise UserError(
             f"--kv-transfer-config: the offloading spec {spec!r} may keep KV caches that know no "
             f"plan; allowed: {', '.join(_SPECS)}"
         )
@@ -148,7 +149,7 @@ def _keyed_tiers(config: Config, name: str) -> Config:
     for tier in config.get("secondary_tiers") or ():
         kind = tier.get("type")
         if kind not in _TIERS:
-            raise PlanError(
+            raise UserError(
                 f"--kv-transfer-config: the offloading tier {kind!r} knows KV caches by model and "
                 f"sizes, not by plan; allowed: {', '.join(_TIERS)}"
             )

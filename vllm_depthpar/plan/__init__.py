@@ -11,13 +11,12 @@ if TYPE_CHECKING:
         MAX_SPEC_BYTES,
         NULL,
         Plan,
-        PlanError,
         json_schema,
         load,
         resolve,
     )
 
-__all__ = ["MAX_SPEC_BYTES", "NULL", "Plan", "PlanError", "json_schema", "load", "resolve"]
+__all__ = ["MAX_SPEC_BYTES", "NULL", "Plan", "json_schema", "load", "resolve"]
 
 
 if not TYPE_CHECKING:

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_depthpar.errors import UserError
 from vllm_depthpar.plan import ladder_checkpoint
-from vllm_depthpar.plan.plan import Plan, PlanError
+from vllm_depthpar.plan.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -56,16 +57,16 @@ def family_of(config: Mapping[str, Any]) -> Family:
         config: its config.json, parsed.
 
     Raises:
-        PlanError: it is of none, or a variant that can't be restructured.
+        UserError: it is of none, or a variant that can't be restructured.
     """
     kind = config.get("model_type")
     family = FAMILIES.get(str(kind))
     if family is None:
         allowed = ", ".join(map(repr, FAMILIES))
-        raise PlanError(f"model_type {kind!r} is not supported; allowed: {allowed}")
+        raise UserError(f"model_type {kind!r} is not supported; allowed: {allowed}")
     for key in family.refused:
         if config.get(key):
-            raise PlanError(
+            raise UserError(
                 f"config.json's key {key!r} is not supported; allowed: {kind} models without it"
             )
     _check_rotary(config, kind)
@@ -82,7 +83,7 @@ def _check_rotary(config: Mapping[str, Any], kind: object) -> None:
     for place in (config, config.get("rope_parameters"), config.get("rope_scaling")):
         for key in _ROTARY_SHARE:
             if isinstance(place, Mapping) and place.get(key) not in (None, 1):
-                raise PlanError(
+                raise UserError(
                     f"config.json's key {key!r} is {place[key]}: transformers turns whole heads "
                     f"of a {kind}, vLLM that share of them; allowed: 1"
                 )
@@ -108,13 +109,13 @@ def check_windows(plan: Plan, config: Mapping[str, Any]) -> None:
     """Refuse a plan whose blocks can't be one attention.
 
     Raises:
-        PlanError: layers that run side by side see different numbers of tokens.
+        UserError: layers that run side by side see different numbers of tokens.
     """
     of = windows(config)
     for block in plan.blocks:
         for layer in block[1:]:
             if of[layer] != of[block[0]]:
-                raise PlanError(
+                raise UserError(
                     f"layers {block[0]} and {layer} can't run side by side: their attention has "
                     f"the windows {of[block[0]]} and {of[layer]}; allowed: layers with the same"
                 )

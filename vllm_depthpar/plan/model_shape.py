@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from vllm_depthpar.errors import UserError
 from vllm_depthpar.plan.families import family_of
-from vllm_depthpar.plan.plan import Plan, PlanError
+from vllm_depthpar.plan.plan import Plan
 
 _DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -36,7 +37,7 @@ class ModelShape:
         """Read the sizes from a parsed config.json.
 
         Raises:
-            PlanError: a needed key is missing, or see `families.family_of`.
+            UserError: a needed key is missing, or see `families.family_of`.
         """
         family = family_of({"model_type": "llama", **config})
         attention_bias = bool(config.get("attention_bias", False))
@@ -60,7 +61,7 @@ class ModelShape:
                 ),
             )
         except KeyError as error:
-            raise PlanError(
+            raise UserError(
                 f"config.json lacks the key {error}; allowed: a checkpoint's config.json"
             ) from None
 

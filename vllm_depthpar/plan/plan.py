@@ -19,15 +19,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, TypeAdapter, ValidationError
 
+from vllm_depthpar.errors import UserError
+
 # A plan for the deepest published model is a few kilobytes; anything far above is not a plan.
 MAX_SPEC_BYTES = 1 << 20
-
-
-class PlanError(Exception):
-    """A plan, or its use with a model, is wrong; the message is one line for the user.
-
-    Not a ValueError: pydantic, inside vLLM's config classes, would wrap those in its own report.
-    """
 
 
 LayerIndex = Annotated[StrictInt, Field(ge=0)]
@@ -190,15 +185,15 @@ def resolve(spec: object, layers: int) -> Plan:
         layers: number of decoder layers of the checkpoint.
 
     Raises:
-        PlanError: one line that names the key, the value and what is allowed.
+        UserError: one line that names the key, the value and what is allowed.
     """
     parsed = parse(spec)
     if parsed == "identity":
         return Plan(layers, tuple((layer,) for layer in range(layers)))
     if parsed == "auto":
-        raise PlanError("plan 'auto' needs the model; allowed here: a mapping, or 'identity'")
+        raise UserError("plan 'auto' needs the model; allowed here: a mapping, or 'identity'")
     if parsed.layers not in (None, layers):
-        raise PlanError(
+        raise UserError(
             f"plan key 'layers': {parsed.layers} is not this checkpoint's number of layers; "
             f"allowed: {layers}"
         )
@@ -210,28 +205,28 @@ def parse(spec: object) -> Any:
     """Check a spec's form, without knowing the model: a `Spec`, or one of `NAMED`.
 
     Raises:
-        PlanError: see `resolve`.
+        UserError: see `resolve`.
     """
     if isinstance(spec, Spec):
         return spec
     if isinstance(spec, str):
         if spec in NAMED:
             return spec
-        raise PlanError(f"plan {_short(spec)} is unknown; allowed: {_names(NAMED)} or a mapping")
+        raise UserError(f"plan {_short(spec)} is unknown; allowed: {_names(NAMED)} or a mapping")
     if not isinstance(spec, dict) or not all(isinstance(key, str) for key in spec):
-        raise PlanError(f"plan {_short(spec)} is not a mapping; allowed keys: {_names(_KEYS)}")
+        raise UserError(f"plan {_short(spec)} is not a mapping; allowed keys: {_names(_KEYS)}")
     try:
         parsed = Spec.model_validate(spec)
     except ValidationError as error:
-        raise PlanError(_explain(error)) from None
+        raise UserError(_explain(error)) from None
     if all(getattr(parsed, key) is None for key in _METHODS):
-        raise PlanError(f"plan is empty; it needs one of the keys {_names(_METHODS)}")
+        raise UserError(f"plan is empty; it needs one of the keys {_names(_METHODS)}")
     if parsed.blocks is not None and (parsed.pair or parsed.group or parsed.skip):
-        raise PlanError(
+        raise UserError(
             "plan key 'blocks' names every layer that runs; it can't stand beside pair, group, skip"
         )
     if parsed.group is not None and parsed.pair is None:
-        raise PlanError(f"plan key 'group': {parsed.group} needs the key 'pair' beside it")
+        raise UserError(f"plan key 'group': {parsed.group} needs the key 'pair' beside it")
     return parsed
 
 
@@ -239,7 +234,7 @@ def load(text_or_path: str) -> object:
     """Read a spec from JSON text, one of `NAMED`, or the path of a plan file.
 
     Raises:
-        PlanError: the file is missing or too large, or the JSON is malformed, or null.
+        UserError: the file is missing or too large, or the JSON is malformed, or null.
     """
     text = text_or_path.strip()
     if text in NAMED:
@@ -249,7 +244,7 @@ def load(text_or_path: str) -> object:
         origin = f"plan file {_short(text, 300)}"
         text = _read(text, origin)
     if len(text.encode(errors="replace")) > MAX_SPEC_BYTES:
-        raise PlanError(f"{origin} is larger than a plan can be; allowed: {MAX_SPEC_BYTES} bytes")
+        raise UserError(f"{origin} is larger than a plan can be; allowed: {MAX_SPEC_BYTES} bytes")
     try:
         spec: object = json.loads(text)
     except json.JSONDecodeError as error:
@@ -260,15 +255,15 @@ def load(text_or_path: str) -> object:
         where = "a number is too long"
     else:
         if spec is None:
-            raise PlanError(f"{origin}: {NULL}")
+            raise UserError(f"{origin}: {NULL}")
         return spec
-    raise PlanError(f"{origin} is malformed JSON ({where}); allowed: JSON")
+    raise UserError(f"{origin} is malformed JSON ({where}); allowed: JSON")
 
 
 def _read(name: str, origin: str) -> str:
     allowed = f"JSON text, a file with JSON, {_names(NAMED)}"
     if not name:
-        raise PlanError(f"plan is empty text; allowed: {allowed}")
+        raise UserError(f"plan is empty text; allowed: {allowed}")
     try:
         with Path(name).expanduser().open("rb") as file:
             return file.read(MAX_SPEC_BYTES + 1).decode()
@@ -278,7 +273,7 @@ def _read(name: str, origin: str) -> str:
         reason = error.strerror or type(error).__name__
     except (RuntimeError, ValueError):  # an unknown ~user, a NUL byte
         reason = "not a path"
-    raise PlanError(f"{origin} can't be read ({reason}); allowed: {allowed}")
+    raise UserError(f"{origin} can't be read ({reason}); allowed: {allowed}")
 
 
 def json_schema() -> dict[str, Any]:
@@ -305,25 +300,25 @@ def _ladder_blocks(
     """Positions of the blocks whose layers `ladder` names."""
     if isinstance(ladder, int):
         if ladder > layers:
-            raise PlanError(f"plan key 'ladder': {ladder} is too many; allowed: 1 to {layers}")
+            raise UserError(f"plan key 'ladder': {ladder} is too many; allowed: 1 to {layers}")
         named = set(range(layers - ladder, layers))
     elif isinstance(ladder, list):
         named = set(ladder)
         kept = {layer for block in blocks for layer in block}
         for layer in ladder:
             if layer >= layers:
-                raise PlanError(
+                raise UserError(
                     f"plan key 'ladder': layer {layer} is out of range; allowed: 0 to {layers - 1}"
                 )
             if layer not in kept:
-                raise PlanError(
+                raise UserError(
                     f"plan key 'ladder': layer {layer} is skipped; allowed: layers that run"
                 )
     else:
         named = set(range(layers)) if ladder == "all" else set()
     for block in blocks:
         if 0 < len(named.intersection(block)) < len(block):
-            raise PlanError(
+            raise UserError(
                 f"plan key 'ladder': {_short(ladder)} takes some layers of the block "
                 f"{_short(list(block))}; allowed: all layers of a block, or none"
             )
@@ -334,14 +329,14 @@ def _checked_blocks(blocks: list[list[int]], layers: int) -> tuple[tuple[int, ..
     seen: set[int] = set()
     for block in blocks:
         if not block:
-            raise PlanError("plan key 'blocks': a block is empty; allowed: one layer or more each")
+            raise UserError("plan key 'blocks': a block is empty; allowed: one layer or more each")
         for layer in block:
             if layer >= layers:
-                raise PlanError(
+                raise UserError(
                     f"plan key 'blocks': layer {layer} is out of range; allowed: 0 to {layers - 1}"
                 )
             if layer in seen:
-                raise PlanError(f"plan key 'blocks': layer {layer} is used twice; allowed: once")
+                raise UserError(f"plan key 'blocks': layer {layer} is used twice; allowed: once")
             seen.add(layer)
     return tuple(tuple(block) for block in blocks)
 
@@ -349,7 +344,7 @@ def _checked_blocks(blocks: list[list[int]], layers: int) -> tuple[tuple[int, ..
 def _kept_by_skipping(skip: Skip, layers: int) -> tuple[int, ...]:
     """The layers that Unified Layer Skipping keeps (arXiv 2404.06954, section 3)."""
     if skip.speedup > layers / 2:
-        raise PlanError(
+        raise UserError(
             f"plan key 'skip.speedup': {skip.speedup:g} keeps fewer than two layers; "
             f"allowed: 1 to {layers / 2:g}"
         )
@@ -368,13 +363,13 @@ def _grouped(
 ) -> tuple[tuple[int, ...], ...]:
     start, end = span
     if not start < end <= layers:
-        raise PlanError(
+        raise UserError(
             f"plan key 'pair': [{start}, {end}] is not a span of layers; "
             f"allowed: [start, end) with 0 <= start < end <= {layers}"
         )
     inside = [layer for layer in kept if start <= layer < end]
     if len(inside) % group or not inside:
-        raise PlanError(
+        raise UserError(
             f"plan key 'pair': [{start}, {end}] holds {len(inside)} layers; "
             f"allowed: a multiple of {group}"
         )

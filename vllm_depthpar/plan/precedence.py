@@ -42,7 +42,7 @@ def choose(
         The plan, and where it came from, for the log.
 
     Raises:
-        PlanError: the winning source holds no valid plan for this checkpoint.
+        UserError: the winning source holds no valid plan for this checkpoint.
     """
     shape, ladder = ModelShape.from_config(config), ladder_of(config)
     if override is not None:

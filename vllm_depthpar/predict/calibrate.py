@@ -15,11 +15,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vllm_depthpar.errors import UserError
 from vllm_depthpar.launch import engine
-from vllm_depthpar.plan import PlanError
 from vllm_depthpar.plan.model_shape import ModelShape
 from vllm_depthpar.predict.machines import CPU_REDUCTIONS, GPU_OVERLAP, THIS, Device
-from vllm_depthpar.util.files import cpu_model, write_json
+from vllm_depthpar.util.files import write_json
+from vllm_depthpar.util.provenance import cpu_model
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +58,7 @@ def measure(shape: ModelShape, tp: int = 1) -> Device:
         tp: into how many shards the products are cut.
 
     Raises:
-        PlanError: vLLM could not run here.
+        UserError: vLLM could not run here.
     """
     import torch
 
@@ -143,12 +144,12 @@ def measure_fixed(dtype: str, eager: bool) -> tuple[float, float]:
         dtype: as config.json names it.
 
     Raises:
-        PlanError: vLLM could not run here.
+        UserError: vLLM could not run here.
     """
     try:
         shallow, deep = engine.call(_decode, dtype, eager)
     except engine.EngineError as error:
-        raise PlanError(f"vLLM does not run here ({error}); allowed: --device") from None
+        raise UserError(f"vLLM does not run here ({error}); allowed: --device") from None
     layer = max(0.0, (deep - shallow) / (DEPTHS[1] - DEPTHS[0]))
     return layer, max(0.0, shallow - DEPTHS[0] * layer)
 

@@ -15,7 +15,8 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 
-from vllm_depthpar.plan import Plan, PlanError, resolve
+from vllm_depthpar.errors import UserError
+from vllm_depthpar.plan import Plan, resolve
 from vllm_depthpar.plan.model_shape import ModelShape
 from vllm_depthpar.predict.machines import Device, Link
 
@@ -69,7 +70,7 @@ def step_time(
         plain: through plain vLLM's all-reduces, not this package's.
 
     Raises:
-        PlanError: the plan is for another number of layers, does not fit `tp`, or a number is out
+        UserError: the plan is for another number of layers, does not fit `tp`, or a number is out
             of range.
     """
     check(shape, plan, tp, batch, context, tokens)
@@ -144,14 +145,14 @@ def check(
         ("tokens", tokens, 1),
     ):
         if value < lowest:
-            raise PlanError(f"{name} {value} is too small; allowed: {lowest} or more")
+            raise UserError(f"{name} {value} is too small; allowed: {lowest} or more")
     if plan.layers != shape.layers:
-        raise PlanError(
+        raise UserError(
             f"the plan is for {plan.layers} layers; allowed: {shape.layers}, as the model has"
         )
     if not all(shape.fits(width, tp) for width in {len(block) for block in plan.blocks}):
         sizes = ", ".join(map(str, shape.fitting_tps(plan)))
-        raise PlanError(
+        raise UserError(
             f"{plan.name} can't be cut into {tp} tensor-parallel ranks; allowed: {sizes}"
         )
 

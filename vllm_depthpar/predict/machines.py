@@ -14,7 +14,7 @@ import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from vllm_depthpar.plan import PlanError
+from vllm_depthpar.errors import UserError
 from vllm_depthpar.util.files import cache_folder, write_json
 
 # The device that `depthpar predict --calibrate` measures.
@@ -212,35 +212,35 @@ def device_named(name: str) -> Device:
     """The device of a name: a preset, or `THIS`, which `--calibrate` measured.
 
     Raises:
-        PlanError: there is none, or this machine has not been measured.
+        UserError: there is none, or this machine has not been measured.
     """
     if name == THIS:
         return _measured()
     if name in DEVICES:
         return DEVICES[name]
-    raise PlanError(f"device {name!r} is unknown; allowed: {', '.join((THIS, *DEVICES))}")
+    raise UserError(f"device {name!r} is unknown; allowed: {', '.join((THIS, *DEVICES))}")
 
 
 def link_named(text: str) -> Link:
     """The link of a name, or one of its own numbers: ``latency=0.2ms,bandwidth=1gbit``.
 
     Raises:
-        PlanError: neither.
+        UserError: neither.
     """
     if text in LINKS:
         return LINKS[text]
     if "=" not in text:
-        raise PlanError(f"link {text!r} is unknown; allowed: {', '.join(LINKS)}, or {OWN_LINK}")
+        raise UserError(f"link {text!r} is unknown; allowed: {', '.join(LINKS)}, or {OWN_LINK}")
     numbers: dict[str, float] = {}
     for part in text.split(","):
         key, _, value = part.strip().partition("=")
         match = _QUANTITY.fullmatch(value.strip())
         scale = _UNITS.get(key, {}).get(match[2].lower().removesuffix("/s")) if match else None
         if match is None or scale is None or key in numbers:
-            raise PlanError(f"link {text!r}: {part.strip()!r} is wrong; allowed: {OWN_LINK}")
+            raise UserError(f"link {text!r}: {part.strip()!r} is wrong; allowed: {OWN_LINK}")
         numbers[key] = float(match[1]) * scale
     if numbers.keys() != _UNITS.keys() or numbers["bandwidth"] == 0:
-        raise PlanError(f"link {text!r} needs a latency and a bandwidth above 0, as {OWN_LINK}")
+        raise UserError(f"link {text!r} needs a latency and a bandwidth above 0, as {OWN_LINK}")
     return Link(text, numbers["latency"], numbers["bandwidth"], source="the command line")
 
 
@@ -260,12 +260,12 @@ def _measured() -> Device:
         flops = tuple((int(rows), float(rate)) for rows, rate in fields.pop("flops"))
         return Device(**fields, flops=flops)
     except FileNotFoundError:
-        raise PlanError(
+        raise UserError(
             f"this machine has not been measured yet; allowed: add --calibrate, or --device with "
             f"one of {', '.join(DEVICES)}"
         ) from None
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise PlanError(
+        raise UserError(
             f"{path} can't be read ({type(error).__name__}); allowed: what --calibrate writes"
         ) from None
 

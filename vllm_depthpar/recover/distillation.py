@@ -47,7 +47,7 @@ class Distillation(nn.Module):
             By default they begin as the teacher's.
 
     Raises:
-        PlanError: the plan is for another number of layers.
+        UserError: the plan is for another number of layers.
     """
 
     # transformers' Trainer asks for it when it loads what `state_dict` gave.

@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import ProgressCallback, Trainer, TrainingArguments
 
+from vllm_depthpar.errors import UserError
 from vllm_depthpar.evaluate.texts import Windows
-from vllm_depthpar.plan import PlanError
 from vllm_depthpar.recover.distillation import Distillation, Objective
 from vllm_depthpar.recover.least_squares import refit
 from vllm_depthpar.util import files
@@ -82,7 +82,7 @@ class Recovery:
         identity: what else the run depends on, JSON-ready: checkpoint, texts.
 
     Raises:
-        PlanError: the folder holds another run.
+        UserError: the folder holds another run.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Recovery:
             "identity": identity,
         }
         if self._once("run.json", lambda: wanted) != json.loads(json.dumps(wanted)):
-            raise PlanError(
+            raise UserError(
                 f"{folder} holds a run of other settings, plan or texts; allowed: the same command "
                 f"again to go on with it, another --out, or remove the folder"
             )

@@ -10,15 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_depthpar.errors import UserError
 from vllm_depthpar.evaluate.evaluator import Quality
 from vllm_depthpar.evaluate.suite import Bench, figures, loss, settings
-from vllm_depthpar.plan import Plan, PlanError, drawing, resolve
+from vllm_depthpar.plan import Plan, drawing, resolve
 from vllm_depthpar.plan.model_shape import ModelShape
 from vllm_depthpar.search.search import Found, Search
 from vllm_depthpar.search.target import Machine
 from vllm_depthpar.search.tiling import Tile, Tiling, plan_of
 from vllm_depthpar.util import files
-from vllm_depthpar.util.files import table
+from vllm_depthpar.util.markdown import table
+from vllm_depthpar.util.provenance import origin
 
 # Of each length, how many contiguous spans to measure.
 _SPANS = 2
@@ -94,14 +96,14 @@ class SearchReport:
         """The plan that was asked for.
 
         Raises:
-            PlanError: none that was measured reaches the goal.
+            UserError: none that was measured reaches the goal.
         """
         front = self.search.front()
         if target is None:
             best = self.within_loss()
             if not best.tiling:
                 least = min((one for one in front if one.tiling), key=self._increase)
-                raise PlanError(
+                raise UserError(
                     f"--max-ppl-increase {self.args.max_ppl_increase:g} can't be reached; "
                     f"nearest: {100 * math.expm1(self._increase(least)):.2f}, with "
                     f"{self._plan(least.tiling).name}"
@@ -121,7 +123,7 @@ class SearchReport:
         ]
         if not reached:
             most = max(self._speedup(self._plan(one.tiling)) or 0 for one in known)
-            raise PlanError(f"speed-up {wanted:g} was not reached; nearest: {most:.2f}")
+            raise UserError(f"speed-up {wanted:g} was not reached; nearest: {most:.2f}")
         return min(reached, key=lambda one: one.divergence)
 
     def write(self, target: int | None) -> str:
@@ -131,7 +133,7 @@ class SearchReport:
             target: the length that was asked for; None if the loss was.
 
         Raises:
-            PlanError: the goal was not reached.
+            UserError: the goal was not reached.
         """
         out: Path = self.args.out
         best = self._best(target)
@@ -141,7 +143,7 @@ class SearchReport:
         figure = out.with_name(f"{out.stem}-front.png")
         drawn = self._draw(figure)
         numbers = {
-            **files.origin("depthpar"),
+            **origin("depthpar"),
             "model": Path(self.args.model).name,
             **settings(self.bench.domains, self.bench.evaluator),
             "goal": {

@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from vllm_depthpar.plan import Plan, PlanError
+from vllm_depthpar.errors import UserError
+from vllm_depthpar.plan import Plan
 from vllm_depthpar.plan.model_shape import ModelShape
 from vllm_depthpar.predict import cost_model
 from vllm_depthpar.predict.machines import Device, Link
@@ -84,16 +85,16 @@ def check_depth(depth: int, layers: int, lengths: dict[Tile, int], methods: Sequ
     """A depth that can be reached.
 
     Raises:
-        PlanError: it can't; names the nearest.
+        UserError: it can't; names the nearest.
     """
     depths = [length for length in reachable(layers, lengths) if 1 <= length < layers]
     if depth in depths:
         return depth
     how = ", ".join(methods)
     if not depths:
-        raise PlanError(f"depth {depth}: {how} can't make these {layers} layers any shorter")
+        raise UserError(f"depth {depth}: {how} can't make these {layers} layers any shorter")
     nearest = min(depths, key=lambda length: abs(length - depth))
-    raise PlanError(
+    raise UserError(
         f"depth {depth} can't be reached with {how}; allowed: {depths[0]} to {depths[-1]}, "
         f"nearest: {nearest}"
     )
@@ -109,14 +110,14 @@ def check_speedup(
     """The length that a speed-up needs.
 
     Raises:
-        PlanError: no plan is that fast; names the most that is predicted.
+        UserError: no plan is that fast; names the most that is predicted.
     """
     free = dict.fromkeys(lengths, 0.0)
     of_length = best_of_each_length(shape.layers, free, lengths)
     _, tiling = of_length[min(of_length)]
     most = machine.speedup(shape, plan_of(tiling, shape.layers))
     if not 1 < speedup <= most:
-        raise PlanError(
+        raise UserError(
             f"speed-up {speedup:g} can't be reached with {', '.join(methods)} there; "
             f"allowed: more than 1, nearest: {most:.2f}"
         )

@@ -16,8 +16,8 @@ from starlette.datastructures import State
 from vllm.config import VllmConfig
 from vllm.engine.protocol import EngineClient
 
+from vllm_depthpar.errors import UserError
 from vllm_depthpar.metrics import collector
-from vllm_depthpar.plan import PlanError
 from vllm_depthpar.plan.drawing import draw
 from vllm_depthpar.predict import cost_model
 from vllm_depthpar.predict.machines import LINKS, THIS, device_named, link_named
@@ -87,7 +87,7 @@ def get_plan(
     source = str(source_of(config.model_config))
     try:
         predicted = _predict(config, device, link, batch, context)
-    except PlanError as error:
+    except UserError as error:
         raise HTTPException(HTTPStatus.BAD_REQUEST, str(error)) from error
     return PlanAnswer(
         model=config.model_config.served_model_name,
@@ -120,7 +120,7 @@ def _predict(
         return None
     try:
         runs_on = device_named(device)
-    except PlanError:
+    except UserError:
         if device == THIS:  # not measured; nobody asked for it either
             return None
         raise

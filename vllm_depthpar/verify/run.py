@@ -16,23 +16,21 @@ from typing import Any
 
 from vllm_depthpar.bench.server_load import has_tokenizer
 from vllm_depthpar.checkpoint.config import folder, read_config
+from vllm_depthpar.errors import UserError
 from vllm_depthpar.launch import hardware
 from vllm_depthpar.launch.engine import EngineError, Worker, flags_of, make_engine
 from vllm_depthpar.launch.variants import PLAIN, Contender, check_tp, contenders, usual
-from vllm_depthpar.plan import Plan, PlanError, resolve
+from vllm_depthpar.plan import Plan, resolve
 from vllm_depthpar.plan.model_shape import ModelShape
 from vllm_depthpar.plan.precedence import ENV, choose
-from vllm_depthpar.util import files, progress
+from vllm_depthpar.util import progress
+from vllm_depthpar.util.provenance import origin
 from vllm_depthpar.verify import passages
 from vllm_depthpar.verify.rounding import Answer, Served, compare, judge
 
 TOKENS = 64
 # What sequences take of the KV cache beyond their tokens: blocks that are not full, padding.
 _KV_BLOCK, _KV_SLACK = 128, 1.5
-
-
-class VerifyError(Exception):
-    """A served model is not what its plan means, or nothing can be said; one line for the user."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +68,8 @@ def verify(model: str, labels: Sequence[str], settings: Settings) -> dict[str, A
         its differences, what rounding explains of them and what is allowed (see `rounding.judge`).
 
     Raises:
-        VerifyError: vLLM did not start, or ended.
-        PlanError: wrong input, or a checkpoint of which there is no reference.
+        UserError: vLLM did not start, or ended.
+        UserError: wrong input, or a checkpoint of which there is no reference.
     """
     config = read_config(model)
     entries = _entries(model, config, labels, settings.tp)
@@ -101,7 +99,7 @@ def verify(model: str, labels: Sequence[str], settings: Settings) -> dict[str, A
             differences.append(compare(one.answers, exact, in_bf16))
     verdicts = judge(differences, served[0].dtype, served[0].quantized)
     return {
-        **files.origin("depthpar"),
+        **origin("depthpar"),
         "hardware": hardware.facts(),
         "model": Path(model).name,
         "settings": asdict(settings),
@@ -133,7 +131,7 @@ def _entries(model: str, config: Mapping[str, Any], labels: Sequence[str], tp: i
     if not labels and os.environ.get(ENV):
         labels, option = [os.environ[ENV]], ENV
     if PLAIN in labels:
-        raise PlanError("--plan 'plain' is every plan's control; allowed: other plans")
+        raise UserError("--plan 'plain' is every plan's control; allowed: other plans")
     labels = labels or [label for label in usual(config) if label != PLAIN]
     plans = contenders(model, labels, option)
     shape = ModelShape.from_config(config)
@@ -156,7 +154,7 @@ def _prompts(model: str, config: Mapping[str, Any]) -> list[list[int]]:
     """Token ids of the passages, as long as the model has positions for them and what it adds."""
     most = config.get("max_position_embeddings", math.inf) - TOKENS
     if most < 2:
-        raise PlanError(f"{most + TOKENS} positions are too few; allowed: {TOKENS + 2} or more")
+        raise UserError(f"{most + TOKENS} positions are too few; allowed: {TOKENS + 2} or more")
     if not has_tokenizer(model):
         return passages.random_ids(config["vocab_size"], most)
     from transformers import AutoTokenizer
@@ -178,7 +176,7 @@ def _serve(
     """What an engine answers, in a process of its own that has ended.
 
     Raises:
-        VerifyError: it did not answer.
+        UserError: it did not answer.
     """
     one = entry.contender
     options = {
@@ -200,7 +198,7 @@ def _serve(
         found: Served = worker.receive()
     except EngineError as error:
         reason = error.last.rpartition("depthpar: error: ")[2]
-        raise VerifyError(f"vLLM could not serve {one.label}: {reason}") from None
+        raise UserError(f"vLLM could not serve {one.label}: {reason}") from None
     finally:
         worker.stop()
     return found

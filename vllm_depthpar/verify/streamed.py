@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from vllm_depthpar import hf
 from vllm_depthpar.checkpoint.tensors import stored
-from vllm_depthpar.plan import Plan, PlanError
+from vllm_depthpar.errors import UserError
+from vllm_depthpar.plan import Plan
 
 # Positions whose logits are in memory at once.
 _POSITIONS = 256
@@ -45,7 +46,7 @@ class StreamedModel:
         device: where blocks run.
 
     Raises:
-        PlanError: its weights are quantized in another way, or are no safetensors.
+        UserError: its weights are quantized in another way, or are no safetensors.
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
@@ -71,7 +72,7 @@ class StreamedModel:
             on_progress: called with the share of the work done since the last call; they sum to 1.
 
         Raises:
-            PlanError: the checkpoint is of no family that can be restructured, lacks a tensor that
+            UserError: the checkpoint is of no family that can be restructured, lacks a tensor that
                 the plan needs, or has one of another shape.
         """
         model = hf.outline(self._folder, plan, self._device)
@@ -124,12 +125,12 @@ class StreamedModel:
         for leaf, outline in module.state_dict().items():
             tensor = found.get(prefix + leaf)
             if tensor is None:
-                raise PlanError(
+                raise UserError(
                     f"{self._folder} lacks the tensor {prefix + leaf!r}; allowed: plans of the "
                     "layers that it has"
                 )
             if tensor.shape != outline.shape:
-                raise PlanError(
+                raise UserError(
                     f"{self._folder}: the tensor {prefix + leaf!r} has the shape "
                     f"{list(tensor.shape)}; allowed: {list(outline.shape)}"
                 )
@@ -155,7 +156,7 @@ def _dequantizer(folder: Path) -> Callable[[dict[str, Tensor]], dict[str, Tensor
         return lambda tensors: tensors
     method = quantization.get("quant_method")
     if method != "compressed-tensors":
-        raise PlanError(
+        raise UserError(
             f"{folder} is quantized by {method!r}, of which there is no reference; allowed: "
             "compressed-tensors, or unquantized checkpoints"
         )
