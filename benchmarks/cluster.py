@@ -1,7 +1,7 @@
 """Plans beside plain vLLM where all-reduces cost what they cost in the field: between two hosts.
 
 The hosts are network namespaces (`two_hosts.py`) with one tensor-parallel rank each, on a core of
-its own. Every contender is a real `vllm serve --nnodes 2`, loaded over HTTP from the first host;
+its own. Every variant is a real `vllm serve --nnodes 2`, loaded over HTTP from the first host;
 all are alive at once, and all but the one that is measured are stopped (SIGSTOP). They take turns
 within every round, and a round's ratios are taken within it.
 
@@ -80,7 +80,7 @@ PLANS = [
 
 
 @dataclass
-class Contender:
+class Variant:
     """One deployment of two ranks: a process for each host that has any."""
 
     label: str
@@ -167,7 +167,7 @@ def slug(link: Link | None) -> str:
 
 
 def measure(args: argparse.Namespace, link: Link | None) -> dict[str, Any]:
-    """All contenders on one link (None: on one host): the report."""
+    """All variants on one link (None: on one host): the report."""
     start, link_name = time.monotonic(), SHARED_MEMORY if link is None else str(link)
     loads = {name: LOADS[name] for name in args.loads}
     config = {**MODEL, "torch_dtype": args.dtype}
@@ -182,10 +182,10 @@ def measure(args: argparse.Namespace, link: Link | None) -> dict[str, Any]:
         clients[1].tell("echo", host=address, port=7)
         round_trip = clients[0].ask("round_trip", host=address, port=7)
 
-        described = contenders(model, args.plans, config["num_hidden_layers"])
+        described = variants(model, args.plans, config["num_hidden_layers"])
         total = len(described) * (1 + (1 + args.rounds) * len(loads))
         task = progress.add_task("", total=total)
-        running: list[Contender] = []
+        running: list[Variant] = []
         for number, (label, resolved, spec) in enumerate(described):
             progress.update(task, description=f"{link_name}: starting {label}")
             one = launch(args, hosts, link is None, folder, model, label, resolved, spec, number)
@@ -230,7 +230,7 @@ def measure(args: argparse.Namespace, link: Link | None) -> dict[str, Any]:
         "model": config,
         "loads": {name: list(load) for name, load in loads.items()},
         "seconds": round(time.monotonic() - start),
-        "contenders": [
+        "variants": [
             {
                 "label": one.label,
                 "plan": one.plan.name,
@@ -256,9 +256,9 @@ def figures(load: str, label: str, speeds: dict[str, dict[str, list[float]]]) ->
     }
 
 
-def contenders(model: Path, labels: list[str], layers: int) -> list[tuple[str, plan.Plan, object]]:
+def variants(model: Path, labels: list[str], layers: int) -> list[tuple[str, plan.Plan, object]]:
     """(label, plan, spec) of plain vLLM, of it without communication, and of the plans."""
-    plain, *others = common.contenders(str(model), labels)
+    plain, *others = common.variants(str(model), labels)
     without = replace(plain, label=NONE)
     return [
         (one.label, plan.resolve(one.spec or "identity", layers), one.spec)
@@ -285,7 +285,7 @@ def launch(
     resolved: plan.Plan,
     spec: object,
     number: int,
-) -> Contender:
+) -> Variant:
     """Start one rank in each host, or both in the first."""
     port, master_port = 8000 + number, 29500 + number
     options = ["--load-format", "dummy", "--dtype", args.dtype, "--tensor-parallel-size", "2"]
@@ -295,7 +295,7 @@ def launch(
         options += ["--master-port", str(master_port)]
     options += ["--max-model-len", "1024", "--max-num-seqs", "8", "--no-enable-prefix-caching"]
     options += ["--max-num-batched-tokens", "2048", "--host", hosts.addresses[0]]
-    options += ["--kv-cache-memory-bytes", str(160 << 20)]  # all contenders live at once
+    options += ["--kv-cache-memory-bytes", str(160 << 20)]  # all variants live at once
     options += ["--port", str(port)] + ([] if args.compiled else ["--enforce-eager"])
     plugins = "depthpar" if spec is not None else ""
     if spec is not None:
@@ -335,7 +335,7 @@ def launch(
                     start_new_session=True,
                 )
             )
-    return Contender(label, resolved, spec, port, processes)
+    return Variant(label, resolved, spec, port, processes)
 
 
 def _plugin_folder(folder: Path) -> Path:
@@ -355,7 +355,7 @@ def _log(folder: Path, port: int, host: int) -> Path:
     return folder / f"{port}-{host}.log"
 
 
-def wait_until_up(one: Contender, client: Client, hosts: TwoHosts, folder: Path) -> None:
+def wait_until_up(one: Variant, client: Client, hosts: TwoHosts, folder: Path) -> None:
     """Return when the server answers; RuntimeError with its last lines if it ends before."""
     deadline = time.monotonic() + START_SECONDS
     while not client.ask("healthy", host=hosts.addresses[0], port=one.port):
@@ -376,7 +376,7 @@ def table(report: dict[str, Any]) -> str:
         f"{load}: {what}" for load in report["loads"] for what in ("tok/s", "to plain", "removed")
     ]
     rows = []
-    for one in report["contenders"]:
+    for one in report["variants"]:
         row = [f"`{one['label']}`", f"{one['all_reduces']} ({one['hidden']})"]
         for load in report["loads"]:
             numbers = one["loads"][load]
@@ -399,7 +399,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
         return
     figure = Figure(figsize=(10, 4), layout="constrained")
     axes = figure.subplots()
-    others = [one for one in report["contenders"] if one["label"] != common.PLAIN]
+    others = [one for one in report["variants"] if one["label"] != common.PLAIN]
     width = 0.8 / len(others)
     for number, one in enumerate(others):
         ratios = [one["loads"][load]["ratio_to_plain"] for load in report["loads"]]

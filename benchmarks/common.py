@@ -13,24 +13,24 @@ from vllm_depthpar.errors import UserError
 from vllm_depthpar.launch import hardware
 from vllm_depthpar.launch import variants as of_model
 from vllm_depthpar.launch.variants import PLAIN as PLAIN
-from vllm_depthpar.launch.variants import Contender
+from vllm_depthpar.launch.variants import Variant
 from vllm_depthpar.util.files import write_json  # noqa: F401
 from vllm_depthpar.util.markdown import table as markdown  # noqa: F401
 from vllm_depthpar.util.provenance import origin
 
 
-def contenders(model: str, labels: Iterable[str]) -> list[Contender]:
+def variants(model: str, labels: Iterable[str]) -> list[Variant]:
     """Plain vLLM, which is always one and the first, and the plans for the checkpoint `model`.
 
     Raises:
         UserError: see `vllm_depthpar.launch.variants`.
     """
-    return of_model.contenders(model, [PLAIN, *labels], "--plans")
+    return of_model.variants(model, [PLAIN, *labels], "--plans")
 
 
-def environment(contender: Contender, tp: int = 1) -> dict[str, str]:
+def environment(variant: Variant, tp: int = 1) -> dict[str, str]:
     """For an engine of `tp` ranks."""
-    return {**hardware.environment(tp, bool(hardware.gpus())), **contender.env}
+    return {**hardware.environment(tp, bool(hardware.gpus())), **variant.env}
 
 
 def facts() -> dict[str, Any]:

@@ -41,13 +41,13 @@ def main() -> None:
     """Run the parts, print what they found, write the JSON."""
     args = _parser().parse_args()
     model = str(args.model or bundled.prepare())
-    contender = common.contenders(model, args.plans)[-1]  # plain vLLM is the first
+    variant = common.variants(model, args.plans)[-1]  # plain vLLM is the first
     report: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
-    found = report.setdefault(contender.label, {})
+    found = report.setdefault(variant.label, {})
     for part in args.parts:
         tp = args.tp if part == "kill" else 1
-        flags = [*FLAGS, "--tensor-parallel-size", str(tp), *contender.flags]
-        with serve(model, *flags, env=common.environment(contender, tp)) as server:
+        flags = [*FLAGS, "--tensor-parallel-size", str(tp), *variant.flags]
+        with serve(model, *flags, env=common.environment(variant, tp)) as server:
             found[part] = {**common.facts(), **asyncio.run(PARTS[part](server, args))}
         print(part, json.dumps({**found[part], "versions": None, "hardware": None}, indent=1))
         common.write_json(args.out, report)

@@ -33,7 +33,7 @@ from vllm_depthpar.bench.rounds import in_turn, spread, summary
 from vllm_depthpar.checkpoint import bundled
 from vllm_depthpar.checkpoint.config import read_config
 from vllm_depthpar.launch.engine import Worker, flags_of, make_engine
-from vllm_depthpar.launch.variants import Contender
+from vllm_depthpar.launch.variants import Variant
 from vllm_depthpar.plan.model_shape import ModelShape
 from vllm_depthpar.util.progress import step_bar
 
@@ -55,15 +55,15 @@ def main() -> None:
             model = str(_write_random(folder))
         else:
             model = str(args.model or bundled.prepare())
-        contenders = common.contenders(model, args.plans)
+        variants = common.variants(model, args.plans)
         shape = ModelShape.from_config(read_config(model))
-        measured = _measure(model, contenders, args.rounds, {"dtype": args.dtype})
+        measured = _measure(model, variants, args.rounds, {"dtype": args.dtype})
     layer = shape.layer_parameters() * (4 if args.dtype == "float32" else 2)
 
-    report: list[dict[str, Any]] = [{"label": one.label, "plan": one.plan} for one in contenders]
+    report: list[dict[str, Any]] = [{"label": one.label, "plan": one.plan} for one in variants]
     for part in PARTS:
         rows = []
-        for one, entry in zip(contenders, report, strict=True):
+        for one, entry in zip(variants, report, strict=True):
             values = _values([each[part] for each in measured[one.label]])
             plain = _values([each[part] for each in measured[common.PLAIN]])
             against = {
@@ -99,7 +99,7 @@ def main() -> None:
             "layer_bytes": layer,
             "sample_seconds": SAMPLE_SECONDS,
             "seconds": round(time.monotonic() - start),
-            "contenders": report,
+            "variants": report,
         }
         common.write_json(args.out, content)
 
@@ -112,30 +112,30 @@ def _values(rounds: list[dict[str, float]]) -> dict[str, list[float]]:
 
 
 def _measure(
-    model: str, contenders: list[Contender], rounds: int, options: dict[str, Any]
+    model: str, variants: list[Variant], rounds: int, options: dict[str, Any]
 ) -> dict[str, list[Measurement]]:
     """Label -> the measurement of each round."""
-    measured: dict[str, list[Measurement]] = {one.label: [] for one in contenders}
+    measured: dict[str, list[Measurement]] = {one.label: [] for one in variants}
     with step_bar() as progress:
-        task = progress.add_task("reading the files once", total=1 + rounds * len(contenders))
-        measure(contenders[0], model, options)  # not counted: brings the files into the cache
+        task = progress.add_task("reading the files once", total=1 + rounds * len(variants))
+        measure(variants[0], model, options)  # not counted: brings the files into the cache
         progress.advance(task)
         for number in range(rounds):
-            for one in in_turn(contenders, number):
+            for one in in_turn(variants, number):
                 progress.update(task, description=one.label)
                 measured[one.label].append(measure(one, model, options))
                 progress.advance(task)
     return measured
 
 
-def measure(contender: Contender, model: str, options: dict[str, Any]) -> Measurement:
+def measure(variant: Variant, model: str, options: dict[str, Any]) -> Measurement:
     """Load once, in a new process: seconds, and bytes of memory above those before the load.
 
     `peak` is anonymous memory, `resident_peak` all resident memory.
     """
-    env = common.environment(contender)
-    flags = [*contender.flags, *flags_of(options), "--enforce-eager", "--max-model-len", "256"]
-    worker = Worker(contender.label, load, model, flags, env=env)
+    env = common.environment(variant)
+    flags = [*variant.flags, *flags_of(options), "--enforce-eager", "--max-model-len", "256"]
+    worker = Worker(variant.label, load, model, flags, env=env)
     try:
         _, before = worker.receive()
         result, peak = {}, 0

@@ -39,9 +39,9 @@ def main() -> None:
     args = _parser().parse_args()
     model = str(args.model or bundled.prepare())
     (plan,) = args.plans
-    (contender,) = [one for one in common.contenders(model, [plan]) if one.spec is not None]
+    (variant,) = [one for one in common.variants(model, [plan]) if one.spec is not None]
     tokens = (args.rounds + 2) * args.steps + 1
-    flags = [*contender.flags]
+    flags = [*variant.flags]
     flags += flags_of(
         {
             "dtype": args.dtype,
@@ -61,7 +61,7 @@ def main() -> None:
         engines = []
         for setting in settings:
             progress.update(task, description=f"starting {metric_files.ENV}={setting}")
-            env = {**common.environment(contender, args.tp), metric_files.ENV: setting}
+            env = {**common.environment(variant, args.tp), metric_files.ENV: setting}
             engine = Worker(setting, serve, model, flags, args.eager, env=env)
             stack.callback(engine.stop)
             engine.receive()
@@ -105,14 +105,14 @@ def main() -> None:
     header = [metric_files.ENV, "batch", "ms a step, without", "speed, to without", "in hooks"]
     print(common.markdown(header, rows))
     print(
-        f"\n{Path(model).name}, {contender.plan}, TP = {args.tp}, {args.rounds} turns of "
+        f"\n{Path(model).name}, {variant.plan}, TP = {args.tp}, {args.rounds} turns of "
         f"{args.steps} steps; in brackets the 95 % interval of the median"
     )
     if args.out:
         report = {
             **common.facts(),
             "model": Path(model).name,
-            "plan": contender.plan,
+            "plan": variant.plan,
             "tp": args.tp,
             "eager": args.eager,
             "dtype": args.dtype,

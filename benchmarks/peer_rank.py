@@ -28,7 +28,7 @@ Step = Callable[[Tensor, Tensor], Tensor]
 
 
 def main() -> None:
-    """Measure in turns; rank 0 prints {contender: seconds per token of each round}."""
+    """Measure in turns; rank 0 prints {variant: seconds per token of each round}."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("peer", choices=PEERS)
     parser.add_argument("checkout")
@@ -40,12 +40,12 @@ def main() -> None:
     torch.set_num_threads(1)
     use_gloo()
     with torch.no_grad():
-        contenders = PEERS[args.peer](args.checkout, args.prompt_tokens + args.tokens, args.compile)
-        found: dict[str, list[float]] = {label: [] for label in contenders}
+        variants = PEERS[args.peer](args.checkout, args.prompt_tokens + args.tokens, args.compile)
+        found: dict[str, list[float]] = {label: [] for label in variants}
         for number in range(-1, args.rounds):
-            for label in in_turn(list(contenders), number):
+            for label in in_turn(list(variants), number):
                 distributed.barrier()
-                seconds = decode(contenders[label], args.prompt_tokens, args.tokens, number)
+                seconds = decode(variants[label], args.prompt_tokens, args.tokens, number)
                 if number >= 0:
                     found[label].append(seconds)
     if distributed.get_rank() == 0:
@@ -102,7 +102,7 @@ def ladder(checkout: str, length: int, compiled: bool) -> dict[str, Step]:
     }
     never = [{"attention": False, "mlp": False}] * LAYERS
     alone = {"reduce_pattern": never, "force_disable_last_all_reduce": True}
-    contenders: dict[str, Step] = {}
+    variants: dict[str, Step] = {}
     for label, kind, module, more in (
         ("standard", GPTDense, gpt_dense_TP, {}),
         ("ladder", GPTLadder, gpt_ladder_TP, {}),
@@ -114,11 +114,11 @@ def ladder(checkout: str, length: int, compiled: bool) -> dict[str, Step]:
         for weight in model.parameters():
             torch.nn.init.normal_(weight, mean=0, std=0.02)
         model.setup_caches(1, length)
-        contenders[label] = model
+        variants[label] = model
         if compiled:  # as their benchmark.py: the decoding step alone
             fast = torch.compile(model, mode="reduce-overhead", fullgraph=True)
-            contenders[label] = _by_length(model, fast)
-    return contenders
+            variants[label] = _by_length(model, fast)
+    return variants
 
 
 def _by_length(prefill: Step, decoding: Step) -> Step:
@@ -171,14 +171,14 @@ def layer_parallelism(checkout: str, length: int, compiled: bool) -> dict[str, S
             model.model.layers[at].init_from_llama_decoder_layer(layer)
         return model
 
-    contenders = {"unmodified, whole on every rank": unmodified()}
-    contenders["tensor parallel, put in by us"] = tensor_parallel(unmodified())
+    variants = {"unmodified, whole on every rank": unmodified()}
+    variants["tensor parallel, put in by us"] = tensor_parallel(unmodified())
     if distributed.get_world_size() % 2 == 0:  # their assertion: a rank for each layer of a pair
         half = LAYERS // 4
         for start, end in ((0, LAYERS), (half, LAYERS - half)):
             model = replace_layers(unmodified(), config, "cpu", start, end)
-            contenders[f"pairs [{start}, {end})"] = model
-    return {label: _cached(model) for label, model in contenders.items()}
+            variants[f"pairs [{start}, {end})"] = model
+    return {label: _cached(model) for label, model in variants.items()}
 
 
 def _cached(model: Any) -> Step:

@@ -37,12 +37,12 @@ def main() -> None:
         print(f"error: {why}", file=sys.stderr)
         sys.exit(2)
     baseline = found[args.baseline or next(iter(found))]
-    rows, contenders = [], {}
+    rows, variants = [], {}
     for label, seconds in found.items():
         times = [one * 1e3 for one in seconds]
         ratios = [of / one for of, one in zip(baseline, seconds, strict=True)]
         rows.append([label, spread(times, ".1f"), spread(ratios)])
-        contenders[label] = {
+        variants[label] = {
             "ms_per_token": summary(times),
             "ratio_to_baseline": summary(ratios),
             "rounds_ms": times,
@@ -63,14 +63,14 @@ def main() -> None:
             "model": MODEL,
             "prompt_tokens": PROMPT_TOKENS,
             "tokens": TOKENS,
-            "contenders": contenders,
+            "variants": variants,
         }
         runs = json.loads(args.out.read_text()) if args.out.exists() else []
         common.write_json(args.out, [*runs, run])
 
 
 def measure(args: argparse.Namespace) -> dict[str, list[float]]:
-    """{contender: seconds per token of every round}.
+    """{variant: seconds per token of every round}.
 
     Raises:
         RuntimeError: a rank failed; the message has the last lines of its output.

@@ -101,8 +101,8 @@ class Cluster:
         self.many = max(batch * prompt for batch, prompt, _, _ in report["loads"].values())
         self.eager = report["mode"] == "eager"
         self.rows = [
-            _cluster_row(one, load, report["contenders"][0], *numbers)
-            for one in report["contenders"]
+            _cluster_row(one, load, report["variants"][0], *numbers)
+            for one in report["variants"]
             for load, numbers in report["loads"].items()
         ]
         self.few = max(row.batch for row in self.rows if row.tokens == 1)
@@ -222,7 +222,7 @@ def within_a_link(clusters: dict[str, Cluster]) -> list[Prediction]:
 def compiled(clusters: dict[str, Cluster]) -> list[Prediction]:
     """The compiled run: no other was compiled, so that layers' cost is from its own pairs.
 
-    `identity` was not among its contenders: this package's all-reduces are as on the same link
+    `identity` was not among its variants: this package's all-reduces are as on the same link
     in eager mode.
     """
     same, one = clusters[PLAIN_LINK], clusters[COMPILED]
@@ -250,7 +250,7 @@ def one_host() -> list[Prediction]:
     name = "throughput-smollm2-eager"
     report = json.loads((RESULTS / f"{name}.json").read_text())
     length = report["job"]["prompt_tokens"] + report["job"]["tokens"] // 2
-    plain, *given = report["contenders"]
+    plain, *given = report["variants"]
 
     specs: dict[str, object] = {common.PLAIN: "identity", "auto": auto_spec(shape)[0]}
     specs |= {one["label"]: plans.load(one["label"]) for one in given if one["label"] != "auto"}

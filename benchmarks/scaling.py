@@ -238,7 +238,7 @@ def _measure_lot(
     labels = dict.fromkeys(point.label for point in points)
     with ExitStack() as stack:
         running: dict[str, Worker] = {}
-        for one in common.contenders(setup.model, labels):
+        for one in common.variants(setup.model, labels):
             if one.label in labels:
                 doing(f"starting {one.label}")
                 running[one.label], _ = engines.start(one, stack)

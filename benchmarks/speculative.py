@@ -22,7 +22,7 @@ from vllm_depthpar.bench.rounds import awake, in_turn, pause, spread, summary
 from vllm_depthpar.checkpoint import bundled
 from vllm_depthpar.evaluate import texts
 from vllm_depthpar.launch.engine import Worker, flags_of, make_engine
-from vllm_depthpar.launch.variants import Contender
+from vllm_depthpar.launch.variants import Variant
 from vllm_depthpar.util.progress import step_bar
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def main() -> None:
         for label, config in setups:
             progress.update(task, description=f"starting {label}")
             # A spec of any kind: the draft needs the plugin.
-            env = common.environment(Contender(label, spec={} if config else None))
+            env = common.environment(Variant(label, spec={} if config else None))
             worker = Worker(label, serve, model, flags_of({**options, **config}), env=env)
             stack.callback(worker.stop)
             worker.receive()
@@ -188,7 +188,7 @@ def _report(
         settings = {"prompts": args.prompts, "prompt_tokens": args.prompt_tokens}
         settings |= {"tokens": args.tokens, "ask": args.ask}
         report = {**common.facts(), "model": Path(model).name, "engine": options, "job": settings}
-        common.write_json(args.out, {**report, "contenders": results})
+        common.write_json(args.out, {**report, "variants": results})
 
 
 if __name__ == "__main__":

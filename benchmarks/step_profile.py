@@ -1,6 +1,6 @@
 """What a decoding step is made of: operators and their time, a plan beside plain vLLM.
 
-Each contender has an engine of its own, one after the other; PyTorch's profiler sees some steps of
+Each variant has an engine of its own, one after the other; PyTorch's profiler sees some steps of
 one batch, and others run without it, for the time that a step really takes. An operator counts if
 it calls no other (a kernel, or on a CPU the loop that it is); views, which compute nothing, count
 apart. Compiled code shows the operators that it calls, not the kernels that it is.
@@ -52,7 +52,7 @@ def main() -> None:
         "max_model_len": PROMPT_TOKENS + 2 * (WARM_UP + args.steps) + 1,
         "max_num_seqs": args.batch,
     }
-    chosen = common.contenders(model, args.plans)
+    chosen = common.variants(model, args.plans)
     found: dict[str, dict[str, Any]] = {}
     with step_bar() as progress:
         task = progress.add_task("", total=len(chosen))
@@ -72,7 +72,7 @@ def main() -> None:
         mode = "eager" if args.eager else "compiled"
         setting = {"batch": args.batch, "steps": args.steps, "mode": mode, "dtype": args.dtype}
         common.write_json(
-            args.out, {**common.facts(), "model": Path(model).name, **setting, "contenders": found}
+            args.out, {**common.facts(), "model": Path(model).name, **setting, "variants": found}
         )
 
 
@@ -143,7 +143,7 @@ def _operators(event: FunctionEvent) -> Iterator[FunctionEvent]:
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:
-    """Markdown, a row for each contender."""
+    """Markdown, a row for each variant."""
     header = ["", "blocks", "operators a step", "of them a block", "views", "ms a step"]
     header += ["in operators, profiled"]
     plain = found[common.PLAIN]

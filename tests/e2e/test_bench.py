@@ -1,4 +1,4 @@
-"""`depthpar bench`, with real engines and a real `vllm serve` for each contender; and the demo."""
+"""`depthpar bench`, with real engines and a real `vllm serve` for each variant; and the demo."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from vllm_depthpar.cli import demo
 from vllm_depthpar.cli.main import main
 from vllm_depthpar.launch.engine import flags_of
 from vllm_depthpar.launch.server import Server, serve
-from vllm_depthpar.launch.variants import contenders
+from vllm_depthpar.launch.variants import variants
 from vllm_depthpar.predict import machines
 from vllm_depthpar.predict.machines import Device
 
@@ -109,7 +109,7 @@ def measured(sizes: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def test_measures_every_part(measured: Path) -> None:
     record = json.loads(measured.read_text())
-    assert [one["label"] for one in record["contenders"]] == ["plain", PAIRS]
+    assert [one["label"] for one in record["variants"]] == ["plain", PAIRS]
     assert set(record["versions"]) >= {"vllm", "torch", "vllm_depthpar"}
     assert record["hardware"]["cores"] > 0
     for stage in record["stages"].values():
@@ -181,7 +181,7 @@ def test_other_settings_are_refused(
     assert measured.read_bytes() == before
 
 
-def test_two_ranks_one_contender_at_a_time(
+def test_two_ranks_one_variant_at_a_time(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
@@ -261,7 +261,7 @@ def test_bad_values_are_refused(
 def test_ratios_are_taken_within_a_round_and_above_1_is_faster(model: Path) -> None:
     settings = Settings(parts=("latency", "throughput"), batches=(4,))
     first, second = settings.loads()
-    chosen = contenders(str(model), ["identity", "plain"])
+    chosen = variants(str(model), ["identity", "plain"])
 
     def rounds(label: str, scale: float) -> dict[str, dict[str, float]]:
         return {
@@ -278,7 +278,7 @@ def test_ratios_are_taken_within_a_round_and_above_1_is_faster(model: Path) -> N
         {"plain": 0.1, "identity": 0.3},
     ]
     record: dict[str, Any] = {
-        "contenders": [asdict(one) for one in chosen],
+        "variants": [asdict(one) for one in chosen],
         "stages": {
             "engines": {
                 "rounds": [

@@ -72,7 +72,7 @@ time.sleep(600)
 
 @pytest.mark.parametrize(("start", "least"), [(SERVER, 1), (ENGINE, 3)], ids=["server", "engine"])
 def test_ends_with_a_killed_caller(start: str, least: int, tmp_path: Path) -> None:
-    """Even while it is stopped, as the contenders of a benchmark are that wait."""
+    """Even while it is stopped, as the variants of a benchmark are that wait."""
     model = models.write_llama(tmp_path / "model", layers=2)
     command = [sys.executable, "-c", CALLER.format(start=start), str(model)]
     env = {**os.environ, "TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}

@@ -23,10 +23,9 @@ from vllm_depthpar import hf
 from vllm_depthpar.checkpoint.config import fingerprint
 from vllm_depthpar.cli.main import main
 from vllm_depthpar.errors import UserError
-from vllm_depthpar.errors import UserError
 from vllm_depthpar.evaluate import lm_eval_tasks
 from vllm_depthpar.evaluate.lm_eval_model import ServedLM
-from vllm_depthpar.launch.variants import contenders
+from vllm_depthpar.launch.variants import variants
 
 PIQA = Path(__file__).parents[2] / "benchmarks" / "tasks" / "piqa.yaml"
 PLAN = '{"pair": [8, 28]}'
@@ -120,14 +119,14 @@ Answers = dict[str, list[tuple[tuple[Any, ...], Any]]]
 def runs(smollm2: Path, names: list[str]) -> dict[str, tuple[dict[str, Any], Answers]]:
     """For plain vLLM and for the plan: the report, and (arguments, answer) of every request."""
     found = {}
-    for contender in contenders(str(smollm2), ["plain", PLAN]):
+    for variant in variants(str(smollm2), ["plain", PLAN]):
         loaded = lm_eval_tasks.load_tasks(names)
-        report = lm_eval_tasks.run_tasks(str(smollm2), [contender], loaded, SETTINGS)
+        report = lm_eval_tasks.run_tasks(str(smollm2), [variant], loaded, SETTINGS)
         answers = {
             name: [(one.args, one.resps[0]) for one in task.instances]
             for name, task in loaded["tasks"].items()
         }
-        found[contender.label] = report, answers
+        found[variant.label] = report, answers
     return found
 
 
@@ -304,8 +303,8 @@ def test_without_lm_eval(smollm2: Path) -> None:
 def test_plain_of_a_ladder_checkpoint(tmp_path: Path) -> None:
     model = write_llama(tmp_path, layers=4, ladder_layers=2)
     with pytest.raises(UserError, match="vLLM itself can't serve a ladder"):
-        contenders(str(model), ["auto", "plain"])
-    (auto,) = contenders(str(model), ["auto"])
+        variants(str(model), ["auto", "plain"])
+    (auto,) = variants(str(model), ["auto"])
     assert auto.plan == "4 layers as 4 blocks (2 ladder)"
 
 

@@ -62,11 +62,11 @@ def summarize(record: Mapping[str, Any], loads: Iterable[Load]) -> dict[str, Any
     """Medians and spreads over the rounds of a record.
 
     Returns:
-        `baseline`: plain vLLM, or the first contender where it is not among them. `loads`: {load's
-        key: {contender: {figure: {"median", "min", "max", "speedup"}}}}; a speed-up has its own
+        `baseline`: plain vLLM, or the first variant where it is not among them. `loads`: {load's
+        key: {variant: {figure: {"median", "min", "max", "speedup"}}}}; a speed-up has its own
         median and spread, over ratios taken within a round, and is above 1 for what is faster.
     """
-    labels = [one["label"] for one in record["contenders"]]
+    labels = [one["label"] for one in record["variants"]]
     baseline = PLAIN if PLAIN in labels else labels[0]
     found: dict[str, Any] = {}
     for load in loads:
@@ -102,7 +102,7 @@ def markdown(record: Mapping[str, Any], loads: Sequence[Load]) -> str:
     """The report: what was compared, then for each part what was measured and the speed-ups.
 
     Args:
-        record: with its `summary`, and perhaps `predicted`: {load's key: {contender: speed-up of
+        record: with its `summary`, and perhaps `predicted`: {load's key: {variant: speed-up of
             decoding}}.
     """
     where = record["hardware"]
@@ -119,21 +119,21 @@ def markdown(record: Mapping[str, Any], loads: Sequence[Load]) -> str:
         f"{record['summary']['baseline']}; above 1 is faster.",
         f"{machine}. {versions}. {record['date']}, {record['seconds'] / 60:.0f} minutes.",
         f"    {record['command']}",
-        "## Contenders",
-        _contenders(record),
+        "## Variants",
+        _variants(record),
     ]
     for part in PARTS:
         of_part = [load for load in loads if load.part == part]
         if of_part:
             parts += [f"## {part.capitalize()}", _measured(record, part, of_part)]
-            if len(record["contenders"]) > 1:
+            if len(record["variants"]) > 1:
                 parts.append(_speedups(record, part, of_part))
     return "\n\n".join(parts) + "\n"
 
 
-def _contenders(record: Mapping[str, Any]) -> str:
+def _variants(record: Mapping[str, Any]) -> str:
     rows = []
-    for one in record["contenders"]:
+    for one in record["variants"]:
         for name, stage in record["stages"].items():
             label = one["label"]
             starts = [start for start in stage["starts"] if start["label"] == label]
@@ -179,7 +179,7 @@ def _measured(record: Mapping[str, Any], part: str, loads: Sequence[Load]) -> st
             ),
         ]
         for load in loads
-        for one in record["contenders"]
+        for one in record["variants"]
     ]
     return table(["prompt", "plan", *(figure.title for figure in FIGURES[part])], rows)
 

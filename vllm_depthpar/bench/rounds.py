@@ -11,11 +11,11 @@ from typing import Protocol, TypeVar
 T = TypeVar("T")
 
 
-def in_turn(contenders: Sequence[T], number: int) -> list[T]:
+def in_turn(variants: Sequence[T], number: int) -> list[T]:
     """The order of a round: A B C, B C A, ..., so that what changes meets them all; the rounds
     before 0, which are not counted, as round 0."""
-    first = max(number, 0) % len(contenders)
-    return [*contenders[first:], *contenders[:first]]
+    first = max(number, 0) % len(variants)
+    return [*variants[first:], *variants[:first]]
 
 
 class Pausable(Protocol):

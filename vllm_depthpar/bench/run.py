@@ -1,6 +1,6 @@
-"""Plans side by side on one machine: rounds in which every contender has its turn.
+"""Plans side by side on one machine: rounds in which every variant has its turn.
 
-The contenders of a stage are alive at once and run one at a time, or are started anew for each of
+The variants of a stage are alive at once and run one at a time, or are started anew for each of
 their turns. What was measured is written down after every round, and a later run goes on there.
 """
 
@@ -21,11 +21,11 @@ from vllm_depthpar.bench.stages import Engines, Running, Servers, Stage
 from vllm_depthpar.checkpoint.config import fingerprint, read_config
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.launch import hardware
-from vllm_depthpar.launch.variants import Contender
+from vllm_depthpar.launch.variants import Variant
 from vllm_depthpar.util import progress
 from vllm_depthpar.util.provenance import origin
 
-# {contender's label: {load's key: {figure: value}}}
+# {variant's label: {load's key: {figure: value}}}
 Round = dict[str, dict[str, dict[str, float]]]
 Doing = Callable[[str], AbstractContextManager[None]]
 
@@ -35,13 +35,13 @@ _GPU_SHARE = 0.9
 
 
 def open_record(
-    model: str, contenders: Sequence[Contender], settings: Settings, out: Path | None
+    model: str, variants: Sequence[Variant], settings: Settings, out: Path | None
 ) -> dict[str, Any]:
     """A record without rounds, or the one in the file `out` to go on with.
 
     Returns:
         JSON-ready: when, with what and on what; `settings`: everything that the figures depend on;
-        `contenders`; and of each stage `starts` and `rounds` (see `Round`).
+        `variants`; and of each stage `starts` and `rounds` (see `Round`).
 
     Raises:
         UserError: the file is no record, or one of other settings.
@@ -55,13 +55,13 @@ def open_record(
         "model": path.name if path.is_dir() else model,
         "settings": {
             "checkpoint": hashlib.sha256(fingerprint(model).encode()).hexdigest()[:16],
-            "plans": {one.label: one.digest for one in contenders},
+            "plans": {one.label: one.digest for one in variants},
             **chosen,
             **begun["versions"],
             "cpu": begun["cpu"],
             **found,
         },
-        "contenders": [asdict(one) for one in contenders],
+        "variants": [asdict(one) for one in variants],
         "seconds": 0.0,
         "stages": {stage: {"starts": [], "rounds": []} for stage in STAGES},
     }
@@ -84,7 +84,7 @@ def open_record(
 
 def run(
     model: str,
-    contenders: Sequence[Contender],
+    variants: Sequence[Variant],
     settings: Settings,
     rounds: int,
     record: dict[str, Any],
@@ -99,7 +99,7 @@ def run(
         UserError: vLLM did not start, or ended.
     """
     on_gpu = "gpus" in record["hardware"]
-    alive = 1 if settings.one_at_a_time else len(contenders)
+    alive = 1 if settings.one_at_a_time else len(variants)
     gpu_share = _GPU_SHARE / alive if on_gpu else None
     config = read_config(model)
     with progress.step_bar() as bar:
@@ -120,7 +120,7 @@ def run(
             missing = rounds - len(record["stages"][name]["rounds"])
             if loads and missing > 0:
                 work.append((name, loads, missing))
-        bar.update(task, total=sum(_steps(len(contenders), settings, *one[1:]) for one in work))
+        bar.update(task, total=sum(_steps(len(variants), settings, *one[1:]) for one in work))
         for name, loads, missing in work:
             known = record["stages"][name]
             setup = Setup(model, config, settings, loads, gpu_share)
@@ -132,7 +132,7 @@ def run(
                 with doing(f"starting {name}"):
                     stage = Engines(setup) if name == ENGINES else Servers(setup, stack)
                 starts = known["starts"]
-                played = play(stage, contenders, loads, numbers, starts, not on_gpu, doing)
+                played = play(stage, variants, loads, numbers, starts, not on_gpu, doing)
                 for found in stack.enter_context(closing(played)):
                     known["rounds"].append(found)
                     now = time.monotonic()
@@ -141,15 +141,15 @@ def run(
                     save()
 
 
-def _steps(contenders: int, settings: Settings, loads: Sequence[Load], rounds: int) -> int:
+def _steps(variants: int, settings: Settings, loads: Sequence[Load], rounds: int) -> int:
     if settings.one_at_a_time:
-        return 1 + contenders * rounds * (1 + 2 * len(loads))
-    return 1 + contenders * (1 + (1 + rounds) * len(loads))
+        return 1 + variants * rounds * (1 + 2 * len(loads))
+    return 1 + variants * (1 + (1 + rounds) * len(loads))
 
 
 def _at_once(
     stage: Stage,
-    contenders: Sequence[Contender],
+    variants: Sequence[Variant],
     loads: Sequence[Load],
     numbers: range,
     starts: list[dict[str, Any]],
@@ -163,7 +163,7 @@ def _at_once(
     """
     with ExitStack() as stack:
         running: list[tuple[str, Running]] = []
-        for one in contenders:
+        for one in variants:
             with doing(f"starting {one.label}"):
                 process, took = stage.start(one, stack)
             starts.append({"label": one.label, **took})
@@ -171,7 +171,7 @@ def _at_once(
             if alone:
                 pause(process)
         for number in (numbers.start - 1, *numbers):
-            found: Round = {one.label: {} for one in contenders}
+            found: Round = {one.label: {} for one in variants}
             for load in loads:
                 for label, process in in_turn(running, number):
                     running_alone = awake(process) if alone else nullcontext()
@@ -183,7 +183,7 @@ def _at_once(
 
 def _one_at_a_time(
     stage: Stage,
-    contenders: Sequence[Contender],
+    variants: Sequence[Variant],
     loads: Sequence[Load],
     numbers: range,
     starts: list[dict[str, Any]],
@@ -192,8 +192,8 @@ def _one_at_a_time(
 ) -> Generator[Round, None, None]:
     """The rounds of these numbers; what is started goes through the loads once before it counts."""
     for number in numbers:
-        found: Round = {one.label: {} for one in contenders}
-        for one in in_turn(contenders, number):
+        found: Round = {one.label: {} for one in variants}
+        for one in in_turn(variants, number):
             with ExitStack() as stack:
                 with doing(f"starting {one.label}"):
                     process, took = stage.start(one, stack)

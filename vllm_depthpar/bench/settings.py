@@ -10,12 +10,12 @@ from typing import Any
 from vllm_depthpar.bench.engine_load import BUDGET, most_tokens
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.launch.engine import flags_of
-from vllm_depthpar.launch.variants import Contender, check_tp
+from vllm_depthpar.launch.variants import Variant, check_tp
 from vllm_depthpar.plan import resolve
 from vllm_depthpar.plan.model_shape import ModelShape
 
 LATENCY, THROUGHPUT, SERVING = PARTS = ("latency", "throughput", "serving")
-# Latency and throughput share an engine for each contender; serving has a server for each.
+# Latency and throughput share an engine for each variant; serving has a server for each.
 ENGINES, SERVERS = STAGES = ("engines", "servers")
 # A sequence takes whole blocks of the KV cache, and layers of two widths pad it.
 _KV_SLACK = 1.5
@@ -56,7 +56,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured, and how vLLM is set up for it, alike for all contenders.
+    """What is measured, and how vLLM is set up for it, alike for all variants.
 
     Attributes:
         input_lens: prompt tokens of latency's and serving's requests.
@@ -81,7 +81,7 @@ class Settings:
     engine_args: tuple[str, ...] = ()
 
     def loads(self) -> list[Load]:
-        """What every contender goes through in each round."""
+        """What every variant goes through in each round."""
 
         def load(part: str, sizes: str, batch: int, tokens: int, rate: float = math.inf) -> Load:
             most = most_tokens(batch, tokens, self.output_len)
@@ -106,11 +106,11 @@ class Settings:
         return [one for one in found if one.part in self.parts]
 
 
-def check(settings: Settings, contenders: Sequence[Contender], config: dict[str, Any]) -> None:
+def check(settings: Settings, variants: Sequence[Variant], config: dict[str, Any]) -> None:
     """Raise UserError for what vLLM would refuse after a long start: a model that can't be cut
     into so many ranks, or sequences that are too long for it."""
     shape = ModelShape.from_config(config)
-    for one in contenders:
+    for one in variants:
         plan = resolve(one.spec or "identity", shape.layers)
         check_tp(one, plan, shape, settings.tp)
     longest = max(load.longest for load in settings.loads())
@@ -124,7 +124,7 @@ def check(settings: Settings, contenders: Sequence[Contender], config: dict[str,
 
 @dataclass(frozen=True)
 class Setup:
-    """How the contenders of a stage are set up.
+    """How the variants of a stage are set up.
 
     Attributes:
         model: folder or hub name.
@@ -139,8 +139,8 @@ class Setup:
     loads: Sequence[Load]
     gpu_share: float | None
 
-    def flags(self, contender: Contender) -> list[str]:
-        """With which vLLM serves a contender, as an engine or as a server."""
+    def flags(self, variant: Variant) -> list[str]:
+        """With which vLLM serves a variant, as an engine or as a server."""
         settings, loads = self.settings, self.loads
         longest = max(load.longest for load in loads)
         if loads[0].stage == SERVERS:
@@ -153,8 +153,8 @@ class Setup:
             "enforce_eager": settings.eager,
             "tensor_parallel_size": settings.tp,
             "max_model_len": longest,
-            # Not all memory, so that contenders fit side by side. On a CPU the environment has it.
-            "kv_cache_memory_bytes": self.gpu_share and self.kv_bytes(contender),
+            # Not all memory, so that variants fit side by side. On a CPU the environment has it.
+            "kv_cache_memory_bytes": self.gpu_share and self.kv_bytes(variant),
             "gpu_memory_utilization": self.gpu_share,
             "no_enable_prefix_caching": True,
             "seed": 0,
@@ -164,12 +164,12 @@ class Setup:
             tokens = max(load.batch * load.prompt_tokens for load in loads)
             options["max_num_seqs"] = most
             options["max_num_batched_tokens"] = max(most, min(tokens, BUDGET))
-        return [*contender.flags, *flags_of(options), *settings.engine_args]
+        return [*variant.flags, *flags_of(options), *settings.engine_args]
 
-    def kv_bytes(self, contender: Contender) -> int:
+    def kv_bytes(self, variant: Variant) -> int:
         """KV cache on one rank for all sequences of the largest load at once."""
         shape = ModelShape.from_config(self.config)
-        plan = resolve(contender.spec or "identity", shape.layers)
+        plan = resolve(variant.spec or "identity", shape.layers)
         of_token = shape.kv_bytes_per_token(plan, self.settings.tp) / shape.dtype_bytes
         width = _BYTES.get(self.settings.dtype, shape.dtype_bytes)
         tokens = max(load.batch * (load.longest + _KV_BLOCKS) for load in self.loads)

@@ -1,4 +1,4 @@
-"""Contenders at work: how one is started, as an engine or as a server, and put under load."""
+"""Variants at work: how one is started, as an engine or as a server, and put under load."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vllm_depthpar.bench.settings import LATENCY, Load, Setup
 from vllm_depthpar.launch import hardware
 from vllm_depthpar.launch.engine import Worker
 from vllm_depthpar.launch.server import Server
-from vllm_depthpar.launch.variants import Contender
+from vllm_depthpar.launch.variants import Variant
 
 # A large model is read and compiled before its server answers.
 START_SECONDS = 1800
@@ -27,7 +27,7 @@ _WEIGHTS = re.compile(r"Loading weights took ([0-9.]+) seconds")
 
 
 class Running(Pausable, Protocol):
-    """The processes of a contender."""
+    """The processes of a variant."""
 
     process: Any
 
@@ -39,9 +39,9 @@ class Running(Pausable, Protocol):
 
 
 class Stage(Protocol):
-    """One way to run contenders."""
+    """One way to run variants."""
 
-    def start(self, contender: Contender, stack: ExitStack) -> tuple[Running, dict[str, Any]]:
+    def start(self, variant: Variant, stack: ExitStack) -> tuple[Running, dict[str, Any]]:
         """Start one until it is ready; `stack` stops it. Also what the start took: `started`."""
 
     def measure(self, running: Any, load: Load, seed: int) -> dict[str, float]:
@@ -49,7 +49,7 @@ class Stage(Protocol):
 
 
 def started(running: Running, wait: Callable[[], object]) -> dict[str, Any]:
-    """Wait until a contender is ready.
+    """Wait until a variant is ready.
 
     Returns:
         seconds: from now on. weights_seconds: of reading weights, on the slowest rank; None where
@@ -72,11 +72,11 @@ class Engines:
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
 
-    def start(self, contender: Contender, stack: ExitStack) -> tuple[Worker, dict[str, Any]]:
+    def start(self, variant: Variant, stack: ExitStack) -> tuple[Worker, dict[str, Any]]:
         """See `Stage`."""
         setup = self._setup
-        flags, env = setup.flags(contender), _environment(setup, contender)
-        engine = Worker(contender.label, engine_load.serve, setup.model, flags, env=env)
+        flags, env = setup.flags(variant), _environment(setup, variant)
+        engine = Worker(variant.label, engine_load.serve, setup.model, flags, env=env)
         stack.callback(engine.stop)
         return engine, started(engine, engine.receive)
 
@@ -125,10 +125,10 @@ class Servers:
         stack.callback(self._client.stop)
         self._client.receive()
 
-    def start(self, contender: Contender, stack: ExitStack) -> tuple[Server, dict[str, Any]]:
+    def start(self, variant: Variant, stack: ExitStack) -> tuple[Server, dict[str, Any]]:
         """See `Stage`."""
         setup = self._setup
-        flags, env = setup.flags(contender), _environment(setup, contender)
+        flags, env = setup.flags(variant), _environment(setup, variant)
         server = Server(setup.model, *flags, *self._more, env=env)
 
         def end(error: type[BaseException] | None, *_: object) -> None:
@@ -156,8 +156,8 @@ class Servers:
         return found
 
 
-def _environment(setup: Setup, contender: Contender) -> dict[str, str]:
+def _environment(setup: Setup, variant: Variant) -> dict[str, str]:
     env = hardware.environment(setup.settings.tp, setup.gpu_share is not None)
     if (space := "VLLM_CPU_KVCACHE_SPACE") not in os.environ:
-        env[space] = str(math.ceil(setup.kv_bytes(contender) / 2**30))
-    return {**env, **contender.env}
+        env[space] = str(math.ceil(setup.kv_bytes(variant) / 2**30))
+    return {**env, **variant.env}

@@ -17,7 +17,7 @@ from vllm_depthpar.bench.settings import PARTS, THROUGHPUT, Load, Settings, chec
 from vllm_depthpar.checkpoint.config import read_config
 from vllm_depthpar.cli.types import DTYPES, MODEL_HELP, PLAN_HELP, at_least, engine_flags
 from vllm_depthpar.errors import UserError
-from vllm_depthpar.launch.variants import Contender, contenders, usual
+from vllm_depthpar.launch.variants import Variant, usual, variants
 from vllm_depthpar.plan import resolve
 from vllm_depthpar.plan.model_shape import ModelShape
 from vllm_depthpar.predict import machines
@@ -101,7 +101,7 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--one-at-a-time",
         action="store_true",
-        help="start each contender for each of its turns: for memory that does not hold all",
+        help="start each variant for each of its turns: for memory that does not hold all",
     )
     parser.add_argument(
         "--out",
@@ -116,7 +116,7 @@ def add(commands: Any) -> None:
 
 def _run(args: argparse.Namespace) -> str:
     config = read_config(args.model)
-    chosen = contenders(args.model, args.plans or usual(config), "--plans")
+    chosen = variants(args.model, args.plans or usual(config), "--plans")
     settings = _settings(args)
     check(settings, chosen, config)
     if args.out and args.out.suffix != ".json":
@@ -153,9 +153,9 @@ def _settings(args: argparse.Namespace) -> Settings:
 
 
 def _predicted(
-    chosen: Sequence[Contender], settings: Settings, config: dict[str, Any], on_gpu: bool
+    chosen: Sequence[Variant], settings: Settings, config: dict[str, Any], on_gpu: bool
 ) -> dict[str, dict[str, float]]:
-    """{load's key: {contender: speed-up of decoding over plain vLLM}} as `depthpar predict` has it,
+    """{load's key: {variant: speed-up of decoding over plain vLLM}} as `depthpar predict` has it,
     if this machine was measured for it; between GPUs it would have to know the link."""
     try:
         device = machines.device_named(machines.THIS)

@@ -14,7 +14,7 @@ from vllm_depthpar.cli.quality_table import quality_table
 from vllm_depthpar.cli.types import DTYPES, MODEL_HELP, PLAN_HELP, at_least
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.evaluate import lm_eval_tasks
-from vllm_depthpar.launch.variants import Contender, contenders, usual
+from vllm_depthpar.launch.variants import Variant, usual, variants
 from vllm_depthpar.plan.model_shape import ModelShape
 from vllm_depthpar.util import files
 from vllm_depthpar.util.provenance import origin
@@ -80,10 +80,8 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace) -> str:
     if not args.tasks and not args.text:
-        raise UserError(
-            "nothing to measure; allowed: --text FILE ..., --tasks NAME ..."
-        )
-    plans = contenders(args.model, args.plan or usual(read_config(args.model)))
+        raise UserError("nothing to measure; allowed: --text FILE ..., --tasks NAME ...")
+    plans = variants(args.model, args.plan or usual(read_config(args.model)))
     loaded = lm_eval_tasks.load_tasks(args.tasks) if args.tasks else {}
     task_settings = _task_settings(args)
     report: dict[str, Any] = {}
@@ -99,7 +97,7 @@ def _run(args: argparse.Namespace) -> str:
     return "\n\n".join(shown)
 
 
-def measure_texts(args: argparse.Namespace, plans: Sequence[Contender]) -> dict[str, Any]:
+def measure_texts(args: argparse.Namespace, plans: Sequence[Variant]) -> dict[str, Any]:
     """The texts' report, JSON-ready: what was measured with what, and for each plan and text the
     perplexity and the KL divergence from the unmodified model, nats per token."""
     from vllm_depthpar.evaluate import suite

@@ -28,7 +28,7 @@ from vllm_depthpar import __version__
 from vllm_depthpar.checkpoint.config import fingerprint
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.launch.server import Server, serve
-from vllm_depthpar.launch.variants import Contender
+from vllm_depthpar.launch.variants import Variant
 from vllm_depthpar.util import files
 from vllm_depthpar.util.markdown import table
 from vllm_depthpar.util.provenance import origin
@@ -111,7 +111,7 @@ def load_tasks(names: Sequence[str]) -> dict[str, Any]:
 
 def run_tasks(
     model: str,
-    contenders: Iterable[Contender],
+    variants: Iterable[Variant],
     tasks: Mapping[str, Any],
     settings: Settings,
     cache: Path | None = None,
@@ -123,7 +123,7 @@ def run_tasks(
 
     Args:
         model: folder or hub name.
-        contenders: see `vllm_depthpar.launch.variants`.
+        variants: see `vllm_depthpar.launch.variants`.
         tasks: what `load_tasks` gave.
         settings: the same for all plans.
         cache: folder for the answers, by default `eval` in `files.cache_folder()`.
@@ -136,16 +136,16 @@ def run_tasks(
         UserError: the checkpoint has no tokenizer, a server does not start, or stops answering.
     """
     cache = cache or files.cache_folder() / "eval"
-    chosen = list(contenders)
+    chosen = list(variants)
     rows, described = [], {}
-    for number, contender in enumerate(chosen, 1):
-        _say(f"[{number}/{len(chosen)}] {contender.label}: {contender.plan}")
+    for number, variant in enumerate(chosen, 1):
+        _say(f"[{number}/{len(chosen)}] {variant.label}: {variant.plan}")
         started = time.monotonic()
-        found, asked = _evaluate(model, contender, tasks, settings, cache)
+        found, asked = _evaluate(model, variant, tasks, settings, cache)
         described = _describe(found)
         rows.append(
             {
-                **asdict(contender),
+                **asdict(variant),
                 "requests_asked": asked,
                 "seconds": round(time.monotonic() - started, 1),
                 "results": {name: _metrics(found["results"][name]) for name in described},
@@ -191,7 +191,7 @@ def check_server_args(arguments: Sequence[str]) -> tuple[str, ...]:
 
 
 def _evaluate(
-    model: str, contender: Contender, tasks: Mapping[str, Any], settings: Settings, cache: Path
+    model: str, variant: Variant, tasks: Mapping[str, Any], settings: Settings, cache: Path
 ) -> tuple[dict[str, Any], int]:
     """What lm-eval found, and how many requests a server was asked."""
     import aiohttp
@@ -207,12 +207,12 @@ def _evaluate(
     _prepare(tasks, settings)
     random.seed(settings.seed)
     numpy.random.seed(settings.seed)
-    answers = cache / f"{_cache_key(model, contender, settings)}.sqlite"
+    answers = cache / f"{_cache_key(model, variant, settings)}.sqlite"
     with contextlib.ExitStack() as stack:
         # Tasks print.
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         try:
-            lm = ServedLM(lambda: _start(stack, model, contender, settings), model, settings.seed)
+            lm = ServedLM(lambda: _start(stack, model, variant, settings), model, settings.seed)
         except (OSError, ValueError) as error:
             raise UserError(f"no tokenizer in {model!r} ({type(error).__name__})") from error
         caching = CachingLM(lm, str(answers))
@@ -222,21 +222,19 @@ def _evaluate(
         except (aiohttp.ClientError, TimeoutError) as error:
             assert lm.server is not None
             raise UserError(
-                f"no answer from the server of plan {contender.label} ({type(error).__name__}: "
+                f"no answer from the server of plan {variant.label} ({type(error).__name__}: "
                 f"{error}); the answers so far are kept; its log is {lm.server.log}"
             ) from error
     return dict(found), lm.asked
 
 
-def _start(
-    stack: contextlib.ExitStack, model: str, contender: Contender, settings: Settings
-) -> Server:
-    flags = [*settings.server_args, *contender.flags, "--seed", str(settings.seed)]
+def _start(stack: contextlib.ExitStack, model: str, variant: Variant, settings: Settings) -> Server:
+    flags = [*settings.server_args, *variant.flags, "--seed", str(settings.seed)]
     _say("starting vllm serve ...")
     try:
-        return stack.enter_context(serve(model, *flags, env=contender.env, timeout=START_SECONDS))
+        return stack.enter_context(serve(model, *flags, env=variant.env, timeout=START_SECONDS))
     except RuntimeError as error:
-        raise UserError(f"plan {contender.label}: {error}") from error
+        raise UserError(f"plan {variant.label}: {error}") from error
 
 
 def _prepare(tasks: Mapping[str, Any], settings: Settings) -> None:
@@ -248,10 +246,10 @@ def _prepare(tasks: Mapping[str, Any], settings: Settings) -> None:
         task.set_fewshot_seed(seed=settings.seed)
 
 
-def _cache_key(model: str, contender: Contender, settings: Settings) -> str:
+def _cache_key(model: str, variant: Variant, settings: Settings) -> str:
     """Names the answers that can stand for each other. Their prompts are lm-eval's part."""
     versions = [metadata.version(name) for name in ("lm_eval", "vllm", "transformers")]
-    parts = [__version__, *versions, fingerprint(model), contender.digest, *settings.server_args]
+    parts = [__version__, *versions, fingerprint(model), variant.digest, *settings.server_args]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
 

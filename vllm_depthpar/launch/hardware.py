@@ -37,7 +37,7 @@ def facts() -> dict[str, Any]:
 
 
 def environment(tp: int, on_gpu: bool) -> dict[str, str]:
-    """What vLLM's processes get, for all contenders alike; what the environment has already wins.
+    """What vLLM's processes get, for all variants alike; what the environment has already wins.
 
     On a CPU the ranks share the cores evenly; one rank's threads are not bound to cores.
     """

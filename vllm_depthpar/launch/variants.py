@@ -20,7 +20,7 @@ CARRIED = "carried"
 
 
 @dataclass(frozen=True)
-class Contender:
+class Variant:
     """One row of a comparison.
 
     Attributes:
@@ -56,7 +56,7 @@ def usual(config: Mapping[str, Any]) -> list[str]:
     return ["auto"] if ladder_of(config) else [PLAIN, "auto"]
 
 
-def contenders(model: str, labels: Iterable[str], option: str = "--plan") -> list[Contender]:
+def variants(model: str, labels: Iterable[str], option: str = "--plan") -> list[Variant]:
     """The plans that `labels` mean for the checkpoint `model`, each label once.
 
     Args:
@@ -76,19 +76,19 @@ def contenders(model: str, labels: Iterable[str], option: str = "--plan") -> lis
                 raise UserError(f"{option} 'carried': {model} carries no plan; allowed: a plan")
             spec = None if label == CARRIED else plan.load(label)
             chosen, _ = precedence.choose(config, spec, override_name=option)
-            found.append(Contender(label, chosen.name, chosen.to_spec(), chosen.digest))
+            found.append(Variant(label, chosen.name, chosen.to_spec(), chosen.digest))
         elif PLAIN not in usual(config):
             raise UserError(
                 f"{option} 'plain': vLLM itself can't serve a ladder checkpoint, or one that "
                 "carries a plan; allowed: a plan, 'auto' or 'identity'"
             )
         else:
-            found.append(Contender(PLAIN))
+            found.append(Variant(PLAIN))
     return found
 
 
-def check_tp(one: Contender, meant: Plan, shape: ModelShape, tp: int) -> None:
-    """Refuse a tensor-parallel size that a contender can't be cut into.
+def check_tp(one: Variant, meant: Plan, shape: ModelShape, tp: int) -> None:
+    """Refuse a tensor-parallel size that a variant can't be cut into.
 
     Args:
         meant: the plan that `one` means.

@@ -52,22 +52,22 @@ def bars(
     """Speed-ups as bars with their spread, a panel for each thing that was measured: a PNG.
 
     Args:
-        panels: {panel: {group of bars: {contender: its "median", "min" and "max"}}}.
-        baseline: the contender that is 1 everywhere, and has no bar.
+        panels: {panel: {group of bars: {variant: its "median", "min" and "max"}}}.
+        baseline: the variant that is 1 everywhere, and has no bar.
     """
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(5.2 * columns, 3.6 * rows), layout="constrained")
     for place, (name, groups) in enumerate(panels.items(), start=1):
         axis = figure.add_subplot(rows, columns, place)
-        contenders = [label for label in next(iter(groups.values())) if label != baseline]
-        width = 0.8 / len(contenders)
-        for at, label in enumerate(contenders):
+        variants = [label for label in next(iter(groups.values())) if label != baseline]
+        width = 0.8 / len(variants)
+        for at, label in enumerate(variants):
             found = [group[label] for group in groups.values()]
             medians = np.array([one["median"] for one in found])
             low, high = (np.array([one[end] for one in found]) for end in ("min", "max"))
             axis.bar(
-                np.arange(len(found)) + (at - (len(contenders) - 1) / 2) * width,
+                np.arange(len(found)) + (at - (len(variants) - 1) / 2) * width,
                 medians,
                 width,
                 yerr=(medians - low, high - medians),

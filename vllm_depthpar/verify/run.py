@@ -19,7 +19,7 @@ from vllm_depthpar.checkpoint.config import folder, read_config
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.launch import hardware
 from vllm_depthpar.launch.engine import EngineError, Worker, flags_of, make_engine
-from vllm_depthpar.launch.variants import PLAIN, Contender, check_tp, contenders, usual
+from vllm_depthpar.launch.variants import PLAIN, Variant, check_tp, usual, variants
 from vllm_depthpar.plan import Plan, resolve
 from vllm_depthpar.plan.model_shape import ModelShape
 from vllm_depthpar.plan.precedence import ENV, choose
@@ -49,9 +49,9 @@ class Settings:
 
 @dataclass(frozen=True)
 class Entry:
-    """One that is served: a contender, the plan that it means, and its tensor-parallel size."""
+    """One that is served: a variant, the plan that it means, and its tensor-parallel size."""
 
-    contender: Contender
+    variant: Variant
     plan: Plan
     tp: int
 
@@ -86,11 +86,11 @@ def verify(model: str, labels: Sequence[str], settings: Settings) -> dict[str, A
         task = bar.add_task("", total=3 * len(entries))
         # All of them before the first reference, which would keep a GPU's memory from them.
         for entry in entries:
-            bar.update(task, description=f"vLLM: {entry.contender.label}")
+            bar.update(task, description=f"vLLM: {entry.variant.label}")
             served.append(_serve(model, config, entry, settings, prompts, on_gpu))
             bar.advance(task)
         for entry, one in zip(entries, served, strict=True):
-            bar.update(task, description=f"transformers: {entry.contender.label}")
+            bar.update(task, description=f"transformers: {entry.variant.label}")
             texts = [answer.text for answer in one.answers]
             exact, in_bf16 = (
                 reference.score(entry.plan, texts, dtype, lambda share: bar.advance(task, share))
@@ -108,7 +108,7 @@ def verify(model: str, labels: Sequence[str], settings: Settings) -> dict[str, A
         "generated_tokens": sum(len(answer.generated) for answer in served[0].answers),
         "rows": [
             {
-                **asdict(entry.contender),
+                **asdict(entry.variant),
                 "blocks": entry.plan.depth,
                 "tp": entry.tp,
                 "dtype": one.dtype,
@@ -133,15 +133,15 @@ def _entries(model: str, config: Mapping[str, Any], labels: Sequence[str], tp: i
     if PLAIN in labels:
         raise UserError("--plan 'plain' is every plan's control; allowed: other plans")
     labels = labels or [label for label in usual(config) if label != PLAIN]
-    plans = contenders(model, labels, option)
+    plans = variants(model, labels, option)
     shape = ModelShape.from_config(config)
     if PLAIN in usual(config):
-        control, alone = Contender(PLAIN), resolve("identity", shape.layers)
+        control, alone = Variant(PLAIN), resolve("identity", shape.layers)
     else:
         kept = choose(config)[0].kept
         alone = resolve({"blocks": [[layer] for layer in kept]}, shape.layers)
         spec = {**alone.to_spec(), "ladder": []}
-        control = Contender("every layer alone", alone.name, spec, alone.digest)
+        control = Variant("every layer alone", alone.name, spec, alone.digest)
     entries = [Entry(control, alone, max(shape.fitting_tps(alone, tp)))]
     for one in plans:
         plan = resolve(one.spec, shape.layers)
@@ -178,7 +178,7 @@ def _serve(
     Raises:
         UserError: it did not answer.
     """
-    one = entry.contender
+    one = entry.variant
     options = {
         "dtype": settings.dtype,
         "enforce_eager": settings.eager,
