@@ -34,10 +34,9 @@ from typing import Any
 import common
 from two_hosts import Link, NotPossible, TwoHosts, exit_on_sigterm
 
-from vllm_depthpar import plan
 from vllm_depthpar.bench.rounds import awake, in_turn, pause, summary, written
 from vllm_depthpar.checkpoint import bundled
-from vllm_depthpar.plan import model_shape
+from vllm_depthpar.plan import Plan, model_shape, resolve
 from vllm_depthpar.util.progress import step_bar
 
 HERE = Path(__file__).parent
@@ -84,7 +83,7 @@ class Variant:
     """One deployment of two ranks: a process for each host that has any."""
 
     label: str
-    plan: plan.Plan
+    plan: Plan
     spec: object  # None: vLLM's own model
     port: int
     processes: list[subprocess.Popen[bytes]]
@@ -256,12 +255,12 @@ def figures(load: str, label: str, speeds: dict[str, dict[str, list[float]]]) ->
     }
 
 
-def variants(model: Path, labels: list[str], layers: int) -> list[tuple[str, plan.Plan, object]]:
+def variants(model: Path, labels: list[str], layers: int) -> list[tuple[str, Plan, object]]:
     """(label, plan, spec) of plain vLLM, of it without communication, and of the plans."""
     plain, *others = common.variants(str(model), labels)
     without = replace(plain, label=NONE)
     return [
-        (one.label, plan.resolve(one.spec or "identity", layers), one.spec)
+        (one.label, resolve(one.spec or "identity", layers), one.spec)
         for one in (plain, without, *others)
     ]
 
@@ -282,7 +281,7 @@ def launch(
     folder: Path,
     model: Path,
     label: str,
-    resolved: plan.Plan,
+    resolved: Plan,
     spec: object,
     number: int,
 ) -> Variant:

@@ -29,8 +29,7 @@ import common
 import shapes
 from fitting import fit
 
-from vllm_depthpar import plan as plans
-from vllm_depthpar.plan import resolve
+from vllm_depthpar.plan import read_spec, resolve
 from vllm_depthpar.plan.auto import auto_spec
 from vllm_depthpar.plan.model_shape import ModelShape
 from vllm_depthpar.predict.cost_model import step_time
@@ -253,7 +252,7 @@ def one_host() -> list[Prediction]:
     plain, *given = report["variants"]
 
     specs: dict[str, object] = {common.PLAIN: "identity", "auto": auto_spec(shape)[0]}
-    specs |= {one["label"]: plans.load(one["label"]) for one in given if one["label"] != "auto"}
+    specs |= {one["label"]: read_spec(one["label"]) for one in given if one["label"] != "auto"}
 
     def speedup_of(one: dict[str, Any], batch: str) -> float:
         return float(one["batches"][batch]["ratio_to_plain"]["median"])

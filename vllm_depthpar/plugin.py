@@ -1,5 +1,43 @@
 """vLLM's entry point into this package (group `vllm.general_plugins`)."""
 
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub.errors import (
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from packaging.specifiers import SpecifierSet
+from packaging.version import InvalidVersion, Version
+from pydantic import ValidationError
+
+from vllm_depthpar import __version__
+from vllm_depthpar.errors import UserError
+from vllm_depthpar.model import last_words
+from vllm_depthpar.plan import ladder_checkpoint
+from vllm_depthpar.plan.families import FAMILIES
+from vllm_depthpar.plan.precedence import ARCHITECTURE, OLD_ARCHITECTURE
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig
+
+# The versions that `vllm_compat` was checked on.
+SUPPORTED = SpecifierSet(">=0.32,<0.34")
+
+MODEL_IMPL = "depthpar"
+# What a config.json may name to be served with a plan.
+ARCHITECTURES = (
+    *dict.fromkeys(name for family in FAMILIES.values() for name in family.architectures),
+    ARCHITECTURE,
+    OLD_ARCHITECTURE,
+)
+
 
 def register() -> None:
     """Register the plugin. vLLM calls this in every one of its processes, perhaps repeatedly.
@@ -9,7 +47,105 @@ def register() -> None:
     """
     from vllm.version import __version__ as vllm_version
 
+    check_version(vllm_version)  # before anything of ours asks for what another may not have
+    install()
+
+
+def check_version(version: str) -> None:
+    """Refuse a vLLM that this package was not checked on.
+
+    Raises:
+        UserError: `version` is outside `SUPPORTED`.
+    """
+    try:
+        supported = SUPPORTED.contains(Version(Version(version).base_version))
+    except InvalidVersion:  # a source tree without its version
+        supported = False
+    if not supported:
+        raise UserError(
+            f"vllm-depthpar {__version__} does not work with vllm {version}; allowed: vllm "
+            f"{SUPPORTED}, or VLLM_PLUGINS without 'depthpar' to run vllm alone"
+        )
+
+
+def install() -> None:
+    """Teach this process's vLLM the architecture and `--model-impl depthpar`. Idempotent."""
     from vllm_depthpar import vllm_compat
 
-    vllm_compat.check_version(vllm_version)
-    vllm_compat.install()
+    if vllm_compat.is_registered(ARCHITECTURE):
+        return
+    # Each takes its place in vLLM where it is defined.
+    from vllm_depthpar.checkpoint import ladder_config
+    from vllm_depthpar.metrics import mfu  # noqa: F401
+    from vllm_depthpar.model.config import DepthParConfig
+
+    for name in (ARCHITECTURE, OLD_ARCHITECTURE):
+        vllm_compat.register(name, f"vllm_depthpar.model.causal_lm:{ARCHITECTURE}", DepthParConfig)
+    ladder_config.register()
+    vllm_compat.let_select_architectures(architectures_of)
+    sys.excepthook = _one_line(sys.excepthook)
+
+
+def architectures_of(architectures: Sequence[str], model_config: ModelConfig) -> Sequence[str]:
+    """Select our class for `--model-impl depthpar`, and for checkpoints trained as a ladder.
+
+    Relies on: `ModelConfig.model_impl` accepts any string.
+
+    Args:
+        architectures: as config.json names them.
+
+    Raises:
+        UserError: they are none that can be restructured.
+    """
+    ladder = model_config.hf_config.model_type == ladder_checkpoint.MODEL_TYPE
+    if model_config.model_impl != MODEL_IMPL and not ladder:
+        return architectures
+    if not any(name in ARCHITECTURES for name in architectures):
+        raise UserError(
+            f"--model-impl {MODEL_IMPL} can't serve the architecture {', '.join(architectures)}; "
+            f"allowed: {', '.join(ARCHITECTURES)}"
+        )
+    return [ARCHITECTURE]
+
+
+ExceptHook = Callable[[type[BaseException], BaseException, TracebackType | None], Any]
+
+
+def _one_line(previous: ExceptHook) -> ExceptHook:
+    """End a program with one line where the user, not the program, is to mend something."""
+
+    def hook(
+        kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+    ) -> None:
+        message = _explain(error)
+        if message is None:
+            previous(kind, error, traceback)
+        else:
+            print(f"depthpar: error: {message}", file=sys.stderr)
+
+    return hook
+
+
+def _explain(error: BaseException) -> str | None:
+    """One line for an error that wrong input caused; None for any other.
+
+    vLLM's own checks of the same command line (model, port, options) are reported likewise when
+    the command asks for this plugin; plain vLLM keeps its own reports.
+    """
+    if isinstance(error, UserError):
+        return str(error)
+    if (words := last_words.found()) is not None:
+        return words
+    if f"--model-impl {MODEL_IMPL}" not in " ".join(sys.argv).replace("=", " "):
+        return None
+    if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+        return "the port is taken by another program; allowed: a free one with --port"
+    if isinstance(error, HFValidationError | RepositoryNotFoundError | LocalEntryNotFoundError):
+        return (
+            "no such model; allowed: a checkpoint's folder, or a model of the hub that is cached "
+            "or can be downloaded"
+        )
+    if isinstance(error, ValidationError):
+        causes = [str(cause["msg"]).strip().splitlines()[0] for cause in error.errors()]
+        return "; ".join(dict.fromkeys(causes))
+    return None

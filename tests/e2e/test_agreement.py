@@ -19,7 +19,7 @@ from models import write_llama
 
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.launch.server import Server, free_port
-from vllm_depthpar.model.agreement import check_agreement
+from vllm_depthpar.model.agreement import compare
 from vllm_depthpar.plan import resolve
 
 LAYERS = 6
@@ -30,12 +30,12 @@ def digest(spec: Any) -> str:
     return resolve(spec, LAYERS).digest
 
 
-def compare(rank: int, port: int, specs: list[Any], answer: Path) -> None:
+def compare_as_rank(rank: int, port: int, specs: list[Any], answer: Path) -> None:
     store = dist.TCPStore("127.0.0.1", port, len(specs), rank == 0, timedelta(seconds=30))
     dist.init_process_group("gloo", rank=rank, world_size=len(specs), store=store)
     try:
         source = f"source {rank}"
-        check_agreement(resolve(specs[rank], LAYERS), source, dist.group.WORLD)
+        compare(resolve(specs[rank], LAYERS), source, dist.group.WORLD)
         answer.write_text("")
     except UserError as error:
         answer.write_text(str(error))
@@ -55,7 +55,8 @@ def compare(rank: int, port: int, specs: list[Any], answer: Path) -> None:
 def test_ranks(specs: list[Any], words: list[str] | None, tmp_path: Path) -> None:
     port, answers = free_port(), [tmp_path / str(rank) for rank in range(len(specs))]
     processes = [
-        start_process(compare, rank, port, specs, answer) for rank, answer in enumerate(answers)
+        start_process(compare_as_rank, rank, port, specs, answer)
+        for rank, answer in enumerate(answers)
     ]
     for process in processes:
         process.join(60)

@@ -14,13 +14,14 @@ from safetensors.torch import load_file, save_file
 from texts import TEXTS
 from transformers import AutoTokenizer
 
-from vllm_depthpar import hf, vllm_compat
+from vllm_depthpar import hf
 from vllm_depthpar.checkpoint import export
 from vllm_depthpar.checkpoint.config import read_tensors
 from vllm_depthpar.checkpoint.tensors import split_name
 from vllm_depthpar.cli.main import main
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.plan import resolve
+from vllm_depthpar.plan.precedence import ARCHITECTURE
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -55,7 +56,7 @@ def exported(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 def test_folder(model: Path, exported: dict[str, Path], plan: str) -> None:
     folder, resolved = exported[plan], resolve(PLANS[plan], LAYERS)
     config = json.loads((folder / "config.json").read_text())
-    assert config["architectures"] == [vllm_compat.ARCHITECTURE] == [export.ARCHITECTURE]
+    assert config["architectures"] == [ARCHITECTURE] == [export.ARCHITECTURE]
     assert resolve(config["depthpar"], LAYERS) == resolved
     original = load_file(model / "model.safetensors")
     found = load_file(folder / "model.safetensors")

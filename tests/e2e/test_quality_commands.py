@@ -12,9 +12,9 @@ from fork_server import forked_engines
 from models import write_llama, write_tokenizer
 from transformers import AutoTokenizer
 
-from vllm_depthpar import hf, plan
+from vllm_depthpar import hf
 from vllm_depthpar.cli.main import main
-from vllm_depthpar.plan import resolve
+from vllm_depthpar.plan import read_spec, resolve
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -113,7 +113,7 @@ def test_search_for_a_depth(
     out = tmp_path / "plan.json"
     calibration = ["--text", text, "--own-text", 0, "--window", 64, "--tokens", 504]
     run("search", model, "--depth", 6, *calibration, "--rounds", 3, "--out", out)
-    found = resolve(plan.load(str(out)), LAYERS)
+    found = resolve(read_spec(str(out)), LAYERS)
     assert found.depth == 6
     printed = capsys.readouterr().out
     assert found.name in printed
@@ -153,7 +153,7 @@ def test_search_for_a_loss(model: Path, text: Path, tmp_path: Path) -> None:
         one["depth"] for one in report["front"] if one["quality"]["passages"]["perplexity"] <= limit
     ]
     assert report["plan"]["depth"] == min(kept)
-    assert resolve(plan.load(str(out)), LAYERS).depth == min(kept)
+    assert resolve(read_spec(str(out)), LAYERS).depth == min(kept)
     # Shorter ones were tried, unless there are none.
     assert min(one["depth"] for one in report["measured"]) < min(kept) or min(kept) == 4
 

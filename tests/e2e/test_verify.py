@@ -79,16 +79,16 @@ def test_right_models_pass(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 def broken_ask(connection: Connection, model: str, flags: list[str], *more: Any) -> None:
     """As `verify.run.ask`, but in ladder blocks a twentieth of the MLP's term is lost."""
-    from vllm_depthpar.model.causal_lm import BlockDecoderLayer
+    from vllm_depthpar.model.blocks import BlockDecoderLayer
 
-    join = BlockDecoderLayer.join
+    take_over = BlockDecoderLayer.take_over_all_reduces
 
-    def broken_join(self: BlockDecoderLayer, ladder: bool, before_ladder: bool) -> None:
-        join(self, ladder, before_ladder)
+    def break_too(self: BlockDecoderLayer, ladder: bool, before_ladder: bool) -> None:
+        take_over(self, ladder, before_ladder)
         if ladder:
             self.mlp.register_forward_hook(lambda _module, _inputs, term: 0.95 * term)
 
-    BlockDecoderLayer.join = broken_join  # type: ignore[method-assign]
+    BlockDecoderLayer.take_over_all_reduces = break_too  # type: ignore[method-assign]
     ask(connection, model, flags, *more)
 
 

@@ -33,7 +33,7 @@ def _session(llm: LLM, buckets: Iterable[Weights]) -> None:
         initialize_layerwise_reload,
     )
 
-    from vllm_depthpar.model.causal_lm import WideDecoderLayer
+    from vllm_depthpar.model.wide_block import WideDecoderLayer
 
     model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
     wide = all(isinstance(layer, WideDecoderLayer) for layer in model.model.layers)

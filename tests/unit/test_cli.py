@@ -12,9 +12,8 @@ import pytest
 import torch
 from models import write_llama
 
-from vllm_depthpar import plan as plans
 from vllm_depthpar.cli.main import main
-from vllm_depthpar.plan import precedence
+from vllm_depthpar.plan import json_schema, precedence, resolve
 from vllm_depthpar.plan.model_shape import ModelShape
 
 
@@ -71,7 +70,7 @@ def test_show_json_counts_bytes(model: Path, capsys: pytest.CaptureFixture[str])
     assert facts["weight_bytes_per_rank"]["after"] == files - header - saved
     # 2 (K, V) x 2 KV heads x 32 x 2 bytes for each layer that is kept
     assert facts["kv_bytes_per_token_per_rank"] == {"before": 8 * 256, "after": 6 * 256}
-    assert plans.resolve(facts["plan"], 8).digest == facts["digest"]
+    assert resolve(facts["plan"], 8).digest == facts["digest"]
 
 
 @pytest.mark.parametrize("kind", ["mistral", "qwen2", "qwen3"])
@@ -137,7 +136,7 @@ def test_auto_plans(
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert main(["plan", "show", str(tmp_path), "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)["plan"]
-    assert shown == plans.resolve({"pair": expected}, layers).to_spec()
+    assert shown == resolve({"pair": expected}, layers).to_spec()
 
 
 @pytest.mark.parametrize(
@@ -240,4 +239,4 @@ def test_auto_of_one_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 def test_schema_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "schema"]) == 0
-    assert json.loads(capsys.readouterr().out) == plans.json_schema()
+    assert json.loads(capsys.readouterr().out) == json_schema()

@@ -15,8 +15,8 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from vllm_depthpar import plan
 from vllm_depthpar.metrics.metric_files import PREFIX
+from vllm_depthpar.plan import read_spec, resolve
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -243,7 +243,7 @@ def test_kubernetes_rule_holds_the_alerts() -> None:
 def test_kubernetes_plan_fits_the_model() -> None:
     (container,) = load(KUBERNETES / "deployment.yaml")["spec"]["template"]["spec"]["containers"]
     assert container["args"][0] == "meta-llama/Llama-2-7b-hf"
-    assert plan.resolve(plan.load(str(KUBERNETES / "plan.json")), layers=32).depth < 32
+    assert resolve(read_spec(str(KUBERNETES / "plan.json")), layers=32).depth < 32
 
 
 @pytest.fixture(scope="module")

@@ -29,17 +29,8 @@ ORDER = (
     "util",
     "errors",
 )
-_CONFIG = "vllm_compat still holds the model's config, which belongs to model/"
-_INSTALL = "vllm_compat still installs the plugin, which belongs to plugin"
-_HOOK = "vllm_compat still holds the hook for uncaught errors, which belongs to plugin"
 # What has to go, each with its reason. It must be exact: so it can only shrink.
 STILL_UPWARDS = {
-    ("vllm_compat", "metrics.metric_files"): _CONFIG,
-    ("vllm_compat", "model.agreement"): _CONFIG,
-    ("vllm_compat", "model.outside_state"): _CONFIG,
-    ("vllm_compat", "model.last_words"): f"{_CONFIG}; {_HOOK}",
-    ("vllm_compat", "model.causal_lm"): _INSTALL,
-    ("vllm_compat", "metrics.mfu"): _INSTALL,
     ("predict.calibrate", "launch.engine"): "it measures a device by running vLLM on it",
 }
 _NAMED = re.compile(r"vllm_depthpar\.([\w.]+)(:.*)?")

@@ -12,13 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_depthpar.errors import UserError
-from vllm_depthpar.plan import (
-    MAX_SPEC_BYTES,
-    Plan,
-    json_schema,
-    load,
-    resolve,
-)
+from vllm_depthpar.plan import MAX_SPEC_BYTES, Plan, json_schema, read_spec, resolve
 
 FORMS: list[tuple[Any, int, list[list[int]]]] = [
     ("identity", 3, [[0], [1], [2]]),
@@ -390,9 +384,9 @@ def test_any_json_gives_a_plan_or_one_line(spec: Any) -> None:
 def test_load_reads_text_names_and_files(tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
     file.write_text(' {"pair": [2, 4]}\n')
-    assert load(' {"pair": [2, 4]} ') == load(str(file)) == {"pair": [2, 4]}
-    assert load("auto") == load('"auto"') == "auto"
-    assert load("identity\n") == "identity"
+    assert read_spec(' {"pair": [2, 4]} ') == read_spec(str(file)) == {"pair": [2, 4]}
+    assert read_spec("auto") == read_spec('"auto"') == "auto"
+    assert read_spec("identity\n") == "identity"
 
 
 def test_load_reads_a_file_of_the_home_folder(
@@ -400,7 +394,7 @@ def test_load_reads_a_file_of_the_home_folder(
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "plan.json").write_text('"identity"')
-    assert load("~/plan.json") == "identity"
+    assert read_spec("~/plan.json") == "identity"
 
 
 LOAD_ERRORS = [
@@ -422,7 +416,7 @@ LOAD_ERRORS = [
 @pytest.mark.parametrize(("text", "words"), LOAD_ERRORS, ids=lambda value: value[:40])
 def test_load_error_is_one_line(text: str, words: str) -> None:
     with pytest.raises(UserError) as error:
-        load(text)
+        read_spec(text)
     assert words in str(error.value)
     assert len(str(error.value).splitlines()) == 1
 
@@ -442,7 +436,7 @@ def test_load_of_a_bad_file_names_the_file(tmp_path: Path, content: bytes, words
     file = tmp_path / "my plan.json"
     file.write_bytes(content)
     with pytest.raises(UserError) as error:
-        load(str(file))
+        read_spec(str(file))
     assert words in str(error.value)
     assert "my plan.json" in str(error.value)
     assert len(str(error.value).splitlines()) == 1

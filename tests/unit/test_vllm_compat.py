@@ -23,22 +23,24 @@ from vllm.v1.metrics.perf import _COMPONENT_METRICS_REGISTRY
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 from vllm.version import __version__ as vllm_version
 
-from vllm_depthpar import vllm_compat
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.metrics import mfu
 from vllm_depthpar.model import outside_state
-from vllm_depthpar.plugin import register
+from vllm_depthpar.model.config import DepthParConfig
+from vllm_depthpar.plan.attached import source_of
+from vllm_depthpar.plan.precedence import ARCHITECTURE, OLD_ARCHITECTURE
+from vllm_depthpar.plugin import check_version, register
 
 
 @pytest.mark.parametrize("version", ["0.32.0", "0.32.3+cpu", "0.33.0", "0.33.1.dev4", vllm_version])
 def test_version_is_taken(version: str) -> None:
-    vllm_compat.check_version(version)
+    check_version(version)
 
 
 @pytest.mark.parametrize("version", ["0.31.9", "0.34.0", "1.0", "dev"])
 def test_version_is_refused(version: str) -> None:
     with pytest.raises(UserError, match=r"does not work with vllm .*; allowed: vllm "):
-        vllm_compat.check_version(version)
+        check_version(version)
 
 
 def test_registering_twice_wraps_once() -> None:
@@ -46,9 +48,9 @@ def test_registering_twice_wraps_once() -> None:
     look_up = type(ModelRegistry).resolve_model_cls
     register()
     assert type(ModelRegistry).resolve_model_cls is look_up
-    for name in (vllm_compat.ARCHITECTURE, vllm_compat.OLD_ARCHITECTURE):
+    for name in (ARCHITECTURE, OLD_ARCHITECTURE):
         assert name in ModelRegistry.get_supported_archs()
-        assert MODELS_CONFIG_MAP[name] is vllm_compat.DepthParConfig
+        assert MODELS_CONFIG_MAP[name] is DepthParConfig
 
 
 PAIRS = {"pair": [0, 4]}
@@ -69,7 +71,7 @@ def hashes(model: Path, given: dict[str, object]) -> tuple[str, str, str | None]
     return (
         config.compute_hash(),
         config.model_config.compute_hash(),
-        vllm_compat.source_of(there.model_config),
+        source_of(there.model_config),
     )
 
 

@@ -6,11 +6,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from vllm_depthpar import plan
 from vllm_depthpar.checkpoint import export
 from vllm_depthpar.checkpoint.config import read_config
 from vllm_depthpar.cli.types import MODEL_HELP, PLAN_HELP
-from vllm_depthpar.plan import precedence
+from vllm_depthpar.plan import precedence, read_spec
 
 
 def add(commands: Any) -> None:
@@ -24,6 +23,6 @@ def add(commands: Any) -> None:
 
 def _run(args: argparse.Namespace) -> str:
     config = read_config(args.model)
-    chosen, _ = precedence.choose(config, plan.load(args.plan), override_name="--plan")
+    chosen, _ = precedence.choose(config, read_spec(args.plan), override_name="--plan")
     export.export(args.model, chosen, args.out)
     return f"{args.out}: {chosen.name}\nserve it: vllm serve {args.out}"

@@ -7,10 +7,9 @@ import json
 import os
 from typing import Any
 
-from vllm_depthpar import plan
 from vllm_depthpar.checkpoint.config import read_config
 from vllm_depthpar.cli.types import MODEL_HELP, PLAN_HELP, at_least
-from vllm_depthpar.plan import drawing, precedence
+from vllm_depthpar.plan import drawing, json_schema, precedence, read_spec
 from vllm_depthpar.plan.model_shape import ModelShape
 
 
@@ -25,12 +24,12 @@ def add(commands: Any) -> None:
     show.add_argument("--json", action="store_true", help="print the numbers as JSON")
     show.set_defaults(run=_show)
     schema = plan_commands.add_parser("schema", help="print the JSON Schema of a plan")
-    schema.set_defaults(run=lambda _: json.dumps(plan.json_schema(), indent=2))
+    schema.set_defaults(run=lambda _: json.dumps(json_schema(), indent=2))
 
 
 def _show(args: argparse.Namespace) -> str:
     config = read_config(args.model)
-    override = plan.load(args.plan) if args.plan is not None else None
+    override = read_spec(args.plan) if args.plan is not None else None
     chosen, source = precedence.choose(config, override, os.environ.get(precedence.ENV), "--plan")
     shape = ModelShape.from_config(config)
     if args.json:

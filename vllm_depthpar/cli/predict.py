@@ -9,11 +9,10 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_depthpar import plan as plans
 from vllm_depthpar.checkpoint.config import read_config
 from vllm_depthpar.cli.types import MODEL_HELP, PLAN_HELP, at_least
 from vllm_depthpar.errors import UserError
-from vllm_depthpar.plan import Plan, precedence
+from vllm_depthpar.plan import Plan, precedence, read_spec, resolve
 from vllm_depthpar.plan.model_shape import ModelShape
 from vllm_depthpar.predict import machines
 from vllm_depthpar.predict.cost_model import StepTime, check, plain_time, step_time
@@ -80,7 +79,7 @@ class _Row:
 def _predict(args: argparse.Namespace) -> str:
     config = read_config(args.model)
     shape = ModelShape.from_config(config)
-    specs = [(text, plans.load(text)) for text in args.plan or []]
+    specs = [(text, read_spec(text)) for text in args.plan or []]
     environ = os.environ.get(precedence.ENV)
     chosen = {text: precedence.choose(config, spec, environ, "--plan")[0] for text, spec in specs}
     if not chosen:
@@ -110,7 +109,7 @@ def _predict(args: argparse.Namespace) -> str:
     rows = [_Row(label, plan, *times(plan)) for label, plan in chosen.items()]
     plain = None
     if shape.fits(1, args.tp):
-        plain = _Row(PLAIN, plans.resolve("identity", shape.layers), *times(None))
+        plain = _Row(PLAIN, resolve("identity", shape.layers), *times(None))
     form = _json if args.json else _text
     return form(args, device, link, plain, rows)
 

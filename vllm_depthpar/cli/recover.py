@@ -10,13 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_depthpar import plan
 from vllm_depthpar.checkpoint import export
 from vllm_depthpar.checkpoint.config import fingerprint, read_original_config, read_tensors
 from vllm_depthpar.cli.quality_table import quality_table
 from vllm_depthpar.cli.types import DTYPES, MODEL_HELP, PLAN_HELP, at_least
 from vllm_depthpar.errors import UserError
-from vllm_depthpar.plan import Plan, precedence
+from vllm_depthpar.plan import Plan, precedence, read_spec, resolve
 from vllm_depthpar.plan.ladder_checkpoint import ladder_of
 from vllm_depthpar.util.provenance import origin
 
@@ -115,7 +114,7 @@ def _run(args: argparse.Namespace) -> str:
     dtype = usable_dtype(args.dtype)
     bfloat16 = dtype == torch.bfloat16
     model = hf.load_unmodified(args.model, dtype).to(process.device)
-    unmodified = Distillation(model, plan.resolve("identity", chosen.layers), bfloat16=bfloat16)
+    unmodified = Distillation(model, resolve("identity", chosen.layers), bfloat16=bfloat16)
     distillation = Distillation(
         model,
         chosen,
@@ -181,7 +180,7 @@ def _check(args: argparse.Namespace, processes: int) -> Plan:
     config = read_original_config(args.model)
     if ladder_of(config):
         raise UserError("the model is a ladder checkpoint; allowed: a model that runs every layer")
-    chosen, _ = precedence.choose(config, plan.load(args.plan), override_name="--plan")
+    chosen, _ = precedence.choose(config, read_spec(args.plan), override_name="--plan")
     if chosen.is_identity:
         raise UserError("the plan changes nothing, and nothing is lost; allowed: another --plan")
     export.check_out(args.out)

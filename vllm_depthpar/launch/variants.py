@@ -7,10 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_depthpar import plan
 from vllm_depthpar.checkpoint.config import read_config
 from vllm_depthpar.errors import UserError
-from vllm_depthpar.plan import Plan, precedence
+from vllm_depthpar.plan import Plan, precedence, read_spec
 from vllm_depthpar.plan.ladder_checkpoint import ladder_of
 from vllm_depthpar.plan.model_shape import ModelShape
 
@@ -61,7 +60,7 @@ def variants(model: str, labels: Iterable[str], option: str = "--plan") -> list[
 
     Args:
         model: folder or hub name.
-        labels: "plain", "carried", or what `vllm_depthpar.plan.load` takes.
+        labels: "plain", "carried", or what `vllm_depthpar.plan.read_spec` takes.
         option: where the labels were given, for messages.
 
     Raises:
@@ -74,7 +73,7 @@ def variants(model: str, labels: Iterable[str], option: str = "--plan") -> list[
         if label != PLAIN:
             if label == CARRIED and config.get(precedence.KEY) is None:
                 raise UserError(f"{option} 'carried': {model} carries no plan; allowed: a plan")
-            spec = None if label == CARRIED else plan.load(label)
+            spec = None if label == CARRIED else read_spec(label)
             chosen, _ = precedence.choose(config, spec, override_name=option)
             found.append(Variant(label, chosen.name, chosen.to_spec(), chosen.digest))
         elif PLAIN not in usual(config):

@@ -21,14 +21,9 @@ from vllm_depthpar.metrics import metric_files
 from vllm_depthpar.metrics.all_reduce_timer import stopwatch
 from vllm_depthpar.metrics.metric_files import Counter, Histogram, Metric, MetricFiles
 from vllm_depthpar.plan import Plan
+from vllm_depthpar.plan.attached import base_shape, plan_of, source_of
 from vllm_depthpar.plan.drawing import facts
-from vllm_depthpar.vllm_compat import (
-    base_shape,
-    kv_cache_bytes,
-    plan_of,
-    rows_of_this_step,
-    source_of,
-)
+from vllm_depthpar.vllm_compat import kv_cache_bytes, rows_of_this_step
 
 PLAN_INFO = Metric("plan_info", "The plan that is served, in labels; always 1.")
 EFFECTIVE_DEPTH = Metric("effective_depth", "Blocks that run one after the other.")
@@ -95,9 +90,10 @@ def watch(model: nn.Module, vllm_config: VllmConfig) -> None:
 
 
 def _publish(files: MetricFiles, vllm_config: VllmConfig, every: int) -> None:
-    plan, config = plan_of(vllm_config), vllm_config.model_config
+    config = vllm_config.model_config
+    plan = plan_of(config)
     tp = vllm_config.parallel_config.tensor_parallel_size
-    shape = replace(base_shape(config.hf_config), dtype_bytes=config.dtype.itemsize)
+    shape = replace(base_shape(config), dtype_bytes=config.dtype.itemsize)
     known = facts(plan, shape, tp)
     files.set_gauge(
         PLAN_INFO,

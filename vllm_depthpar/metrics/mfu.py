@@ -24,8 +24,8 @@ from vllm.v1.metrics.perf import (
     ParserChain,
 )
 
+from vllm_depthpar.plan.attached import base_config, base_shape, plan_of, source_of
 from vllm_depthpar.plan.families import windows
-from vllm_depthpar.vllm_compat import base_config, base_shape, plan_of, source_of
 
 
 class _Sum:
@@ -77,7 +77,7 @@ class BlockAttention(_Sum, ComponentMetrics):
         one = AttentionMetrics.from_vllm_config(vllm_config)
         if source_of(vllm_config.model_config) is None:
             return one
-        shape = base_shape(vllm_config.model_config.hf_config)
+        shape = base_shape(vllm_config.model_config)
         parts = [
             one.model_copy(
                 update={
@@ -114,7 +114,7 @@ class BlockFfn(_Sum, ComponentMetrics):
         one = FfnMetrics.from_vllm_config(vllm_config)
         if source_of(vllm_config.model_config) is None:
             return one
-        size = base_shape(vllm_config.model_config.hf_config).intermediate
+        size = base_shape(vllm_config.model_config).intermediate
         parts = [
             one.model_copy(update={"num_hidden_layers": count, "intermediate_size": width * size})
             for (width, _), count in _kinds(vllm_config).items()
@@ -125,7 +125,7 @@ class BlockFfn(_Sum, ComponentMetrics):
 def _kinds(vllm_config: VllmConfig) -> Counter[tuple[int, int | None]]:
     """How many blocks there are of how many layers, with which window of attention."""
     model_config = vllm_config.model_config
-    of = windows(base_config(model_config.hf_config))
+    of = windows(base_config(model_config))
     if model_config.disable_sliding_window:
         of = [None] * len(of)
-    return Counter((len(block), of[block[0]]) for block in plan_of(vllm_config).blocks)
+    return Counter((len(block), of[block[0]]) for block in plan_of(model_config).blocks)

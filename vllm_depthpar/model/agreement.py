@@ -10,13 +10,28 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
-import torch.distributed as dist
+from torch import distributed
+from vllm.config import ModelConfig
 
 from vllm_depthpar.errors import UserError
+from vllm_depthpar.model import last_words
 from vllm_depthpar.plan import Plan
+from vllm_depthpar.plan.attached import plan_of, source_of
+from vllm_depthpar.vllm_compat import ranks_of
 
 
-def check_agreement(plan: Plan, source: str, group: dist.ProcessGroup) -> None:
+def check_agreement(model_config: ModelConfig) -> None:
+    """Compare the plan with that of every rank, all of which make the model now.
+
+    Raises:
+        UserError: they differ; on every rank, with the same line.
+    """
+    if (group := ranks_of(model_config)) is not None:
+        with last_words.kept():
+            compare(plan_of(model_config), str(source_of(model_config)), group)
+
+
+def compare(plan: Plan, source: str, group: distributed.ProcessGroup) -> None:
     """Compare the plan's digest with those of all ranks of a group, each of which calls this.
 
     Args:
@@ -27,8 +42,8 @@ def check_agreement(plan: Plan, source: str, group: dist.ProcessGroup) -> None:
     Raises:
         UserError: they differ; on every rank, with the same line.
     """
-    answers: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(answers, (plan.digest, source), group=group)
+    answers: list[Any] = [None] * distributed.get_world_size(group)
+    distributed.all_gather_object(answers, (plan.digest, source), group=group)
     ranks = defaultdict(list)
     for rank, answer in enumerate(answers):
         ranks[answer].append(rank)

@@ -1,8 +1,8 @@
 """The plan: which layers run, which of them run side by side, and what each block reads.
 
-A *spec* is what people write (JSON: ``{"pair": [14, 28]}``, ``{"skip": {"speedup": 1.5}}``, ...).
-`resolve` turns a spec and the checkpoint's number of layers into a `Plan`, the one normal form
-that every other part of the program takes. Plain data: no torch, no vLLM.
+A *spec* is what people write (`vllm_depthpar.plan.spec`). `resolve` turns a spec and the
+checkpoint's number of layers into a `Plan`, the one normal form that every other part of the
+program takes. Plain data: no torch, no vLLM.
 
 Methods: Layer Parallelism (arXiv 2502.02790), Ladder Residual (arXiv 2501.06589), Unified Layer
 Skipping (arXiv 2404.06954). They compose.
@@ -10,74 +10,13 @@ Skipping (arXiv 2404.06954). They compose.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, TypeAdapter, ValidationError
+from typing import Any
 
 from vllm_depthpar.errors import UserError
-
-# A plan for the deepest published model is a few kilobytes; anything far above is not a plan.
-MAX_SPEC_BYTES = 1 << 20
-
-
-LayerIndex = Annotated[StrictInt, Field(ge=0)]
-
-
-class Skip(BaseModel):
-    """Unified Layer Skipping: keep floor(layers / speedup) layers, first and last always."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    speedup: float = Field(
-        ge=1,
-        strict=True,
-        allow_inf_nan=False,
-        description="a number from 1 to half the number of layers",
-    )
-    schedule: Literal["balanced", "paper"] = Field(
-        default="balanced",
-        description="'balanced' (spaced evenly) or 'paper' (the authors' integer rule)",
-    )
-
-
-class Spec(BaseModel):
-    """What a user writes. `resolve` gives it meaning."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    blocks: list[list[LayerIndex]] | None = Field(
-        default=None,
-        min_length=1,
-        description="a list of lists of layer indices: the blocks in the order they run; "
-        "layers that are not named are skipped",
-    )
-    pair: tuple[LayerIndex, LayerIndex] | None = Field(
-        default=None,
-        description="[start, end): the span of consecutive layers to run side by side",
-    )
-    group: Annotated[StrictInt, Field(ge=2)] | None = Field(
-        default=None, description="how many layers of 'pair' run side by side, 2 or more (2)"
-    )
-    skip: Skip | None = Field(
-        default=None, description='{"speedup": s} or {"speedup": s, "schedule": "paper"}'
-    )
-    ladder: Annotated[StrictInt, Field(ge=1)] | list[LayerIndex] | Literal["all"] | None = Field(
-        default=None,
-        description="which layers read the stream as a ladder: a number (that many, the last), "
-        "a list of layer indices, or 'all'",
-    )
-    layers: Annotated[StrictInt, Field(ge=1)] | None = Field(
-        default=None, description="the number of layers of the checkpoint the plan was made for"
-    )
-
-
-NAMED = ("auto", "identity")
-NULL = "null is no plan; allowed: a mapping, 'auto' or 'identity'"
-_METHODS = ("blocks", "ladder", "pair", "skip")
-_ADAPTER: TypeAdapter[Any] = TypeAdapter(Spec | Literal["auto", "identity"])
+from vllm_depthpar.plan.spec import Skip, Spec, parse, shortened
 
 
 @dataclass(frozen=True)
@@ -201,90 +140,6 @@ def resolve(spec: object, layers: int) -> Plan:
     return Plan(layers, blocks, _ladder_blocks(parsed.ladder, blocks, layers))
 
 
-def parse(spec: object) -> Any:
-    """Check a spec's form, without knowing the model: a `Spec`, or one of `NAMED`.
-
-    Raises:
-        UserError: see `resolve`.
-    """
-    if isinstance(spec, Spec):
-        return spec
-    if isinstance(spec, str):
-        if spec in NAMED:
-            return spec
-        raise UserError(f"plan {_short(spec)} is unknown; allowed: {_names(NAMED)} or a mapping")
-    if not isinstance(spec, dict) or not all(isinstance(key, str) for key in spec):
-        raise UserError(f"plan {_short(spec)} is not a mapping; allowed keys: {_names(_KEYS)}")
-    try:
-        parsed = Spec.model_validate(spec)
-    except ValidationError as error:
-        raise UserError(_explain(error)) from None
-    if all(getattr(parsed, key) is None for key in _METHODS):
-        raise UserError(f"plan is empty; it needs one of the keys {_names(_METHODS)}")
-    if parsed.blocks is not None and (parsed.pair or parsed.group or parsed.skip):
-        raise UserError(
-            "plan key 'blocks' names every layer that runs; it can't stand beside pair, group, skip"
-        )
-    if parsed.group is not None and parsed.pair is None:
-        raise UserError(f"plan key 'group': {parsed.group} needs the key 'pair' beside it")
-    return parsed
-
-
-def load(text_or_path: str) -> object:
-    """Read a spec from JSON text, one of `NAMED`, or the path of a plan file.
-
-    Raises:
-        UserError: the file is missing or too large, or the JSON is malformed, or null.
-    """
-    text = text_or_path.strip()
-    if text in NAMED:
-        return text
-    origin = "plan"
-    if not text.startswith(("{", "[", '"')):
-        origin = f"plan file {_short(text, 300)}"
-        text = _read(text, origin)
-    if len(text.encode(errors="replace")) > MAX_SPEC_BYTES:
-        raise UserError(f"{origin} is larger than a plan can be; allowed: {MAX_SPEC_BYTES} bytes")
-    try:
-        spec: object = json.loads(text)
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno} column {error.colno}: {error.msg}"
-    except RecursionError:
-        where = "nested too deeply"
-    except ValueError:
-        where = "a number is too long"
-    else:
-        if spec is None:
-            raise UserError(f"{origin}: {NULL}")
-        return spec
-    raise UserError(f"{origin} is malformed JSON ({where}); allowed: JSON")
-
-
-def _read(name: str, origin: str) -> str:
-    allowed = f"JSON text, a file with JSON, {_names(NAMED)}"
-    if not name:
-        raise UserError(f"plan is empty text; allowed: {allowed}")
-    try:
-        with Path(name).expanduser().open("rb") as file:
-            return file.read(MAX_SPEC_BYTES + 1).decode()
-    except UnicodeDecodeError:
-        reason = "not UTF-8 text"
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-    except (RuntimeError, ValueError):  # an unknown ~user, a NUL byte
-        reason = "not a path"
-    raise UserError(f"{origin} can't be read ({reason}); allowed: {allowed}")
-
-
-def json_schema() -> dict[str, Any]:
-    """JSON Schema of a spec."""
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "vllm-depthpar plan",
-        **_ADAPTER.json_schema(),
-    }
-
-
 def _blocks(spec: Spec, layers: int) -> tuple[tuple[int, ...], ...]:
     if spec.blocks is not None:
         return _checked_blocks(spec.blocks, layers)
@@ -319,8 +174,8 @@ def _ladder_blocks(
     for block in blocks:
         if 0 < len(named.intersection(block)) < len(block):
             raise UserError(
-                f"plan key 'ladder': {_short(ladder)} takes some layers of the block "
-                f"{_short(list(block))}; allowed: all layers of a block, or none"
+                f"plan key 'ladder': {shortened(ladder)} takes some layers of the block "
+                f"{shortened(list(block))}; allowed: all layers of a block, or none"
             )
     return frozenset(position for position, block in enumerate(blocks) if named.issuperset(block))
 
@@ -377,36 +232,3 @@ def _grouped(
     before = [(layer,) for layer in kept if layer < start]
     after = [(layer,) for layer in kept if layer >= end]
     return (*before, *groups, *after)
-
-
-_KEYS = tuple(Spec.model_fields)
-
-
-def _explain(error: ValidationError) -> str:
-    """The first of pydantic's complaints as one line of ours."""
-    # An unknown key often makes a required one look missing: say the cause, not the effect.
-    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-    fields, path = Spec.model_fields, [part for part in first["loc"] if isinstance(part, str)]
-    if path[:1] == ["skip"] and len(path) > 1:
-        fields = Skip.model_fields
-    if path[:1] == ["ladder"]:
-        path = ["ladder"]  # without pydantic's name for the form that it tried
-    key, leaf = ".".join(path), path[-1]
-    if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(leaf, fields, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        return f"plan key {_short(key)} is unknown{hint} (allowed: {_names(fields)})"
-    if first["type"] == "missing" and first["loc"][-1] == leaf:
-        return f"plan key {key!r} is missing; allowed: {fields[leaf].description}"
-    return (
-        f"plan key {key!r}: {_short(first['input'])} is wrong; allowed: {fields[leaf].description}"
-    )
-
-
-def _names(names: Any) -> str:
-    return ", ".join(repr(name) for name in sorted(names))
-
-
-def _short(value: object, limit: int = 60) -> str:
-    text = repr(value)
-    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_depthpar.plan import plan as plans
+from vllm_depthpar.plan import read_spec, resolve
 from vllm_depthpar.plan.auto import auto_spec
 from vllm_depthpar.plan.families import check_windows
 from vllm_depthpar.plan.ladder_checkpoint import ladder_of
@@ -48,7 +48,7 @@ def choose(
     if override is not None:
         spec, source = override, override_name
     elif environ:
-        spec, source = plans.load(environ), ENV
+        spec, source = read_spec(environ), ENV
     elif config.get(KEY) is not None:
         spec, source = config[KEY], "config.json"
     else:
@@ -60,6 +60,6 @@ def choose(
     if spec == "auto":
         spec, reason = auto_spec(shape, config.get("model_type", "llama"))
         source = f"{source}: auto, {reason}"
-    plan = plans.resolve(spec, shape.layers)
+    plan = resolve(spec, shape.layers)
     check_windows(plan, config)
     return plan, source

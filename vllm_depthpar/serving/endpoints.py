@@ -18,11 +18,11 @@ from vllm.engine.protocol import EngineClient
 
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.metrics import collector
+from vllm_depthpar.plan.attached import base_shape, plan_of, source_of
 from vllm_depthpar.plan.drawing import draw
 from vllm_depthpar.predict import cost_model
 from vllm_depthpar.predict.machines import LINKS, THIS, device_named, link_named
 from vllm_depthpar.serving.stats import Stats, stats_of
-from vllm_depthpar.vllm_compat import base_shape, plan_of, source_of
 
 
 class Error(BaseModel):
@@ -82,7 +82,7 @@ def get_plan(
 ) -> PlanAnswer:
     """The resolved plan, drawn, and its predicted speed-up for a machine that is known."""
     config = _served(request)
-    plan, shape = plan_of(config), base_shape(config.model_config.hf_config)
+    plan, shape = plan_of(config.model_config), base_shape(config.model_config)
     tp = config.parallel_config.tensor_parallel_size
     source = str(source_of(config.model_config))
     try:
@@ -113,7 +113,7 @@ def get_stats(request: Request) -> Stats:
 def _predict(
     config: VllmConfig, device: str, link: str | None, batch: int, context: int
 ) -> Prediction | None:
-    plan, shape = plan_of(config), base_shape(config.model_config.hf_config)
+    plan, shape = plan_of(config.model_config), base_shape(config.model_config)
     tp = config.parallel_config.tensor_parallel_size
     joins = link_named(link) if link is not None and tp > 1 else None
     if tp > 1 and joins is None:

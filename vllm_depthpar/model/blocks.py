@@ -1,0 +1,154 @@
+"""Blocks of a plan as decoder layers: one term of attention and one of MLP each, reduced by us.
+
+Layer Parallelism: arXiv 2502.02790, equation 2. Ladder Residual: arXiv 2501.06589, section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedConfig
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.models.llama import LlamaDecoderLayer
+from vllm.model_executor.models.utils import AutoWeightsLoader
+
+from vllm_depthpar.model.attention import attention_of
+from vllm_depthpar.model.reductions import InFlight, Reductions
+from vllm_depthpar.plan.families import family_of
+from vllm_depthpar.vllm_compat import member_of_this_rank, narrowed_tensor_parallel
+
+Weights = Iterable[tuple[str, torch.Tensor]]
+
+
+class Pending(NamedTuple):
+    """What a block hands to a ladder block in place of one term: two that may be on their way.
+
+    Attributes:
+        attention: to be added before the next attention; None if the stream has it already.
+        mlp: to be added before the next MLP; None before the first block.
+    """
+
+    attention: InFlight | None
+    mlp: InFlight | None
+
+
+class BlockDecoderLayer(LlamaDecoderLayer):
+    """One block of a plan, standard or ladder, with its all-reduces in our hands.
+
+    vLLM's decoder layers pass on (hidden_states, residual): a term, and the stream that the next
+    layer's norm adds it to. So do these; to a ladder block the term is a `Pending`. Either kind of
+    block adds inside its two norms and nowhere else, as a plain layer does.
+    """
+
+    def __init__(
+        self, vllm_config: VllmConfig, prefix: str, config: PreTrainedConfig | None = None
+    ) -> None:
+        family = family_of(vllm_config.model_config.hf_config.to_dict())
+        super().__init__(vllm_config, prefix, config, attn_layer_type=attention_of(family))
+
+    def take_over_all_reduces(self, ladder: bool, before_ladder: bool) -> None:
+        """Switch vLLM's all-reduces of this block off: from here on `reductions` runs them.
+
+        After the layer is built, and not while it is: a dealt layer is built in its member's share
+        of the ranks, and these all-reduces are over all of them.
+
+        Args:
+            ladder: whether this is a ladder block.
+            before_ladder: whether the next block is one.
+        """
+        self.ladder = ladder
+        self.before_ladder = before_ladder
+        self.reductions = Reductions()
+        self.self_attn.o_proj.reduce_results = False
+        self.mlp.down_proj.reduce_results = False
+
+    def forward(
+        self,
+        positions: torch.Tensor,
+        hidden_states: torch.Tensor | Pending,
+        residual: torch.Tensor | None,
+    ) -> tuple[torch.Tensor | Pending, torch.Tensor]:
+        """Run the block.
+
+        Args:
+            positions: (tokens,).
+            hidden_states: (tokens, hidden), for the first block the embedding; for any other what
+                the block before it returned, as `residual` is.
+
+        Returns:
+            The term that is still to be added to the stream, and the stream, (tokens, hidden).
+        """
+        if self.ladder:
+            if residual is None:  # the first block: attention and MLP both read the embedding
+                return self._ladder(positions, Pending(None, None), hidden_states)
+            return self._ladder(positions, hidden_states, residual)
+        hidden_states, residual = _norm(self.input_layernorm, hidden_states, residual)
+        attention = self.reductions.all_reduce(self.self_attn(positions, hidden_states))
+        hidden_states, residual = _norm(self.post_attention_layernorm, attention, residual)
+        mlp = self.mlp(hidden_states)
+        if self.before_ladder:
+            return Pending(None, self.reductions.start(mlp)), residual
+        return self.reductions.all_reduce(mlp), residual
+
+    def _ladder(
+        self, positions: torch.Tensor, pending: Pending, residual: torch.Tensor
+    ) -> tuple[torch.Tensor | Pending, torch.Tensor]:
+        # The MLP's all-reduce of the block before is on its way during this attention, and this
+        # attention's during this MLP. `behind` is how a compiler knows.
+        term = None
+        if pending.attention is not None and pending.mlp is not None:
+            term = self.reductions.wait(pending.attention, behind=pending.mlp.ticket)
+        hidden_states, residual = _norm(self.input_layernorm, term, residual)
+        attention = self.self_attn(positions, hidden_states)
+        flight = self.reductions.start(attention) if self.before_ladder else None
+
+        term = None
+        if pending.mlp is not None:
+            behind = attention if flight is None else flight.ticket
+            term = self.reductions.wait(pending.mlp, behind)
+        hidden_states, residual = _norm(self.post_attention_layernorm, term, residual)
+        mlp = self.mlp(hidden_states)
+        if flight is not None:
+            return Pending(flight, self.reductions.start(mlp)), residual
+        # What follows reads the complete stream, so that neither term can hide any longer: one
+        # all-reduce of their sum, and on as after a standard block.
+        return self.reductions.all_reduce(attention + mlp), residual
+
+
+def _norm(
+    norm: RMSNorm, term: torch.Tensor | None, stream: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The norm of stream + term, and stream + term; either may be missing."""
+    if term is None:
+        return norm(stream), stream
+    if stream is None:
+        return norm(term), term
+    return norm(term, stream)
+
+
+class DealtDecoderLayer(BlockDecoderLayer):
+    """A block of m layers where m divides TP: each rank holds a shard of one member only.
+
+    The ranks are dealt out to the members in contiguous groups of TP / m, which is the paper's
+    placement. On its rank a member is an ordinary decoder layer with its own norms, nothing is
+    folded, and any quantization works; the all-reduce over all ranks sums shards and members.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, prefix: str, members: int) -> None:
+        self.members = members
+        self.member = member_of_this_rank(members)
+        with narrowed_tensor_parallel(members):
+            super().__init__(vllm_config, prefix)
+
+    def load_weights(self, weights: Weights) -> set[str]:
+        """Load this rank's member from ("member.parameter", full tensor) pairs."""
+        mine = f"{self.member}."
+        with narrowed_tensor_parallel(self.members):
+            return AutoWeightsLoader(self).load_weights(
+                (name.removeprefix(mine), tensor)
+                for name, tensor in weights
+                if name.startswith(mine)
+            )

@@ -1,0 +1,201 @@
+"""Where a plan meets vLLM's config: chosen, put in, and checked against everything else there."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from math import gcd
+from pathlib import Path
+
+from transformers import PreTrainedConfig
+from vllm.config import ModelConfig, VllmConfig
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+from vllm_depthpar.checkpoint.tensors import check_folder
+from vllm_depthpar.errors import UserError
+from vllm_depthpar.metrics import metric_files
+from vllm_depthpar.model import last_words, outside_state
+from vllm_depthpar.plan import NULL, Plan, precedence
+from vllm_depthpar.plan.attached import (
+    attach,
+    base_config,
+    base_shape,
+    has_plan,
+    plan_of,
+    source_of,
+)
+from vllm_depthpar.plan.model_shape import ModelShape
+from vllm_depthpar.vllm_compat import is_mistral_format, logger
+
+MISTRAL_FORMAT = (
+    "a checkpoint in Mistral's own format (params.json, consolidated.safetensors) is not "
+    "supported; allowed: --config-format hf --load-format hf, where it holds those files too"
+)
+
+# Speculation that takes nothing from inside the target model.
+_SPECULATION = ("ngram", "ngram_gpu", "suffix", "draft_model")
+
+# Load formats that read no safetensors.
+_NOT_SAFETENSORS = ("dummy", "pt", "npcache")
+
+
+class DepthParConfig(VerifyAndUpdateConfig):
+    """Resolves and checks the plan while vLLM's config is made: before any weight is read.
+
+    Relies on: `MODELS_CONFIG_MAP` is consulted with the resolved architecture at the end of
+    `ModelConfig.__post_init__`, and by `VllmConfig.__post_init__` before sizes are checked.
+    """
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: ModelConfig) -> None:
+        """Choose the plan, and put it into the config."""
+        config = model_config.hf_config
+        if has_plan(model_config):
+            return
+        # What vLLM makes of Mistral's params.json is of no class of transformers.
+        if type(config) is PreTrainedConfig:
+            raise UserError(MISTRAL_FORMAT)
+        overrides = model_config.hf_overrides
+        given = overrides if isinstance(overrides, dict) else {}
+        if precedence.KEY in given and given[precedence.KEY] is None:
+            raise UserError(f"--hf-overrides, key {precedence.KEY!r}: {NULL}")
+        plan, source = precedence.choose(
+            config.to_dict(),
+            override=given.get(precedence.KEY),
+            environ=os.environ.get(precedence.ENV),
+        )
+        attach(model_config, plan, source)
+        model_config.model_arch_config = model_config.get_model_arch_config()
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        """Check the plan against everything else that was asked for, and log it."""
+        model_config = vllm_config.model_config
+        plan, shape = plan_of(model_config), base_shape(model_config)
+        tp = vllm_config.parallel_config.tensor_parallel_size
+        _check_format(vllm_config)
+        _check_shards(plan, shape, tp)
+        _check_features(vllm_config, plan, tp)
+        outside_state.check_load_format(vllm_config.load_config.load_format)
+        # vLLM asks that the model's head counts be divisible by TP. Blocks differ in theirs,
+        # and each was just checked: report what all of them have in common.
+        common = gcd(*(len(block) for block in plan.blocks))
+        model_config.model_arch_config = dataclasses.replace(
+            model_config.model_arch_config,
+            total_num_attention_heads=common * shape.heads,
+            total_num_kv_heads=common * shape.kv_heads,
+        )
+        _separate_kv_caches(vllm_config, plan)
+        _only_safetensors(vllm_config)
+        if vllm_config.load_config.load_format not in _NOT_SAFETENSORS:
+            check_folder(Path(model_config.model), base_config(model_config), plan.kept)
+        metric_files.prepare()
+        last_words.prepare()
+        logger.info("plan %s: %s (from %s)", plan.digest, plan.name, source_of(model_config))
+
+
+def _check_format(vllm_config: VllmConfig) -> None:
+    """Refuse the tensor names of Mistral's own format."""
+    load_format = vllm_config.load_config.load_format
+    if load_format == "mistral" or (
+        load_format == "auto" and is_mistral_format(vllm_config.model_config)
+    ):
+        raise UserError(MISTRAL_FORMAT)
+
+
+def _only_safetensors(vllm_config: VllmConfig) -> None:
+    """Read no pickled weights unless a load format asks for them.
+
+    Relies on: the loader's "auto" goes on to `*.bin` and `*.pt` where there are no others, its
+    "safetensors" does not, and reads the same files otherwise.
+    """
+    folder, load = Path(vllm_config.model_config.model), vllm_config.load_config
+    if load.load_format != "auto":
+        return
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"{folder} has no *.safetensors; allowed: safetensors checkpoints, or --load-format hf "
+            "to unpickle *.bin"
+        )
+    load.load_format = "safetensors"
+
+
+def _check_shards(plan: Plan, shape: ModelShape, tp: int) -> None:
+    for block in plan.blocks:
+        if not shape.fits(len(block), tp):
+            fitting = ", ".join(str(size) for size in shape.fitting_tps(plan))
+            raise UserError(
+                f"--tensor-parallel-size {tp} can't cut a block of {len(block)} layers with "
+                f"{shape.heads} heads and {shape.kv_heads} KV heads each; allowed: {fitting}"
+            )
+
+
+def _separate_kv_caches(vllm_config: VllmConfig, plan: Plan) -> None:
+    """Name the plan to the KV connector, or refuse it.
+
+    A draft's KV cache is in the same stores, under its target's plan; what it answers is checked.
+
+    Relies on: vLLM makes the connector of `--kv-offloading-size` after this, and adds its own keys
+    to the extra config that it finds; a worker's and a scheduler's connector read no other.
+    """
+    if vllm_config.model_config.runner_type == "draft":
+        return
+    cache, transfer = vllm_config.cache_config, vllm_config.kv_transfer_config
+    connector = transfer.kv_connector if transfer is not None else None
+    if cache.kv_offloading_size is not None:
+        native = cache.kv_offloading_backend == "native"
+        connector = "OffloadingConnector" if native else "LMCacheMPConnector"
+    if connector is None:
+        return
+    tp = vllm_config.parallel_config.tensor_parallel_size
+    kv_heads = vllm_config.model_config.model_arch_config.total_num_kv_heads
+    extra = outside_state.keyed_by_plan(
+        outside_state.connector_named(connector, transfer and transfer.kv_connector_module_path),
+        transfer.kv_connector_extra_config if transfer is not None else {},
+        plan,
+        copies_kv_heads=tp > kv_heads and plan.has_parallel_blocks,
+    )
+    if transfer is not None:
+        # Not in place: it may be the caller's own, for the next engine, too.
+        vllm_config.kv_transfer_config = dataclasses.replace(
+            transfer, kv_connector_extra_config=extra
+        )
+
+
+def _check_features(vllm_config: VllmConfig, plan: Plan, tp: int) -> None:
+    if vllm_config.lora_config is not None:
+        raise UserError(
+            "--enable-lora: adapters address single layers, and a restructured model has others; "
+            "allowed: merge the adapter into the checkpoint first"
+        )
+    stages = vllm_config.parallel_config.pipeline_parallel_size
+    if stages > 1:
+        # vLLM 0.32's CPU build fails at the first request with two stages, so that nothing here
+        # could be checked with them.
+        raise UserError(
+            f"--pipeline-parallel-size {stages}: not checked with restructured models; allowed: 1, "
+            f"and --tensor-parallel-size for more ranks"
+        )
+    sharers = vllm_config.parallel_config.decode_context_parallel_size
+    if sharers > 1 and plan.has_parallel_blocks:
+        # vLLM deals a sequence's tokens out to the ranks that hold the same KV heads, and counts
+        # these by the model's number of them. A wide block has more.
+        raise UserError(
+            f"--decode-context-parallel-size {sharers}: the ranks of side-by-side layers hold "
+            f"different KV heads; allowed: 1, or a plan without parallel blocks"
+        )
+    speculative = vllm_config.speculative_config
+    if speculative is not None and speculative.method not in _SPECULATION:
+        raise UserError(
+            f"--speculative-config method {speculative.method!r} reads layers of the unmodified "
+            f"model; allowed: {', '.join(_SPECULATION)}"
+        )
+    quantization = vllm_config.model_config.quantization
+    widths = sorted({len(block) for block in plan.blocks if len(block) > 1})
+    if quantization is not None and any(tp % width for width in widths):
+        raise UserError(
+            f"quantization {quantization!r}: the norms of side-by-side layers can't be folded "
+            f"into quantized weights; allowed: --tensor-parallel-size a multiple of "
+            f"{' and '.join(map(str, widths))}, an unquantized checkpoint, or a plan without "
+            f"parallel blocks"
+        )
