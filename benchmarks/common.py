@@ -37,7 +37,7 @@ def facts() -> dict[str, Any]:
     """When, with what and on what: JSON-ready."""
     return {
         **origin(f"python benchmarks/{Path(sys.argv[0]).name}"),
-        **hardware.facts(),
+        **hardware.described(),
     }
 
 

@@ -34,7 +34,7 @@ import shapes
 from matplotlib.figure import Figure
 
 from vllm_depthpar.bench.rounds import awake, in_turn, pause, summary, written
-from vllm_depthpar.bench.settings import THROUGHPUT, Load, Settings, Setup
+from vllm_depthpar.bench.settings import THROUGHPUT, BenchSettings, Load, Setup
 from vllm_depthpar.bench.stages import Engines
 from vllm_depthpar.launch import hardware
 from vllm_depthpar.launch.engine import Worker, call
@@ -107,7 +107,7 @@ class Sweep:
 
     def setup(self, model: str) -> Setup:
         """For engines that get all loads."""
-        settings = Settings(
+        settings = BenchSettings(
             parts=(THROUGHPUT,),
             output_len=TOKENS,
             batches=self.batches,

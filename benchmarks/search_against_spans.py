@@ -16,7 +16,7 @@ import common
 
 from vllm_depthpar.checkpoint import bundled
 from vllm_depthpar.checkpoint.config import read_config
-from vllm_depthpar.evaluate import suite
+from vllm_depthpar.evaluate.suite import Suite, open_model, read_texts, reported
 from vllm_depthpar.plan import Plan, resolve
 from vllm_depthpar.plan.auto import auto_spec
 from vllm_depthpar.plan.model_shape import ModelShape
@@ -36,26 +36,26 @@ def main() -> None:
     args = parser.parse_args()
     model = str(args.model or bundled.prepare())
     shape = ModelShape.from_config(read_config(model))
-    domains = suite.read_texts(model, args.text, args.window, tokens=args.tokens)
-    bench = suite.Bench(suite.open_model(model), domains)
+    texts = read_texts(model, args.text, args.window, tokens=args.tokens)
+    suite = Suite(open_model(model), texts)
     front = {one["depth"]: one["plan"] for one in json.loads(args.report.read_text())["front"]}
-    plans = {"unmodified": bench.evaluator.unmodified}
+    plans = {"unmodified": suite.evaluator.unmodified}
     plans["auto"] = resolve(auto_spec(shape)[0], shape.layers)
     found = {depth: resolve(front[depth], shape.layers) for depth in front if depth < shape.layers}
     plans |= {f"found {depth}": plan for depth, plan in found.items()}
     spans = {depth: spans_of(shape.layers, depth) for depth in args.depths}
     for of_depth in spans.values():
         plans |= of_depth
-    results = dict(zip(plans, bench.measure(list(plans.values()), "Plans and spans"), strict=True))
+    results = dict(zip(plans, suite.measure(list(plans.values()), "Plans and spans"), strict=True))
     rows, summary = [], []
-    for domain in domains:
-        losses = {label: of_text[domain.name].loss for label, of_text in results.items()}
+    for text in texts:
+        losses = {label: of_text[text.name].loss for label, of_text in results.items()}
         for depth in args.depths:
             span = min(spans[depth], key=losses.__getitem__)
             gap = losses[span] - losses["unmodified"]
             gone = (losses[span] - losses[f"found {depth}"]) / gap
             row: dict[str, Any] = {
-                "text": domain.name,
+                "text": text.name,
                 "depth": depth,
                 "unmodified": math.exp(losses["unmodified"]),
                 "best_span": span,
@@ -66,7 +66,7 @@ def main() -> None:
             summary.append(row)
             rows.append(
                 [
-                    domain.name,
+                    text.name,
                     str(depth),
                     f"{row['unmodified']:.2f}",
                     f"{row['best_span_perplexity']:.2f} {span}",
@@ -79,10 +79,10 @@ def main() -> None:
     if args.out:
         report = {
             **common.facts(),
-            **suite.settings(domains, bench.evaluator),
+            **suite.described(),
             "summary": summary,
             "plans": {
-                label: {"plan": plans[label].to_spec(), **suite.figures(of_text)}
+                label: {"plan": plans[label].to_spec(), **reported(of_text)}
                 for label, of_text in results.items()
             },
         }

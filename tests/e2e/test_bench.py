@@ -25,7 +25,7 @@ from processes import are_stopped, command_line, wait_until_stopped
 
 from vllm_depthpar.bench import report
 from vllm_depthpar.bench.rounds import pause
-from vllm_depthpar.bench.settings import PARTS, Settings
+from vllm_depthpar.bench.settings import PARTS, BenchSettings
 from vllm_depthpar.bench.stages import figures_of
 from vllm_depthpar.cli import demo
 from vllm_depthpar.cli.main import main
@@ -259,7 +259,7 @@ def test_bad_values_are_refused(
 
 
 def test_ratios_are_taken_within_a_round_and_above_1_is_faster(model: Path) -> None:
-    settings = Settings(parts=("latency", "throughput"), batches=(4,))
+    settings = BenchSettings(parts=("latency", "throughput"), batches=(4,))
     first, second = settings.loads()
     chosen = variants(str(model), ["identity", "plain"])
 
@@ -296,7 +296,7 @@ def test_ratios_are_taken_within_a_round_and_above_1_is_faster(model: Path) -> N
 
 
 def test_loads_are_a_grid() -> None:
-    settings = Settings(batches=(1, 64), contexts=(128, 4096), rates=(0.5, math.inf))
+    settings = BenchSettings(batches=(1, 64), contexts=(128, 4096), rates=(0.5, math.inf))
     names = [(load.part, load.name) for load in settings.loads()]
     assert names == [
         ("latency", "128 tokens"),
@@ -314,7 +314,7 @@ def test_loads_are_a_grid() -> None:
 def test_units() -> None:
     """Times of one sequence in ms, speeds of many in tokens per second, from the same batch."""
     found = {"prefill_seconds": 0.5, "decode_seconds": 2.0, "decode_tokens": 40, "gpu_bytes": 0}
-    loads = Settings(batches=(4,), contexts=(100,), input_lens=(100,)).loads()
+    loads = BenchSettings(batches=(4,), contexts=(100,), input_lens=(100,)).loads()
     assert [figures_of(load, found) for load in loads[:2]] == [
         {"ttft_ms": 500, "tpot_ms": 50},
         {"decode_tokens_per_second": 20, "prefill_tokens_per_second": 800},

@@ -57,7 +57,7 @@ ENGINE = """
 from vllm_depthpar.bench import engine_load
 from vllm_depthpar.launch.engine import Worker
 flags = ["--enforce-eager", "--load-format", "dummy", "--tensor-parallel-size", "2"]
-started = Worker("an engine", engine_load.serve, model, flags)
+started = Worker("an engine", engine_load.run_engine, model, flags)
 started.receive()
 """
 CALLER = """

@@ -30,7 +30,7 @@ from vllm_depthpar.launch.variants import variants
 PIQA = Path(__file__).parents[2] / "benchmarks" / "tasks" / "piqa.yaml"
 PLAN = '{"pair": [8, 28]}'
 SERVER_ARGS = "--dtype float32 --enforce-eager --max-model-len 512"
-SETTINGS = lm_eval_tasks.Settings(server_args=tuple(SERVER_ARGS.split()))
+SETTINGS = lm_eval_tasks.TaskSettings(server_args=tuple(SERVER_ARGS.split()))
 
 DATA = """
 from datasets import Dataset

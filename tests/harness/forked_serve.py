@@ -54,7 +54,7 @@ class Process:
 @contextmanager
 def forked_servers() -> Iterator[None]:
     """Every `Server` is started like this meanwhile."""
-    with patch("vllm_depthpar.launch.server.start_process", Process):
+    with patch("vllm_depthpar.launch.server.start_vllm_serve", Process):
         yield
 
 

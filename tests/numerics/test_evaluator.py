@@ -14,8 +14,8 @@ from transformers import LlamaForCausalLM
 
 from vllm_depthpar import hf
 from vllm_depthpar.evaluate.evaluator import Evaluator
-from vllm_depthpar.evaluate.span_study import TRANSFORMATIONS, spans, steps_of
-from vllm_depthpar.evaluate.steps import Step, steps
+from vllm_depthpar.evaluate.rows import Block, row_of
+from vllm_depthpar.evaluate.span_study import TRANSFORMATIONS, row_with, spans
 from vllm_depthpar.evaluate.texts import Windows
 from vllm_depthpar.plan import Plan, resolve
 from vllm_depthpar.util.result_cache import Journal
@@ -172,8 +172,8 @@ def test_journal_of_two_writers(tmp_path: Path) -> None:
 
 
 def test_merged_is_the_mean_of_the_weights(folder: Path, windows: Windows, tmp_path: Path) -> None:
-    way = steps_of(LAYERS, (2, 5), TRANSFORMATIONS["merge"])
-    (quality,) = Evaluator(hf.load_unmodified(folder)).measure([way], windows)
+    row = row_with(LAYERS, (2, 5), TRANSFORMATIONS["merge"])
+    (quality,) = Evaluator(hf.load_unmodified(folder)).measure([row], windows)
     tensors = load_file(folder / "model.safetensors")
     for name in [name for name in tensors if name.startswith("model.layers.2.")]:
         same = [tensors[name.replace("layers.2.", f"layers.{at}.")] for at in (2, 3, 4)]
@@ -196,19 +196,19 @@ def test_merged_is_the_mean_of_the_weights(folder: Path, windows: Windows, tmp_p
     ],
 )
 def test_transformations_are_plans(name: str, spec: Any) -> None:
-    assert steps_of(LAYERS, (1, 4), TRANSFORMATIONS[name]) == steps(resolve(spec, LAYERS))
+    assert row_with(LAYERS, (1, 4), TRANSFORMATIONS[name]) == row_of(resolve(spec, LAYERS))
 
 
 def test_shuffle_moves_the_layers_of_the_span_only() -> None:
     for span in spans(LAYERS):
-        way = steps_of(LAYERS, span, TRANSFORMATIONS["shuffle"])
-        order = [step.layers[0] for step in way]
+        row = row_with(LAYERS, span, TRANSFORMATIONS["shuffle"])
+        order = [block.layers[0] for block in row]
         assert sorted(order) == list(range(LAYERS))
         assert order != sorted(order)
         start, end = span
         assert order[:start] + order[end:] == [*range(start), *range(end, LAYERS)]
-        assert way == steps_of(LAYERS, span, TRANSFORMATIONS["shuffle"])
-        assert all(step == Step(step.layers) for step in way)
+        assert row == row_with(LAYERS, span, TRANSFORMATIONS["shuffle"])
+        assert all(block == Block(block.layers) for block in row)
 
 
 def test_spans() -> None:

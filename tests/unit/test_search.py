@@ -18,7 +18,7 @@ from vllm_depthpar.predict.machines import device_named, link_named
 from vllm_depthpar.search.search import Search
 from vllm_depthpar.search.surrogate import Surrogate
 from vllm_depthpar.search.target import Machine, check_depth, check_speedup
-from vllm_depthpar.search.tiling import Tile, Tiling, best_of_each_length, candidates, plan_of
+from vllm_depthpar.search.tiling import Tile, Tiling, best_of_each_length, candidates, to_plan
 
 LAYERS = 12
 SHAPE = ModelShape(
@@ -62,7 +62,7 @@ def search_of(landscape: Landscape, methods: Sequence[str]) -> Search:
 def best_pairs(landscape: Landscape, count: int) -> float:
     """The best plan of `count` pairs, by trying all."""
     return min(
-        landscape.of(plan_of(tuple(Tile(start, 2) for start in starts), LAYERS))
+        landscape.of(to_plan(tuple(Tile(start, 2) for start in starts), LAYERS))
         for starts in itertools.combinations(range(LAYERS - 1), count)
         if all(right - left >= 2 for left, right in itertools.pairwise(starts))
     )
@@ -86,7 +86,7 @@ def regret(seed: int, together: float) -> float:
     search.measure_tiles()
     lengths = dict.fromkeys(candidates(LAYERS, ["pair"]), 1)
     first_guess = best_of_each_length(LAYERS, search.alone, lengths)[8][1]
-    before = landscape.of(plan_of(first_guess, LAYERS))
+    before = landscape.of(to_plan(first_guess, LAYERS))
     for _ in range(8):
         search.round(target=8, proposals=6)
     after = min(one.divergence for one in search.front() if one.length <= 8)
@@ -199,7 +199,7 @@ def test_lengths_are_the_predicted_times(methods: list[str]) -> None:
         of_length = best_of_each_length(SHAPE.layers, dict.fromkeys(tiles, 0.0), lengths)
         tilings = [tiling for at, (_, tiling) in of_length.items() if at <= target]
         nearest = max(tilings, key=search.length)
-        assert where.speedup(SHAPE, plan_of(nearest, SHAPE.layers)) == pytest.approx(
+        assert where.speedup(SHAPE, to_plan(nearest, SHAPE.layers)) == pytest.approx(
             speedup, rel=0.03
         )
 
@@ -208,7 +208,7 @@ def test_speedups_that_cannot_be_reached() -> None:
     where = machine(tp=2)
     tiles = candidates(SHAPE.layers, ["pair"])
     lengths = where.lengths(SHAPE, tiles)
-    most = where.speedup(SHAPE, plan_of(tuple(Tile(at, 2) for at in range(0, 32, 2)), 32))
+    most = where.speedup(SHAPE, to_plan(tuple(Tile(at, 2) for at in range(0, 32, 2)), 32))
     with pytest.raises(UserError, match=rf"speed-up 3 .* nearest: {most:.2f}"):
         check_speedup(3, SHAPE, where, lengths, ["pair"])
     with pytest.raises(UserError, match=r"speed-up 0.9 .* more than 1"):

@@ -35,7 +35,7 @@ def test_no_overlap(plain: Any) -> None:
     assert shown(windows, plain) == ["abcdefgh", "ijklmnop", "qrstuvwx"]
     # The first token of each is predicted from nothing.
     assert (windows.counted, windows.predictions) == (7, 21)
-    assert windows.settings() == {
+    assert windows.described() == {
         "text": "letters",
         "window": 8,
         "windows": 3,

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_depthpar.plan import resolve
-from vllm_depthpar.search.tiling import Tile, Tiling, best_of_each_length, candidates, plan_of
+from vllm_depthpar.search.tiling import Tile, Tiling, best_of_each_length, candidates, to_plan
 
 METHODS = ("pair", "group", "skip", "ladder")
 
@@ -62,7 +62,7 @@ def test_best_of_each_length_is_the_best(
     ],
 )
 def test_plan_of(tiling: Tiling, spec: object) -> None:
-    assert plan_of(tiling, 8) == resolve(spec, 8)
+    assert to_plan(tiling, 8) == resolve(spec, 8)
 
 
 def test_candidates_are_what_the_methods_allow() -> None:

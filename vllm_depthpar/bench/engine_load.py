@@ -24,7 +24,7 @@ def most_tokens(batch: int, prompt_tokens: int, tokens: int) -> int:
     return tokens + (2 * prefill if prefill > 1 else 0)
 
 
-def serve(connection: Connection, model: str, flags: Sequence[str]) -> None:
+def run_engine(connection: Connection, model: str, flags: Sequence[str]) -> None:
     """An engine: sends "ready", then answers each job, arguments of `run_batch`, with its figures
     or the RuntimeError that it raised."""
     engine = make_engine(model, flags)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_depthpar.bench.rounds import awake, in_turn, pause
-from vllm_depthpar.bench.settings import ENGINES, STAGES, Load, Settings, Setup
+from vllm_depthpar.bench.settings import ENGINES, STAGES, BenchSettings, Load, Setup
 from vllm_depthpar.bench.stages import Engines, Running, Servers, Stage
 from vllm_depthpar.checkpoint.config import fingerprint, read_config
 from vllm_depthpar.errors import UserError
@@ -35,7 +35,7 @@ _GPU_SHARE = 0.9
 
 
 def open_record(
-    model: str, variants: Sequence[Variant], settings: Settings, out: Path | None
+    model: str, variants: Sequence[Variant], settings: BenchSettings, out: Path | None
 ) -> dict[str, Any]:
     """A record without rounds, or the one in the file `out` to go on with.
 
@@ -51,7 +51,7 @@ def open_record(
     chosen = {**asdict(settings), "rates": [f"{rate:g}" for rate in settings.rates]}
     record: dict[str, Any] = {
         **begun,
-        "hardware": (found := hardware.facts()),
+        "hardware": (found := hardware.described()),
         "model": path.name if path.is_dir() else model,
         "settings": {
             "checkpoint": hashlib.sha256(fingerprint(model).encode()).hexdigest()[:16],
@@ -85,7 +85,7 @@ def open_record(
 def run(
     model: str,
     variants: Sequence[Variant],
-    settings: Settings,
+    settings: BenchSettings,
     rounds: int,
     record: dict[str, Any],
     save: Callable[[], None],
@@ -141,7 +141,7 @@ def run(
                     save()
 
 
-def _steps(variants: int, settings: Settings, loads: Sequence[Load], rounds: int) -> int:
+def _steps(variants: int, settings: BenchSettings, loads: Sequence[Load], rounds: int) -> int:
     if settings.one_at_a_time:
         return 1 + variants * rounds * (1 + 2 * len(loads))
     return 1 + variants * (1 + (1 + rounds) * len(loads))

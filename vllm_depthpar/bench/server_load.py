@@ -13,7 +13,7 @@ FIGURES = {
 } | {"request_throughput": "requests_per_second", "output_throughput": "tokens_per_second"}
 
 
-def serve(connection: Connection) -> None:
+def run_client(connection: Connection) -> None:
     """vLLM's load generator: sends "ready", then answers each job, arguments of ``vllm bench
     serve``, with its `FIGURES` or a RuntimeError. One process for many runs: its imports take
     longer than a run does."""

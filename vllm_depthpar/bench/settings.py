@@ -55,7 +55,7 @@ class Load:
 
 
 @dataclass(frozen=True)
-class Settings:
+class BenchSettings:
     """What is measured, and how vLLM is set up for it, alike for all variants.
 
     Attributes:
@@ -106,7 +106,7 @@ class Settings:
         return [one for one in found if one.part in self.parts]
 
 
-def check(settings: Settings, variants: Sequence[Variant], config: dict[str, Any]) -> None:
+def check(settings: BenchSettings, variants: Sequence[Variant], config: dict[str, Any]) -> None:
     """Raise UserError for what vLLM would refuse after a long start: a model that can't be cut
     into so many ranks, or sequences that are too long for it."""
     shape = ModelShape.from_config(config)
@@ -135,7 +135,7 @@ class Setup:
 
     model: str
     config: dict[str, Any]
-    settings: Settings
+    settings: BenchSettings
     loads: Sequence[Load]
     gpu_share: float | None
 

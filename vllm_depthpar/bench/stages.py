@@ -18,11 +18,9 @@ from vllm_depthpar.bench.rounds import Pausable
 from vllm_depthpar.bench.settings import LATENCY, Load, Setup
 from vllm_depthpar.launch import hardware
 from vllm_depthpar.launch.engine import Worker
-from vllm_depthpar.launch.server import Server
+from vllm_depthpar.launch.server import START_SECONDS, Server
 from vllm_depthpar.launch.variants import Variant
 
-# A large model is read and compiled before its server answers.
-START_SECONDS = 1800
 _WEIGHTS = re.compile(r"Loading weights took ([0-9.]+) seconds")
 
 
@@ -76,7 +74,7 @@ class Engines:
         """See `Stage`."""
         setup = self._setup
         flags, env = setup.flags(variant), _environment(setup, variant)
-        engine = Worker(variant.label, engine_load.serve, setup.model, flags, env=env)
+        engine = Worker(variant.label, engine_load.run_engine, setup.model, flags, env=env)
         stack.callback(engine.stop)
         return engine, started(engine, engine.receive)
 
@@ -121,7 +119,7 @@ class Servers:
             self._more = server_load.write_tokenizer(Path(self._tokenizer), vocab)
         # Nothing of the environment's lies between it and a server on this machine.
         env = {"VLLM_PLUGINS": "", "NO_PROXY": "*", "no_proxy": "*"}
-        self._client = Worker("the load generator", server_load.serve, env=env)
+        self._client = Worker("the load generator", server_load.run_client, env=env)
         stack.callback(self._client.stop)
         self._client.receive()
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from vllm_depthpar.bench.report import FIGURES, SHOWN, markdown, summarize, title
 from vllm_depthpar.bench.run import open_record, run
-from vllm_depthpar.bench.settings import PARTS, THROUGHPUT, Load, Settings, check
+from vllm_depthpar.bench.settings import PARTS, THROUGHPUT, BenchSettings, Load, check
 from vllm_depthpar.checkpoint.config import read_config
 from vllm_depthpar.cli.types import DTYPES, MODEL_HELP, PLAN_HELP, at_least, engine_flags
 from vllm_depthpar.errors import UserError
@@ -38,7 +38,7 @@ def add(commands: Any) -> None:
         help=f"each {PLAN_HELP}, 'carried' for the checkpoint's own, or 'plain' for vLLM's own "
         "model (plain,auto, or carried)",
     )
-    usual_ones = Settings()
+    usual_ones = BenchSettings()
 
     def sizes(name: str, what: str) -> None:
         default = getattr(usual_ones, name)
@@ -145,15 +145,15 @@ def _run(args: argparse.Namespace) -> str:
     return json.dumps(record, indent=2) if args.json else report.rstrip()
 
 
-def _settings(args: argparse.Namespace) -> Settings:
+def _settings(args: argparse.Namespace) -> BenchSettings:
     """The settings that were asked for; raises as `engine_flags`."""
     flags = engine_flags(args.engine_args)
-    given = {field.name: getattr(args, field.name) for field in fields(Settings)}
-    return Settings(**{**given, "engine_args": flags})
+    given = {field.name: getattr(args, field.name) for field in fields(BenchSettings)}
+    return BenchSettings(**{**given, "engine_args": flags})
 
 
 def _predicted(
-    chosen: Sequence[Variant], settings: Settings, config: dict[str, Any], on_gpu: bool
+    chosen: Sequence[Variant], settings: BenchSettings, config: dict[str, Any], on_gpu: bool
 ) -> dict[str, dict[str, float]]:
     """{load's key: {variant: speed-up of decoding over plain vLLM}} as `depthpar predict` has it,
     if this machine was measured for it; between GPUs it would have to know the link."""

@@ -23,13 +23,12 @@ from rich.console import Console
 from vllm_depthpar.bench.rounds import awake, in_turn, pause, spread
 from vllm_depthpar.checkpoint import bundled
 from vllm_depthpar.errors import UserError
-from vllm_depthpar.launch.server import Server
+from vllm_depthpar.launch.server import START_SECONDS, Server
 
 QUESTION = "What is gravity? Answer in two sentences."
 TOKENS = 64
 ROUNDS = 6
 ARGS = ("--served-model-name", bundled.NAME, "--max-model-len", "2048", "--enforce-eager")
-START_SECONDS = 600
 
 
 def main() -> int:

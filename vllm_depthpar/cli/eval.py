@@ -100,21 +100,21 @@ def _run(args: argparse.Namespace) -> str:
 def measure_texts(args: argparse.Namespace, plans: Sequence[Variant]) -> dict[str, Any]:
     """The texts' report, JSON-ready: what was measured with what, and for each plan and text the
     perplexity and the KL divergence from the unmodified model, nats per token."""
-    from vllm_depthpar.evaluate import suite
+    from vllm_depthpar.evaluate.suite import Suite, open_model, read_texts, reported
     from vllm_depthpar.plan import resolve
 
     layers = ModelShape.from_config(read_config(args.model)).layers
-    domains = suite.read_texts(args.model, args.text, args.window, args.stride, args.tokens)
-    bench = suite.Bench(suite.open_model(args.model, args.dtype), domains)
+    texts = read_texts(args.model, args.text, args.window, args.stride, args.tokens)
+    suite = Suite(open_model(args.model, args.dtype), texts)
     resolved = [resolve(one.spec or "identity", layers) for one in plans]
-    found = bench.measure(resolved, "Text")
+    found = suite.measure(resolved, "Text")
     return {
         **origin("depthpar"),
         "model": Path(args.model).name,
         "seed": args.seed,
-        **suite.settings(domains, bench.evaluator),
+        **suite.described(),
         "plans": [
-            {**asdict(one), "depth": plan.depth, "results": suite.figures(of_plan)}
+            {**asdict(one), "depth": plan.depth, "results": reported(of_plan)}
             for one, plan, of_plan in zip(plans, resolved, found, strict=True)
         ],
     }
@@ -131,9 +131,9 @@ def text_table(report: dict[str, Any]) -> str:
     return f"{quality_table(['plan', 'blocks'], rows)}\n\n{counted}; {report['dtype']}"
 
 
-def _task_settings(args: argparse.Namespace) -> lm_eval_tasks.Settings:
+def _task_settings(args: argparse.Namespace) -> lm_eval_tasks.TaskSettings:
     try:
         server_args = lm_eval_tasks.check_server_args(shlex.split(args.server_args))
     except ValueError as error:
         raise UserError(f"--server-args: {error}") from None
-    return lm_eval_tasks.Settings(args.limit, args.num_fewshot, args.seed, server_args)
+    return lm_eval_tasks.TaskSettings(args.limit, args.num_fewshot, args.seed, server_args)

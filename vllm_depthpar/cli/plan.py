@@ -33,5 +33,5 @@ def _show(args: argparse.Namespace) -> str:
     chosen, source = precedence.choose(config, override, os.environ.get(precedence.ENV), "--plan")
     shape = ModelShape.from_config(config)
     if args.json:
-        return json.dumps({**drawing.facts(chosen, shape, args.tp), "source": source}, indent=2)
+        return json.dumps({**drawing.effects(chosen, shape, args.tp), "source": source}, indent=2)
     return drawing.draw(chosen, shape, args.tp, source)

@@ -108,8 +108,8 @@ def _run(args: argparse.Namespace) -> str:
     process = trainer.this_process()
     chosen = _check(args, process.num_processes)
     with process.main_process_first():
-        domains, held_out = _texts(args)  # before the weights load
-    training = torch.cat([domain.tokens for domain in domains])
+        texts, held_out = _texts(args)  # before the weights load
+    training = torch.cat([text.tokens for text in texts])
 
     dtype = usable_dtype(args.dtype)
     bfloat16 = dtype == torch.bfloat16
@@ -123,14 +123,14 @@ def _run(args: argparse.Namespace) -> str:
         bfloat16=bfloat16,
         read=partial(read_tensors, args.model),
     )
-    settings = trainer.Settings(
-        **{field.name: getattr(args, field.name) for field in fields(trainer.Settings)}
+    settings = trainer.TrainingSettings(
+        **{field.name: getattr(args, field.name) for field in fields(trainer.TrainingSettings)}
     )
     folder = args.out.with_name(f".{args.out.name}.run")
     identity = [
         fingerprint(args.model),
         str(dtype),
-        [domain.digest for domain in domains],
+        [text.digest for text in texts],
     ]
     run = trainer.Recovery(distillation, settings, training, held_out, folder, identity)
     # In this order: what is measured depends on what was done.
@@ -149,8 +149,8 @@ def _run(args: argparse.Namespace) -> str:
             "plan": chosen.to_spec(),
             "settings": asdict(settings),
             "dtype": str(dtype).removeprefix("torch."),
-            "texts": {domain.name: domain.tokens.numel() for domain in domains},
-            "held_out": [windows.settings() for windows in held_out],
+            "texts": {text.name: text.tokens.numel() for text in texts},
+            "held_out": [windows.described() for windows in held_out],
             "ridges": ridges,
             "training": done,
             "quality": quality_after,
@@ -197,14 +197,15 @@ def _check(args: argparse.Namespace, processes: int) -> Plan:
 
 def _texts(args: argparse.Namespace) -> tuple[list[Windows], list[Windows]]:
     """What to learn from and what to measure on."""
-    from vllm_depthpar.evaluate import own_text, suite
+    from vllm_depthpar.evaluate import own_text
+    from vllm_depthpar.evaluate.suite import read_texts
 
     own = args.own_text
     if own is None:
         own = 0 if args.text else _OWN_TOKENS
     if not args.text and not own:
         raise UserError("no text to learn from; allowed: --text FILE ..., --own-text N")
-    domains = suite.read_texts(
+    texts = read_texts(
         args.model,
         args.text,
         args.window,
@@ -213,13 +214,13 @@ def _texts(args: argparse.Namespace) -> tuple[list[Windows], list[Windows]]:
         kinds=(own_text.PROSE, own_text.CHATS),
     )
     if args.held_out:
-        held_out = suite.read_texts(args.model, args.held_out, args.window, tokens=_HELD_TOKENS)
+        held_out = read_texts(args.model, args.held_out, args.window, tokens=_HELD_TOKENS)
     else:
-        parted = [domain.part(_HELD_OUT) for domain in domains]
-        domains, held_out = [rest for rest, _ in parted], [held for _, held in parted]
-    if (count := sum(map(len, domains))) < _LEAST_WINDOWS:
+        parted = [text.part(_HELD_OUT) for text in texts]
+        texts, held_out = [rest for rest, _ in parted], [held for _, held in parted]
+    if (count := sum(map(len, texts))) < _LEAST_WINDOWS:
         raise UserError(
             f"{count} windows of {args.window} tokens to learn from; allowed: {_LEAST_WINDOWS} or "
             f"more (more text, --own-text, a smaller --window)"
         )
-    return domains, held_out
+    return texts, held_out

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_depthpar.checkpoint.config import read_original_config
 from vllm_depthpar.cli.types import DTYPES, MODEL_HELP, at_least
 from vllm_depthpar.errors import UserError
-from vllm_depthpar.plan import Plan
 from vllm_depthpar.plan.model_shape import ModelShape
 from vllm_depthpar.predict import machines
-from vllm_depthpar.search.target import Machine, check_depth, check_speedup, depths, reachable
-from vllm_depthpar.search.tiling import Tile, candidates
+from vllm_depthpar.search.run import METHODS, Effort, Goal, Space, run
+from vllm_depthpar.search.target import Machine
 
 if TYPE_CHECKING:
     from vllm_depthpar.evaluate.texts import Windows
-
-METHODS = ("pair", "group", "skip", "ladder")
 
 
 def add(commands: Any) -> None:
@@ -74,73 +69,20 @@ def add(commands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> str:
-    from vllm_depthpar.evaluate import suite
-    from vllm_depthpar.search.report import SearchReport, baselines
-    from vllm_depthpar.search.search import Search
-
     started = time.monotonic()
     shape = ModelShape.from_config(read_original_config(args.model))
-    methods = _methods(args.methods)
+    goal = Goal(args.depth, args.speedup, args.max_ppl_increase)
     machine = _machine(args)
-    tiles = [
-        tile
-        for tile in candidates(shape.layers, methods, args.group)
-        if tile.skip or shape.fits(tile.width, args.tp)
-    ]
-    timed = machine if args.depth is None else None
-    lengths = timed.lengths(shape, tiles) if timed else depths(tiles)
-    target = _target(args, shape, machine, lengths, methods)
+    space = Space(shape, goal, _methods(args.methods), args.group, args.tp, machine)
+    _ = space.target  # raises what is wrong with it, before anything long begins
+    texts = _texts(args)  # before the weights load
 
-    domains = _texts(args)  # before the weights load
-    bench = suite.Bench(suite.open_model(args.model, args.dtype), domains)
-    unmodified = bench.measure([bench.evaluator.unmodified], "The unmodified model")[0]
-    thin = min(4, *(len(domain) for domain in bench.domains))
+    from vllm_depthpar.evaluate.suite import Suite, open_model
+    from vllm_depthpar.search.report import SearchReport
 
-    def measure(plans: Sequence[Plan], rough: bool) -> list[float]:
-        what = "Each change alone" if rough else "Plans"
-        found = bench.measure(plans, what, thin if rough else 1)
-        return [suite.divergence(of_plan) for of_plan in found]
-
-    # What each method alone may use.
-    alone = [frozenset(candidates(shape.layers, [method], args.group)) for method in methods]
-    search = Search(
-        shape.layers, lengths, measure, [one & lengths.keys() for one in alone], args.seed
-    )
-    limit = math.log1p((args.max_ppl_increase or 0) / 100)
-    report = SearchReport(args, shape, search, bench, unmodified, machine, limit)
-    search.measure_tiles()
-    search.add(baselines(search, shape.layers, methods, target))
-    shortest, longest = reachable(shape.layers, lengths)[0], 0.0
-    while report.rounds < args.rounds:
-        begun = time.monotonic()
-        if begun + longest - started > 60 * args.minutes:
-            break
-        next_length = report.within_loss().length - search.layer if target is None else target
-        if not search.round(max(shortest, next_length), args.proposals):
-            break
-        report.rounds += 1
-        longest = max(longest, time.monotonic() - begun)
-    report.seconds = time.monotonic() - started
-    return report.write(target)
-
-
-def _target(
-    args: argparse.Namespace,
-    shape: ModelShape,
-    machine: Machine | None,
-    lengths: dict[Tile, int],
-    methods: Sequence[str],
-) -> int | None:
-    """The length to reach, or None if that is for the search to find out."""
-    if args.depth is not None:
-        return check_depth(args.depth, shape.layers, lengths, methods)
-    if args.speedup is not None and machine is not None:
-        return check_speedup(args.speedup, shape, machine, lengths, methods)
-    if not args.max_ppl_increase > 0:
-        raise UserError(
-            f"--max-ppl-increase {args.max_ppl_increase:g} is too small; allowed: more than 0"
-        )
-    return None
+    effort = Effort(args.rounds, args.proposals, args.minutes, args.seed)
+    outcome = run(space, Suite(open_model(args.model, args.dtype), texts), effort, started)
+    return SearchReport(args.model, outcome, effort).write(args.out)
 
 
 def _methods(text: str) -> list[str]:
@@ -164,7 +106,7 @@ def _machine(args: argparse.Namespace) -> Machine | None:
 
 def _texts(args: argparse.Namespace) -> list[Windows]:
     """The texts to calibrate on: the user's, the model's own, or both in equal parts."""
-    from vllm_depthpar.evaluate import suite
+    from vllm_depthpar.evaluate.suite import read_texts
 
     own = args.own_text
     if own is None:
@@ -174,6 +116,6 @@ def _texts(args: argparse.Namespace) -> list[Windows]:
     if not args.text:
         print(f"No --text: calibrating on {own} tokens that the model writes.", file=sys.stderr)
     each = max(1, (args.tokens - own) // len(args.text)) if args.text else None
-    return suite.read_texts(
+    return read_texts(
         args.model, args.text, args.window, tokens=each, own_tokens=own, dtype=args.dtype
     )

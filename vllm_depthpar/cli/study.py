@@ -10,7 +10,7 @@ from typing import Any
 from vllm_depthpar.checkpoint.config import read_original_config
 from vllm_depthpar.cli.types import DTYPES, MODEL_HELP, at_least
 from vllm_depthpar.errors import UserError
-from vllm_depthpar.evaluate.span_study import TRANSFORMATIONS, spans, steps_of
+from vllm_depthpar.evaluate.span_study import TRANSFORMATIONS, row_with, spans
 from vllm_depthpar.plan.model_shape import ModelShape
 from vllm_depthpar.util import files
 from vllm_depthpar.util.markdown import table
@@ -45,7 +45,7 @@ def add(commands: Any) -> None:
 def _run(args: argparse.Namespace) -> str:
     import numpy as np
 
-    from vllm_depthpar.evaluate import suite
+    from vllm_depthpar.evaluate.suite import Suite, open_model, read_texts
 
     try:
         from vllm_depthpar.util import plots
@@ -55,14 +55,14 @@ def _run(args: argparse.Namespace) -> str:
         ) from None
     layers = ModelShape.from_config(read_original_config(args.model)).layers
     grid = list(spans(layers, args.grid))
-    domains = suite.read_texts(args.model, [args.text], args.window, tokens=args.tokens)
-    bench = suite.Bench(suite.open_model(args.model, args.dtype), domains)
-    name = domains[0].name
-    unmodified = bench.measure([bench.evaluator.unmodified], "The unmodified model")[0][name]
+    texts = read_texts(args.model, [args.text], args.window, tokens=args.tokens)
+    suite = Suite(open_model(args.model, args.dtype), texts)
+    name = texts[0].name
+    unmodified = suite.unmodified()[name]
     maps, numbers = {}, {}
     for transformation in args.transformations:
-        ways = [steps_of(layers, span, TRANSFORMATIONS[transformation]) for span in grid]
-        found = [of_text[name] for of_text in bench.measure(ways, transformation)]
+        transformed = [row_with(layers, span, TRANSFORMATIONS[transformation]) for span in grid]
+        found = [of_text[name] for of_text in suite.measure(transformed, transformation)]
         square = np.full((layers, layers), np.nan)
         for (start, end), quality_found in zip(grid, found, strict=True):
             square[start : start + args.grid, end - args.grid : end] = quality_found.perplexity
@@ -81,7 +81,7 @@ def _run(args: argparse.Namespace) -> str:
         {
             **origin("depthpar"),
             "model": model,
-            **suite.settings(domains, bench.evaluator),
+            **suite.described(),
             "grid": args.grid,
             "unmodified": unmodified.perplexity,
             "spans": numbers,

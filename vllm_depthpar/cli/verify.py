@@ -19,7 +19,7 @@ from vllm_depthpar.errors import UserError
 from vllm_depthpar.util import files
 from vllm_depthpar.util.markdown import table
 from vllm_depthpar.verify.rounding import PHASES
-from vllm_depthpar.verify.run import Settings, verify
+from vllm_depthpar.verify.run import VerifySettings, verify
 
 # With these there are other log-probabilities than the model's, or none.
 _RESERVED = (*RESERVED_FLAGS, "--logprobs-mode", "--runner", "--convert")
@@ -56,7 +56,7 @@ def add(commands: Any) -> None:
 
 def _run(args: argparse.Namespace) -> str:
     flags = engine_flags(args.engine_args, _RESERVED)
-    record = verify(args.model, args.plan, Settings(args.tp, args.dtype, args.eager, flags))
+    record = verify(args.model, args.plan, VerifySettings(args.tp, args.dtype, args.eager, flags))
     if args.out:
         files.write_json(args.out, record)
     shown = json.dumps(record, indent=2) if args.json else _table(record)

@@ -2,8 +2,8 @@
 
 Many plans are measured in one pass over the text. Plans that start with the same blocks share them:
 sorted by their blocks they form a trie, which is walked depth first with one residual stream kept
-for each level, so that a block is run once for all plans that reach it by the same way. A change of
-layer k costs the layers after k only, and memory does not grow with the number of plans.
+for each level, so that a block is run once for all plans that reach it by the same blocks. A change
+of layer k costs the layers after k only, and memory does not grow with the number of plans.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vllm_depthpar import __version__, hf
 from vllm_depthpar.errors import UserError
-from vllm_depthpar.evaluate.steps import Step, Steps, steps
+from vllm_depthpar.evaluate.rows import Block, Row, row_of
 from vllm_depthpar.evaluate.texts import Windows
 from vllm_depthpar.hf import ParallelBlock
 from vllm_depthpar.plan import Plan, resolve
 from vllm_depthpar.util.result_cache import Journal
 
-_WAYS_AT_ONCE = 64
+_ROWS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -104,22 +104,22 @@ class Evaluator:
 
     def measure(
         self,
-        plans: Sequence[Plan | Steps],
+        plans: Sequence[Plan | Row],
         windows: Windows,
         on_progress: Callable[[float], None] = lambda _: None,
     ) -> list[Quality]:
         """The quality of each plan on a text.
 
         Args:
-            plans: plans for this model, or steps that no plan can say.
+            plans: plans for this model, or rows of blocks that no plan can say.
             windows: the text.
             on_progress: called with the share of the work done since the last call; they sum to 1.
 
         Raises:
             UserError: a plan runs a layer that the checkpoint lacks.
         """
-        ways = [steps(plan) if isinstance(plan, Plan) else plan for plan in plans]
-        run = {layer for way in ways for step in way for layer in step.layers}
+        rows = [row_of(plan) if isinstance(plan, Plan) else plan for plan in plans]
+        run = {layer for one in rows for block in one for layer in block.layers}
         if lost := sorted(run & self._absent):
             raise UserError(
                 f"weights of layer {lost[0]} are not in the checkpoint; allowed: plans of its "
@@ -128,18 +128,18 @@ class Evaluator:
         journal = self._journal(windows)
         batches = windows.tokens.split(self._batch)
         # Neighbours in this order start alike. In parts, so that little is lost if this run ends.
-        order = sorted(set(ways))
-        parts = [order[at : at + _WAYS_AT_ONCE] for at in range(0, len(order), _WAYS_AT_ONCE)]
+        order = sorted(set(rows))
+        parts = [order[at : at + _ROWS_AT_ONCE] for at in range(0, len(order), _ROWS_AT_ONCE)]
         for number, batch in enumerate(batches):
             for part in parts:
-                missing = [way for way in part if _key(number, way) not in journal]
+                missing = [row for row in part if _key(number, row) not in journal]
                 if missing:
                     found = self._measure_batch(missing, batch, windows.counted)
-                    journal.add({_key(number, way): sums for way, sums in found.items()})
+                    journal.add({_key(number, row): sums for row, sums in found.items()})
                 on_progress(1 / (len(batches) * len(parts)))
         found_all = []
-        for way in ways:
-            sums = [journal[_key(number, way)] for number in range(len(batches))]
+        for row in rows:
+            sums = [journal[_key(number, row)] for number in range(len(batches))]
             nll, kl = ([value for batch in sums for value in batch[of]] for of in (0, 1))
             found_all.append(Quality(windows.counted, nll, kl))
         return found_all
@@ -159,55 +159,55 @@ class Evaluator:
 
     @torch.inference_mode()
     def _measure_batch(
-        self, ways: list[Steps], tokens: Tensor, counted: int
-    ) -> dict[Steps, list[list[float]]]:
-        """For each way, the sums of `Quality.nll` and of `Quality.kl`, window by window."""
+        self, rows: list[Row], tokens: Tensor, counted: int
+    ) -> dict[Row, list[list[float]]]:
+        """For each row, the sums of `Quality.nll` and of `Quality.kl`, window by window."""
         tokens = tokens.to(self._model.device)
         targets = tokens[:, -counted:]
         stream = self._model.model.embed_tokens(tokens)
         context = hf.context(self._model, stream)
         # The unmodified model's distribution is what the others are compared with, hence first.
-        unmodified = steps(self.unmodified)
-        # streams[i] is (x, y) after i steps: the stream, and what it was before the last MLP.
+        unmodified = row_of(self.unmodified)
+        # streams[i] is (x, y) after i blocks: the stream, and what it was before the last MLP.
         streams: list[tuple[Tensor, Tensor]] = [(stream, stream)]
-        before: Steps = ()
+        before: Row = ()
         probabilities: list[Tensor] = []
         entropies: list[Tensor] = []
-        found: dict[Steps, list[list[float]]] = {}
-        for way in [unmodified, *ways]:
-            shared = _common(before, way)
+        found: dict[Row, list[list[float]]] = {}
+        for row in [unmodified, *rows]:
+            shared = _common(before, row)
             del streams[shared + 1 :]
-            for step in way[shared:]:
-                streams.append(self._block(step)(streams[-1], **context))
-            before = way
+            for block in row[shared:]:
+                streams.append(self._module(block)(streams[-1], **context))
+            before = row
             nll, kl = [], []
-            # Row by row: a row's logits are the largest tensor there is.
-            for row, (x, target) in enumerate(zip(streams[-1][0], targets, strict=True)):
+            # Window by window: the logits of one are the largest tensor there is.
+            for at, (x, target) in enumerate(zip(streams[-1][0], targets, strict=True)):
                 hidden = self._model.model.norm(x[-counted - 1 : -1])
                 logits = self._model.lm_head(hidden).float()
                 normalizer = logits.logsumexp(-1)
                 chosen = logits.gather(1, target[:, None])[:, 0]
                 nll.append(float((normalizer - chosen).sum()))
-                if len(probabilities) == row:
+                if len(probabilities) == at:
                     probability = (logits - normalizer[:, None]).exp_()
                     entropies.append(normalizer - torch.linalg.vecdot(probability, logits))
                     probabilities.append(probability)
                 # KL(p || q) = cross entropy of p and q - entropy of p
-                cross = normalizer - torch.linalg.vecdot(probabilities[row], logits)
-                kl.append(float((cross - entropies[row]).sum()))
-            found[way] = [nll, kl]
+                cross = normalizer - torch.linalg.vecdot(probabilities[at], logits)
+                kl.append(float((cross - entropies[at]).sum()))
+            found[row] = [nll, kl]
         return found
 
-    def _block(self, step: Step) -> nn.Module:
-        members = {layer: self._layers[layer] for layer in step.layers}
-        if step.merged:
-            members = {step.layers[0]: _mean(list(members.values()))}
+    def _module(self, block: Block) -> nn.Module:
+        members = {layer: self._layers[layer] for layer in block.layers}
+        if block.merged:
+            members = {block.layers[0]: _mean(list(members.values()))}
         # `before_ladder` makes every block hand on both streams, whatever comes next.
-        return ParallelBlock(members, step.ladder, before_ladder=True)
+        return ParallelBlock(members, block.ladder, before_ladder=True)
 
 
-def _common(one: Steps, other: Steps) -> int:
-    """How many steps two ways start with alike."""
+def _common(one: Row, other: Row) -> int:
+    """How many blocks two rows start with alike."""
     count = 0
     for left, right in zip(one, other, strict=False):
         if left != right:
@@ -216,8 +216,8 @@ def _common(one: Steps, other: Steps) -> int:
     return count
 
 
-def _key(batch: int, way: Steps) -> str:
-    return f"{batch}: {' '.join(map(str, way))}"
+def _key(batch: int, row: Row) -> str:
+    return f"{batch}: {' '.join(map(str, row))}"
 
 
 class _Notes(dict[str, Any]):

@@ -27,21 +27,19 @@ from typing import Any
 from vllm_depthpar import __version__
 from vllm_depthpar.checkpoint.config import fingerprint
 from vllm_depthpar.errors import UserError
-from vllm_depthpar.launch.server import Server, serve
+from vllm_depthpar.launch.server import START_SECONDS, Server, serve
 from vllm_depthpar.launch.variants import Variant
 from vllm_depthpar.util import files
 from vllm_depthpar.util.markdown import table
 from vllm_depthpar.util.provenance import origin
 
-# A large model is read and compiled before its server answers.
-START_SECONDS = 1800
 YAML = (".yaml", ".yml")
 # Set by the plan, or by how the server is reached.
 RESERVED_FLAGS = ("--api-key", "--hf-overrides", "--host", "--model-impl", "--port")
 
 
 @dataclass(frozen=True)
-class Settings:
+class TaskSettings:
     """What the answers depend on, beside model, plan and tasks.
 
     Attributes:
@@ -113,7 +111,7 @@ def run_tasks(
     model: str,
     variants: Iterable[Variant],
     tasks: Mapping[str, Any],
-    settings: Settings,
+    settings: TaskSettings,
     cache: Path | None = None,
 ) -> dict[str, Any]:
     """Evaluate plans, one server after the other; progress goes to stderr.
@@ -191,7 +189,7 @@ def check_server_args(arguments: Sequence[str]) -> tuple[str, ...]:
 
 
 def _evaluate(
-    model: str, variant: Variant, tasks: Mapping[str, Any], settings: Settings, cache: Path
+    model: str, variant: Variant, tasks: Mapping[str, Any], settings: TaskSettings, cache: Path
 ) -> tuple[dict[str, Any], int]:
     """What lm-eval found, and how many requests a server was asked."""
     import aiohttp
@@ -228,7 +226,9 @@ def _evaluate(
     return dict(found), lm.asked
 
 
-def _start(stack: contextlib.ExitStack, model: str, variant: Variant, settings: Settings) -> Server:
+def _start(
+    stack: contextlib.ExitStack, model: str, variant: Variant, settings: TaskSettings
+) -> Server:
     flags = [*settings.server_args, *variant.flags, "--seed", str(settings.seed)]
     _say("starting vllm serve ...")
     try:
@@ -237,7 +237,7 @@ def _start(stack: contextlib.ExitStack, model: str, variant: Variant, settings: 
         raise UserError(f"plan {variant.label}: {error}") from error
 
 
-def _prepare(tasks: Mapping[str, Any], settings: Settings) -> None:
+def _prepare(tasks: Mapping[str, Any], settings: TaskSettings) -> None:
     """What lm-eval's `simple_evaluate` does to tasks before it calls `evaluate`."""
     for task in tasks["tasks"].values():
         own = task.get_config("num_fewshot")
@@ -246,7 +246,7 @@ def _prepare(tasks: Mapping[str, Any], settings: Settings) -> None:
         task.set_fewshot_seed(seed=settings.seed)
 
 
-def _cache_key(model: str, variant: Variant, settings: Settings) -> str:
+def _cache_key(model: str, variant: Variant, settings: TaskSettings) -> str:
     """Names the answers that can stand for each other. Their prompts are lm-eval's part."""
     versions = [metadata.version(name) for name in ("lm_eval", "vllm", "transformers")]
     parts = [__version__, *versions, fingerprint(model), variant.digest, *settings.server_args]

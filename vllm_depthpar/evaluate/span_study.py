@@ -1,7 +1,7 @@
 """Which spans of layers can be changed, and how: the effective-depth study of the Layer Parallelism
 paper (arXiv 2502.02790, section 3), with ladders beside it.
 
-A transformation takes a span of consecutive layers and gives the steps that run in its place.
+A transformation takes a span of consecutive layers and gives the blocks that run in its place.
 """
 
 from __future__ import annotations
@@ -9,48 +9,48 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 
-from vllm_depthpar.evaluate.steps import Step, Steps
+from vllm_depthpar.evaluate.rows import Block, Row
 
 Span = tuple[int, int]
 
 
-def shuffle(span: Span) -> Steps:
+def shuffle(span: Span) -> Row:
     """The layers in a random order, the same one for a span each time."""
     layers = list(range(*span))
     # A span of two or more has another order than its own.
     random_order = random.Random(f"{span}")
     while layers == sorted(layers):
         random_order.shuffle(layers)
-    return tuple(Step((layer,)) for layer in layers)
+    return tuple(Block((layer,)) for layer in layers)
 
 
-def prune(_: Span) -> Steps:
+def prune(_: Span) -> Row:
     """Nothing in their place."""
     return ()
 
 
-def merge(span: Span) -> Steps:
+def merge(span: Span) -> Row:
     """One layer whose weights are the mean of theirs."""
-    return (Step(tuple(range(*span)), merged=True),)
+    return (Block(tuple(range(*span)), merged=True),)
 
 
-def parallel(span: Span) -> Steps:
+def parallel(span: Span) -> Row:
     """All of them side by side."""
-    return (Step(tuple(range(*span))),)
+    return (Block(tuple(range(*span))),)
 
 
-def pairs(span: Span) -> Steps:
+def pairs(span: Span) -> Row:
     """Two by two side by side; of an odd span the last one alone."""
     start, end = span
-    return tuple(Step(tuple(range(at, min(at + 2, end)))) for at in range(start, end, 2))
+    return tuple(Block(tuple(range(at, min(at + 2, end)))) for at in range(start, end, 2))
 
 
-def ladder(span: Span) -> Steps:
+def ladder(span: Span) -> Row:
     """Each as a ladder block."""
-    return tuple(Step((layer,), ladder=True) for layer in range(*span))
+    return tuple(Block((layer,), ladder=True) for layer in range(*span))
 
 
-TRANSFORMATIONS: dict[str, Callable[[Span], Steps]] = {
+TRANSFORMATIONS: dict[str, Callable[[Span], Row]] = {
     one.__name__: one for one in (shuffle, prune, merge, parallel, pairs, ladder)
 }
 
@@ -64,9 +64,9 @@ def spans(layers: int, grid: int = 1) -> Iterator[Span]:
                 yield start, end
 
 
-def steps_of(layers: int, span: Span, transformation: Callable[[Span], Steps]) -> Steps:
+def row_with(layers: int, span: Span, transformation: Callable[[Span], Row]) -> Row:
     """The whole model with a span transformed."""
     start, end = span
-    before = tuple(Step((layer,)) for layer in range(start))
-    after = tuple(Step((layer,)) for layer in range(end, layers))
+    before = tuple(Block((layer,)) for layer in range(start))
+    after = tuple(Block((layer,)) for layer in range(end, layers))
     return (*before, *transformation(span), *after)

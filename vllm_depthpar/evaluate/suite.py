@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,30 +15,33 @@ from vllm_depthpar.checkpoint.config import fingerprint, read_config
 from vllm_depthpar.evaluate import own_text, texts
 from vllm_depthpar.evaluate.dtypes import usable_dtype
 from vllm_depthpar.evaluate.evaluator import Evaluator, Quality
-from vllm_depthpar.evaluate.steps import Steps
+from vllm_depthpar.evaluate.rows import Row
 from vllm_depthpar.evaluate.texts import Windows
 from vllm_depthpar.plan import Plan, resolve
 from vllm_depthpar.plan.ladder_checkpoint import ladder_of
 from vllm_depthpar.plan.precedence import KEY
 from vllm_depthpar.util.progress import bar
 
+# A plan's quality on each text, by the text's name.
+Qualities = Mapping[str, Quality]
+
 
 @dataclass(frozen=True)
-class Bench:
+class Suite:
     """A model and texts.
 
     Attributes:
         evaluator: runs plans on the unmodified model.
-        domains: the texts.
+        texts: cut into windows.
     """
 
     evaluator: Evaluator
-    domains: list[Windows]
+    texts: Sequence[Windows]
 
     def measure(
-        self, plans: Sequence[Plan | Steps], what: str | None = None, thin: int = 1
+        self, plans: Sequence[Plan | Row], what: str | None = None, thin: int = 1
     ) -> list[dict[str, Quality]]:
-        """The quality of each plan on each text, by the text's name.
+        """Measure the quality of each plan on each text, by the text's name.
 
         Args:
             what: is being done, for a progress bar; None for what was measured before.
@@ -46,39 +49,51 @@ class Bench:
         """
         found: list[dict[str, Quality]] = [{} for _ in plans]
         with bar(f"{what} ({len(plans)} plans)") if what else nullcontext(_ignore) as advance:
-            for domain in self.domains:
-                thinned = Windows(domain.name, domain.tokens[::thin], domain.counted)
+            for text in self.texts:
+                thinned = Windows(text.name, text.tokens[::thin], text.counted)
                 qualities = self.evaluator.measure(
-                    plans, thinned, lambda share: advance(share / len(self.domains))
+                    plans, thinned, lambda share: advance(share / len(self.texts))
                 )
                 for of_plan, quality in zip(found, qualities, strict=True):
-                    of_plan[domain.name] = quality
+                    of_plan[text.name] = quality
         return found
+
+    def unmodified(self) -> dict[str, Quality]:
+        """Measure the model as it is."""
+        return self.measure([self.evaluator.unmodified], "The unmodified model")[0]
+
+    def described(self) -> dict[str, Any]:
+        """State what has to stand beside the qualities, JSON-ready."""
+        return {
+            "dtype": str(self.evaluator.dtype).removeprefix("torch."),
+            "texts": [text.described() for text in self.texts],
+        }
 
 
 def _ignore(_: float) -> None:
     """No bar to draw."""
 
 
-def divergence(of_domain: dict[str, Quality]) -> float:
-    """Mean KL over the domains, each with equal weight, nats per token."""
-    return sum(quality.divergence for quality in of_domain.values()) / len(of_domain)
+def divergence(qualities: Qualities) -> float:
+    """Average the KL over the texts, each with equal weight, nats per token."""
+    return sum(quality.divergence for quality in qualities.values()) / len(qualities)
 
 
-def loss(of_domain: dict[str, Quality]) -> float:
-    """Mean negative log-likelihood over the domains, each with equal weight, nats per token."""
-    return sum(quality.loss for quality in of_domain.values()) / len(of_domain)
+def loss(qualities: Qualities) -> float:
+    """Average the negative log-likelihood over the texts, each with equal weight, nats per
+    token."""
+    return sum(quality.loss for quality in qualities.values()) / len(qualities)
 
 
-def figures(of_domain: dict[str, Quality]) -> dict[str, dict[str, float]]:
-    """What to report of each domain, JSON-ready."""
+def reported(qualities: Qualities) -> dict[str, dict[str, float]]:
+    """Say what a report says of each text, JSON-ready."""
     return {
         name: {
             "perplexity": quality.perplexity,
             "kl": quality.divergence,
             "kl_standard_error": quality.divergence_error,
         }
-        for name, quality in of_domain.items()
+        for name, quality in qualities.items()
     }
 
 
@@ -92,7 +107,7 @@ def read_texts(
     dtype: str = "auto",
     kinds: Sequence[str] = (own_text.PROSE, own_text.ANSWERS),
 ) -> list[Windows]:
-    """Windows of text files, and of text that the model writes itself.
+    """Cut text files, and text that the model writes itself, into windows.
 
     Args:
         tokens: at most about this many of each file.
@@ -124,8 +139,8 @@ def read_texts(
 
 
 def open_model(model: str, dtype: str = "auto", batch: int = 2) -> Evaluator:
-    """The unmodified model, on the GPU if there is one. Of a checkpoint that carries a plan that
-    is the plan's model.
+    """Load the unmodified model, onto the GPU if there is one. Of a checkpoint that carries a plan
+    that is the plan's model.
 
     Args:
         dtype: see `usable_dtype`.
@@ -143,11 +158,3 @@ def open_model(model: str, dtype: str = "auto", batch: int = 2) -> Evaluator:
     absent = unmodified.skipped if unmodified else ()
     loaded = hf.load_unmodified(model, usable_dtype(dtype), absent=absent).to(device)
     return Evaluator(loaded, unmodified, fingerprint(model), batch, absent)
-
-
-def settings(domains: Sequence[Windows], evaluator: Evaluator) -> dict[str, Any]:
-    """What to state beside the figures, JSON-ready."""
-    return {
-        "dtype": str(evaluator.dtype).removeprefix("torch."),
-        "texts": [domain.settings() for domain in domains],
-    }

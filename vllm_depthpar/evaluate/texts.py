@@ -52,7 +52,7 @@ class Windows:
         held[step - 1 :: step] = True
         return replace(self, tokens=self.tokens[~held]), replace(self, tokens=self.tokens[held])
 
-    def settings(self) -> dict[str, Any]:
+    def described(self) -> dict[str, Any]:
         """What to state beside a perplexity, JSON-ready."""
         return {
             "text": self.name,

@@ -18,7 +18,7 @@ def gpus() -> list[str]:
     return [torch.cuda.get_device_name(at) for at in range(torch.cuda.device_count())]
 
 
-def facts() -> dict[str, Any]:
+def described() -> dict[str, Any]:
     """JSON-ready: cores and threads, and the GPUs with driver and CUDA version if there are any."""
     found: dict[str, Any] = {
         "cores": CORES,

@@ -26,6 +26,8 @@ DEFAULT_ENV = {
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
 }
+# A large model is read and compiled before its server answers.
+START_SECONDS = 1800
 SHUTDOWN_SECONDS = 15
 LAST_LINES = 30
 
@@ -53,7 +55,7 @@ class Server:
             log = Path(name)
         self.log = log
         self.log.write_bytes(b"")
-        self.process = start_process(
+        self.process = start_vllm_serve(
             [str(model), "--host", HOST, "--port", str(self.port), *args],
             {**DEFAULT_ENV, **os.environ, **(env or {})},
             self.log,
@@ -109,7 +111,7 @@ class Server:
         return "\n".join([f"the end of {self.log}", *lines])
 
 
-def start_process(
+def start_vllm_serve(
     args: Sequence[str], env: Mapping[str, str], log: Path
 ) -> subprocess.Popen[bytes]:
     """``vllm serve *args``, the leader of a session of its own; its output is appended to `log`."""

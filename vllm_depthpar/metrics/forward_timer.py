@@ -22,7 +22,7 @@ from vllm_depthpar.metrics.all_reduce_timer import stopwatch
 from vllm_depthpar.metrics.metric_files import Counter, Histogram, Metric, MetricFiles
 from vllm_depthpar.plan import Plan
 from vllm_depthpar.plan.attached import base_shape, plan_of, source_of
-from vllm_depthpar.plan.drawing import facts
+from vllm_depthpar.plan.drawing import effects
 from vllm_depthpar.vllm_compat import kv_cache_bytes, rows_of_this_step
 
 PLAN_INFO = Metric("plan_info", "The plan that is served, in labels; always 1.")
@@ -94,7 +94,7 @@ def _publish(files: MetricFiles, vllm_config: VllmConfig, every: int) -> None:
     plan = plan_of(config)
     tp = vllm_config.parallel_config.tensor_parallel_size
     shape = replace(base_shape(config), dtype_bytes=config.dtype.itemsize)
-    known = facts(plan, shape, tp)
+    known = effects(plan, shape, tp)
     files.set_gauge(
         PLAN_INFO,
         1,
@@ -112,7 +112,7 @@ def _publish(files: MetricFiles, vllm_config: VllmConfig, every: int) -> None:
     files.set_gauge(HIDDEN_ALL_REDUCES_PER_FORWARD, ranks * known["hidden_all_reduces"])
     if config.quantization is None:
         files.set_gauge(WEIGHT_BYTES_SAVED, _saved(known["weight_bytes_per_rank"]))
-    kv = facts(plan, replace(shape, dtype_bytes=kv_cache_bytes(vllm_config)), tp)
+    kv = effects(plan, replace(shape, dtype_bytes=kv_cache_bytes(vllm_config)), tp)
     files.set_gauge(KV_BYTES_PER_TOKEN_SAVED, _saved(kv["kv_bytes_per_token_per_rank"]))
     files.set_gauge(TIMED_EVERY, every)
 

@@ -9,7 +9,7 @@ from vllm_depthpar.plan.model_shape import ModelShape, all_reduces, hidden_all_r
 from vllm_depthpar.plan.plan import Plan, resolve
 
 
-def facts(plan: Plan, shape: ModelShape, tp: int = 1) -> dict[str, Any]:
+def effects(plan: Plan, shape: ModelShape, tp: int = 1) -> dict[str, Any]:
     """What a plan makes of a model, as JSON-ready numbers.
 
     Bytes are per rank at tensor-parallel size `tp`; all-reduces are per forward pass at TP > 1.
@@ -40,7 +40,7 @@ def facts(plan: Plan, shape: ModelShape, tp: int = 1) -> dict[str, Any]:
 
 def draw(plan: Plan, shape: ModelShape, tp: int = 1, source: str = "") -> str:
     """The blocks top to bottom, side by side where layers run side by side, and the facts."""
-    known = facts(plan, shape, tp)
+    known = effects(plan, shape, tp)
     lines = [f"plan {plan.digest}: {plan.name}" + (f" (from {source})" if source else ""), ""]
     lines += _column(plan)
     lines.append("")

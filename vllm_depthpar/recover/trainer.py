@@ -35,7 +35,7 @@ _MARGIN = 0.95
 
 
 @dataclass(frozen=True)
-class Settings:
+class TrainingSettings:
     """What a run depends on beside model, plan and texts; the run of a folder keeps them.
 
     Attributes:
@@ -88,7 +88,7 @@ class Recovery:
     def __init__(
         self,
         distillation: Distillation,
-        settings: Settings,
+        settings: TrainingSettings,
         training: Tensor,
         held_out: Sequence[Windows],
         folder: Path,

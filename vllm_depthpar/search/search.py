@@ -20,7 +20,7 @@ import numpy as np
 
 from vllm_depthpar.plan import Plan
 from vllm_depthpar.search.surrogate import Surrogate
-from vllm_depthpar.search.tiling import Tile, Tiling, best_of_each_length, plan_of
+from vllm_depthpar.search.tiling import Tile, Tiling, best_of_each_length, to_plan
 
 # How many of the best known plans have their neighbours looked at.
 _GOOD = 3
@@ -86,7 +86,7 @@ class Search:
         }
         known = {tile: parts for tile, parts in known.items() if self._length.keys() >= set(parts)}
         direct = [tile for tile in tiles if tile not in known]
-        plans = [plan_of((tile,), self._layers) for tile in direct]
+        plans = [to_plan((tile,), self._layers) for tile in direct]
         self.alone = {tile: 0.0 for tile in self._length if not tile.changes}
         self.alone |= dict(zip(direct, self._measure(plans, True), strict=True))
         for tile, parts in known.items():
@@ -99,7 +99,7 @@ class Search:
     def add(self, tilings: Iterable[Tiling]) -> int:
         """Measure plans that are not known yet; returns how many."""
         new = [tiling for tiling in dict.fromkeys(tilings) if tiling and tiling not in self.known]
-        plans = [plan_of(tiling, self._layers) for tiling in new]
+        plans = [to_plan(tiling, self._layers) for tiling in new]
         self.known |= dict(zip(new, self._measure(plans, False), strict=True))
         return len(new)
 

@@ -11,7 +11,7 @@ from vllm_depthpar.plan import Plan
 from vllm_depthpar.plan.model_shape import ModelShape
 from vllm_depthpar.predict import cost_model
 from vllm_depthpar.predict.machines import Device, Link
-from vllm_depthpar.search.tiling import Tile, best_of_each_length, plan_of
+from vllm_depthpar.search.tiling import Tile, best_of_each_length, to_plan
 
 # Units that a layer's time is divided into.
 _UNITS = 16
@@ -44,7 +44,7 @@ class Machine:
     def length_of(self, shape: ModelShape, speedup: float) -> int:
         """The total length that a speed-up over plain vLLM allows."""
         layer = self._block_seconds(shape, 1, ladder=False)
-        whole = self._seconds(shape, plan_of((), shape.layers))
+        whole = self._seconds(shape, to_plan((), shape.layers))
         rest = whole - shape.layers * layer
         plain = cost_model.plain_time(shape, *self._where).seconds
         return math.floor(_UNITS * (plain / speedup - rest) / layer)
@@ -54,7 +54,7 @@ class Machine:
         times = [
             self._seconds(
                 replace(shape, layers=width * count),
-                plan_of(
+                to_plan(
                     tuple(Tile(width * at, width, ladder=ladder) for at in range(count)),
                     width * count,
                 ),
@@ -115,7 +115,7 @@ def check_speedup(
     free = dict.fromkeys(lengths, 0.0)
     of_length = best_of_each_length(shape.layers, free, lengths)
     _, tiling = of_length[min(of_length)]
-    most = machine.speedup(shape, plan_of(tiling, shape.layers))
+    most = machine.speedup(shape, to_plan(tiling, shape.layers))
     if not 1 < speedup <= most:
         raise UserError(
             f"speed-up {speedup:g} can't be reached with {', '.join(methods)} there; "

@@ -1,6 +1,6 @@
 """Plans as tilings of the stack of layers, and the cheapest tiling of each length.
 
-A *tile* is one way to run (or not to run) a few consecutive layers. A plan is a row of tiles that
+A *tile* is one way to run (or not to run) a few consecutive layers. A plan is a tiling that
 covers layers 0 to N - 1. If what tiles cost and how long they take both add up, the best plan of
 every total length is one dynamic program over the layers, exact.
 """
@@ -43,8 +43,8 @@ class Tile:
 Tiling = tuple[Tile, ...]
 
 
-def plan_of(tiling: Tiling, layers: int) -> Plan:
-    """The plan that a row of tiles is; layers that no tile covers run as they are."""
+def to_plan(tiling: Tiling, layers: int) -> Plan:
+    """Make the plan that a tiling is; layers that no tile covers run as they are."""
     covered = {layer for tile in tiling for layer in tile.layers}
     row = sorted([*tiling, *(Tile(layer) for layer in range(layers) if layer not in covered)])
     run = [tile for tile in row if not tile.skip]

@@ -34,7 +34,7 @@ _KV_BLOCK, _KV_SLACK = 128, 1.5
 
 
 @dataclass(frozen=True)
-class Settings:
+class VerifySettings:
     """How vLLM serves, by its flags.
 
     Attributes:
@@ -56,7 +56,7 @@ class Entry:
     tp: int
 
 
-def verify(model: str, labels: Sequence[str], settings: Settings) -> dict[str, Any]:
+def verify(model: str, labels: Sequence[str], settings: VerifySettings) -> dict[str, Any]:
     """Serve plans, and compare each with the reference.
 
     Args:
@@ -100,7 +100,7 @@ def verify(model: str, labels: Sequence[str], settings: Settings) -> dict[str, A
     verdicts = judge(differences, served[0].dtype, served[0].quantized)
     return {
         **origin("depthpar"),
-        "hardware": hardware.facts(),
+        "hardware": hardware.described(),
         "model": Path(model).name,
         "settings": asdict(settings),
         "passages": len(served[0].answers),
@@ -169,7 +169,7 @@ def _serve(
     model: str,
     config: Mapping[str, Any],
     entry: Entry,
-    settings: Settings,
+    settings: VerifySettings,
     prompts: Sequence[Sequence[int]],
     on_gpu: bool,
 ) -> Served:

@@ -8,7 +8,7 @@ from vllm_depthpar.plan import Plan
 
 
 @dataclass(frozen=True, order=True)
-class Step:
+class Block:
     """What runs between two points of the residual stream.
 
     Attributes:
@@ -26,13 +26,14 @@ class Step:
         return "+".join(map(str, self.layers)) + "L" * self.ladder + "M" * self.merged
 
 
-Steps = tuple[Step, ...]
+# Blocks in the order they run.
+Row = tuple[Block, ...]
 
 
-def steps(plan: Plan) -> Steps:
-    """A plan's blocks as steps."""
+def row_of(plan: Plan) -> Row:
+    """Take a plan's blocks, so that equal ones are the same."""
     return tuple(
-        # Side by side is a sum: without order. Sorted, equal blocks are the same step.
-        Step(tuple(sorted(block)), plan.is_ladder(position))
+        # Side by side is a sum: without order.
+        Block(tuple(sorted(block)), plan.is_ladder(position))
         for position, block in enumerate(plan.blocks)
     )
