@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from vllm_depthpar.cli.types import at_least as at_least
+from vllm_depthpar.cli.types import at_least
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.launch import hardware
-from vllm_depthpar.launch import variants as of_model
-from vllm_depthpar.launch.variants import PLAIN as PLAIN
-from vllm_depthpar.launch.variants import Variant
-from vllm_depthpar.util.files import write_json  # noqa: F401
-from vllm_depthpar.util.markdown import table as markdown  # noqa: F401
+from vllm_depthpar.launch.variants import PLAIN, Variant, variants
 from vllm_depthpar.util.provenance import origin
 
+HERE = Path(__file__).resolve().parent
+CHECKOUT = HERE.parent
 
-def variants(model: str, labels: Iterable[str]) -> list[Variant]:
+
+def beside_plain(model: str, labels: Iterable[str]) -> list[Variant]:
     """Plain vLLM, which is always one and the first, and the plans for the checkpoint `model`.
 
     Raises:
         UserError: see `vllm_depthpar.launch.variants`.
     """
-    return of_model.variants(model, [PLAIN, *labels], "--plans")
+    return variants(model, [PLAIN, *labels], "--plans")
 
 
 def environment(variant: Variant, tp: int = 1) -> dict[str, str]:
@@ -35,10 +35,12 @@ def environment(variant: Variant, tp: int = 1) -> dict[str, str]:
 
 def facts() -> dict[str, Any]:
     """When, with what and on what: JSON-ready."""
-    return {
-        **origin(f"python benchmarks/{Path(sys.argv[0]).name}"),
-        **hardware.described(),
-    }
+    return {**origin(program()), **hardware.described()}
+
+
+def program() -> str:
+    """How the script that runs is run, from the checkout's root."""
+    return f"python {Path(sys.argv[0]).resolve().relative_to(CHECKOUT)}"
 
 
 def arguments(description: str, rounds: int = 5) -> argparse.ArgumentParser:
@@ -53,6 +55,13 @@ def arguments(description: str, rounds: int = 5) -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the numbers as JSON")
     return parser
+
+
+def result(name: str) -> dict[str, Any]:
+    """What was measured before, by its folder and name: "network/cluster-eager-plain"."""
+    folder, _, file = name.partition("/")
+    read: dict[str, Any] = json.loads((HERE / folder / "results" / f"{file}.json").read_text())
+    return read
 
 
 MODEL_HELP = "checkpoint (the bundled SmolLM2-135M-Instruct)"

@@ -12,9 +12,11 @@ from pathlib import Path
 import psutil
 import pytest
 from processes import command_line
-from two_hosts import Link, NotPossible, TwoHosts
 
-CLUSTER = [sys.executable, str(Path(__file__).parents[2] / "benchmarks" / "cluster.py")]
+from benchmarks.network import cluster
+from benchmarks.network.two_hosts import Link, NotPossible, TwoHosts
+
+CLUSTER = [sys.executable, cluster.__file__]
 
 
 def test_says_what_it_needs_and_exits_with_2(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The two hosts of benchmarks/two_hosts.py: what their link measures, and what remains of them."""
+"""Two hosts on one machine: what their link measures, and what remains of them."""
 
 import json
 import os
@@ -12,8 +12,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
-import two_hosts
-from two_hosts import Link, NotPossible, TwoHosts
+
+from benchmarks.network import two_hosts
+from benchmarks.network.two_hosts import Link, NotPossible, TwoHosts
 
 # Answers every message, an 8-byte length and that many bytes, with one byte.
 SERVER = """

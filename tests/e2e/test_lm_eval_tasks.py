@@ -27,7 +27,7 @@ from vllm_depthpar.evaluate import lm_eval_tasks
 from vllm_depthpar.evaluate.lm_eval_model import ServedLM
 from vllm_depthpar.launch.variants import variants
 
-PIQA = Path(__file__).parents[2] / "benchmarks" / "tasks" / "piqa.yaml"
+PIQA = Path(__file__).parents[2] / "benchmarks" / "quality" / "tasks" / "piqa.yaml"
 PLAN = '{"pair": [8, 28]}'
 SERVER_ARGS = "--dtype float32 --enforce-eager --max-model-len 512"
 SETTINGS = lm_eval_tasks.TaskSettings(server_args=tuple(SERVER_ARGS.split()))
@@ -343,7 +343,7 @@ def test_bos_as_the_tokenizer_has_it(
 
 
 def test_piqa_is_lm_evals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The task of benchmarks/ asks, word by word, what lm-eval's own `piqa` asks."""
+    """The task of benchmarks/quality asks, word by word, what lm-eval's own `piqa` asks."""
     rows = [
         {"goal": "open a jar", "sol1": "Twist the lid. ", "sol2": "Sing to it."},
         {"goal": "How do I dry a shirt?", "sol1": "Bury it", "sol2": "hang it in the sun"},

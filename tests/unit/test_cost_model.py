@@ -7,12 +7,11 @@ import sys
 from dataclasses import replace
 from typing import Any
 
-import predict_measured
-import predict_published
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.cost_model import predict_measured, predict_published
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.plan import Plan, resolve
 from vllm_depthpar.plan.model_shape import ModelShape, all_reduces, hidden_all_reduces

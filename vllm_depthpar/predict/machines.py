@@ -2,8 +2,8 @@
 
 A `Device` is one tensor-parallel rank's share of a machine, a `Link` is what joins the ranks. The
 numbers are achieved ones. Those of GPUs are a data sheet's times the fraction that was achieved in
-the published measurements that `benchmarks/predict_published.py` fits; each entry says which is
-which, and what is assumed.
+the published measurements that `benchmarks/cost_model/predict_published.py` fits; each entry says
+which is which, and what is assumed.
 """
 
 from __future__ import annotations
@@ -107,9 +107,9 @@ class Link:
 
 
 # Constants of GPUs that no data sheet has, fitted on the ladder authors' runs of Llama 3 70B on
-# H100s (gpt-fast, compiled, CUDA graphs, NCCL): `benchmarks/predict_published.py`. That other GPUs
-# reach the same shares is an assumption. vLLM's own all-reduce kernels for small tensors are said
-# to be faster than NCCL; where they run, a link's latency here is too high.
+# H100s (gpt-fast, compiled, CUDA graphs, NCCL): `benchmarks/cost_model/predict_published.py`. That
+# other GPUs reach the same shares is an assumption. vLLM's own all-reduce kernels for small tensors
+# are said to be faster than NCCL; where they run, a link's latency here is too high.
 _BANDWIDTH_ACHIEVED = 0.93
 _FLOPS_ACHIEVED = 0.48
 _LAYER_SECONDS = 50e-6
@@ -194,13 +194,13 @@ LINKS = {
             90e-6,
             98e6,
             shared_memory=True,
-            source="CPU ranks on one host, fitted on benchmarks/results/cluster-eager-shm.json",
+            source="CPU ranks on one host, fitted on cluster-eager-shm.json of benchmarks/network",
         ),
     )
 }
 
 # What an all-reduce takes from a CPU rank, through this package's exchange and, on top, through
-# plain vLLM's Gloo: fitted on benchmarks/results/cluster-eager-plain.json, one core a rank.
+# plain vLLM's Gloo: fitted on benchmarks/network/results/cluster-eager-plain.json, one core a rank.
 CPU_REDUCTIONS = {
     "reduce_seconds": 0.31e-3,
     "reduce_bandwidth": 91e6,

@@ -15,11 +15,14 @@ import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
-import common
-from cluster import LOADS, MODEL
-from two_hosts import Link, NotPossible, TwoHosts, exit_on_sigterm
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout: this is a script
 
+from benchmarks import common
+from benchmarks.network.cluster import LOADS, MODEL
+from benchmarks.network.two_hosts import Link, NotPossible, TwoHosts, exit_on_sigterm
 from vllm_depthpar.bench.rounds import spread, summary
+from vllm_depthpar.cli.types import at_least
+from vllm_depthpar.util import files, markdown
 
 RANK = Path(__file__).with_name("peer_rank.py")
 PROMPT_TOKENS, TOKENS = LOADS["decode, batch 1"][1:3]
@@ -47,7 +50,7 @@ def main() -> None:
             "ratio_to_baseline": summary(ratios),
             "rounds_ms": times,
         }
-    print(common.markdown([f"{args.peer}, TP = {args.tp}", "ms a token", "speed"], rows))
+    print(markdown.table([f"{args.peer}, TP = {args.tp}", "ms a token", "speed"], rows))
     if args.out:
         run = {
             **common.facts(),
@@ -66,7 +69,7 @@ def main() -> None:
             "variants": variants,
         }
         runs = json.loads(args.out.read_text()) if args.out.exists() else []
-        common.write_json(args.out, [*runs, run])
+        files.write_json(args.out, [*runs, run])
 
 
 def measure(args: argparse.Namespace) -> dict[str, list[float]]:
@@ -120,7 +123,7 @@ def _commit(checkout: Path) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    positive = common.at_least(1)
+    positive = at_least(1)
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("peer", choices=("ladder", "layer-parallelism"))
     parser.add_argument("checkout", type=Path, help="of its repository")

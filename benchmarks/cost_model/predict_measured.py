@@ -1,16 +1,16 @@
 """The cost model against this repository's own measurements: speed-ups of plans it never saw.
 
-Two hosts, one table a link (`results/cluster-*.json`). The machine's constants are fitted on rows
-without any plan: plain vLLM, plain vLLM without communication, and `identity`, which is plain vLLM
-with this package's all-reduces; the latency is half the round trip that was measured. What a layer
-takes whatever its size is not in those rows: it is the median of what the pairs of the *other*
-links give. All plans of the link are predicted.
+Two hosts, one table a link (`network/results/cluster-*.json`). The machine's constants are fitted
+on rows without any plan: plain vLLM, plain vLLM without communication, and `identity`, which is
+plain vLLM with this package's all-reduces; the latency is half the round trip that was measured.
+What a layer takes whatever its size is not in those rows: it is the median of what the pairs of the
+*other* links give. All plans of the link are predicted.
 
 From one link to another: all constants from the plain link, its pairs among them; of the other
 links only the latency and the nominal bandwidth. Everything on them is predicted, plain vLLM too.
 
-One host, one rank (`results/throughput-*.json`): fitted on plain vLLM and one plan at batch 1; all
-else is predicted, with each plan as the one in turn.
+One host, one rank (`serving/results/throughput-*.json`): fitted on plain vLLM and one plan at
+batch 1; all else is predicted, with each plan as the one in turn.
 """
 
 from __future__ import annotations
@@ -19,31 +19,34 @@ import argparse
 import json
 import math
 import statistics
+import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import common
-import shapes
-from fitting import fit
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout: this is a script
 
+from benchmarks import common
+from benchmarks.cost_model import shapes
+from benchmarks.cost_model.fitting import fit
+from vllm_depthpar.launch.variants import PLAIN
 from vllm_depthpar.plan import read_spec, resolve
 from vllm_depthpar.plan.auto import auto_spec
 from vllm_depthpar.plan.model_shape import ModelShape
 from vllm_depthpar.predict.cost_model import step_time
 from vllm_depthpar.predict.machines import Device, Link
+from vllm_depthpar.util import files, markdown
 from vllm_depthpar.util.provenance import origin
 
-RESULTS = Path(__file__).parent / "results"
 PLAIN_LINK = "cluster-eager-plain"
 COMPILED = "cluster-compiled-plain"
 CLUSTERS = (PLAIN_LINK, "cluster-eager-0.2ms", "cluster-eager-1gbit", "cluster-eager-shm", COMPILED)
 NONE = "no communication"
 IDENTITY = "identity"
 PAIRS = '{"pair": [0, 24]}'
-WITHOUT_PLAN = (common.PLAIN, NONE, IDENTITY)
+WITHOUT_PLAN = (PLAIN, NONE, IDENTITY)
 START = {
     "memory_bandwidth": 1e10,
     "flops_few": 1e10,
@@ -91,7 +94,7 @@ class Cluster:
     """The measurements on one link, and the model of the machine they were made on."""
 
     def __init__(self, name: str) -> None:
-        report = json.loads((RESULTS / f"{name}.json").read_text())
+        report = common.result(f"network/{name}")
         self.name = name
         self.shape = ModelShape.from_config(report["model"])
         self.trip_seconds = (report["link"]["round_trip_ms"] or 0.0) / 1e3
@@ -106,7 +109,7 @@ class Cluster:
         ]
         self.few = max(row.batch for row in self.rows if row.tokens == 1)
 
-        self.plain = [row for row in self.rows if row.label == common.PLAIN]
+        self.plain = [row for row in self.rows if row.label == PLAIN]
         self.without_plan = [row for row in self.rows if row.label in WITHOUT_PLAN]
         # Pairs at batch 1, where the fixed cost of layers weighs most.
         self.pairs = [
@@ -153,7 +156,7 @@ class Cluster:
     def seconds(self, row: Row, constants: Constants) -> float:
         """What the model says that a row takes."""
         device, link = self.machine(constants)
-        plain = row.label in (common.PLAIN, NONE)
+        plain = row.label in (PLAIN, NONE)
         plan = resolve(
             "identity" if row.label in WITHOUT_PLAN else json.loads(row.label), self.shape.layers
         )
@@ -247,11 +250,11 @@ def one_host() -> list[Prediction]:
     """SmolLM2 on one rank: fitted on plain vLLM and on one plan at batch 1, each plan in turn."""
     shape = ModelShape.from_config(shapes.config("smollm2-135m"))
     name = "throughput-smollm2-eager"
-    report = json.loads((RESULTS / f"{name}.json").read_text())
+    report = common.result(f"serving/{name}")
     length = report["job"]["prompt_tokens"] + report["job"]["tokens"] // 2
     plain, *given = report["variants"]
 
-    specs: dict[str, object] = {common.PLAIN: "identity", "auto": auto_spec(shape)[0]}
+    specs: dict[str, object] = {PLAIN: "identity", "auto": auto_spec(shape)[0]}
     specs |= {one["label"]: read_spec(one["label"]) for one in given if one["label"] != "auto"}
 
     def speedup_of(one: dict[str, Any], batch: str) -> float:
@@ -313,13 +316,13 @@ def main() -> None:
         print(f"\n{title}: {summary(predictions)}\n\n{table(predictions)}")
     if args.out:
         content = {
-            **origin("python benchmarks/predict_measured.py"),
+            **origin(common.program()),
             "checks": {
                 title: [{**asdict(one), "error": one.error} for one in predictions]
                 for title, predictions in checks.items()
             },
         }
-        common.write_json(args.out, content)
+        files.write_json(args.out, content)
 
 
 def summary(predictions: list[Prediction]) -> str:
@@ -347,7 +350,7 @@ def table(predictions: list[Prediction]) -> str:
         [where, f"`{label}`", *(cells.get((where, label, load), "fitted") for load in loads)]
         for where, label in dict.fromkeys((one.where, one.label) for one in predictions)
     ]
-    return common.markdown(["", "plan", *loads], rows)
+    return markdown.table(["", "plan", *loads], rows)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import argparse
 import math
 import os
 import random
+import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -19,13 +20,16 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import common
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout: this is a script
 
+from benchmarks import common
 from vllm_depthpar.bench.rounds import awake, in_turn, pause
 from vllm_depthpar.checkpoint import bundled
 from vllm_depthpar.checkpoint.config import read_config
+from vllm_depthpar.cli.types import at_least
 from vllm_depthpar.launch.engine import Worker, flags_of, make_engine
 from vllm_depthpar.metrics import metric_files
+from vllm_depthpar.util import files, markdown
 from vllm_depthpar.util.progress import step_bar
 
 if TYPE_CHECKING:
@@ -39,7 +43,7 @@ def main() -> None:
     args = _parser().parse_args()
     model = str(args.model or bundled.prepare())
     (plan,) = args.plans
-    (variant,) = [one for one in common.variants(model, [plan]) if one.spec is not None]
+    (variant,) = [one for one in common.beside_plain(model, [plan]) if one.spec is not None]
     tokens = (args.rounds + 2) * args.steps + 1
     flags = [*variant.flags]
     flags += flags_of(
@@ -103,7 +107,7 @@ def main() -> None:
                 ]
             )
     header = [metric_files.ENV, "batch", "ms a step, without", "speed, to without", "in hooks"]
-    print(common.markdown(header, rows))
+    print(markdown.table(header, rows))
     print(
         f"\n{Path(model).name}, {variant.plan}, TP = {args.tp}, {args.rounds} turns of "
         f"{args.steps} steps; in brackets the 95 % interval of the median"
@@ -120,7 +124,7 @@ def main() -> None:
             "to_off": results,
             "seconds_of_turns": turns,
         }
-        common.write_json(args.out, report)
+        files.write_json(args.out, report)
 
 
 def compared(without: list[float], with_: list[float]) -> dict[str, float]:
@@ -225,7 +229,7 @@ def watch_hooks(engine: LLM) -> dict[str, float]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = common.arguments("Decoding steps with metrics beside steps without.", rounds=200)
-    positive = common.at_least(1)
+    positive = at_least(1)
     parser.add_argument("model", nargs="?", help=common.MODEL_HELP)
     parser.add_argument("--every", nargs="+", default=[str(metric_files.EVERY)], help="(8)")
     parser.add_argument("--steps", type=positive, default=8, help="of a turn (8)")

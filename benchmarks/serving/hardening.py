@@ -13,20 +13,25 @@ import asyncio
 import json
 import random
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout: this is a script
+
 import aiohttp
-import common
 import psutil
 from tqdm.asyncio import tqdm
 
+from benchmarks import common
 from vllm_depthpar.bench import memory
 from vllm_depthpar.checkpoint import bundled
+from vllm_depthpar.cli.types import at_least
 from vllm_depthpar.launch.server import Server, serve
+from vllm_depthpar.util import files
 
 NAME = "model"
 # Said of a place, so that the answers differ.
@@ -41,7 +46,7 @@ def main() -> None:
     """Run the parts, print what they found, write the JSON."""
     args = _parser().parse_args()
     model = str(args.model or bundled.prepare())
-    variant = common.variants(model, args.plans)[-1]  # plain vLLM is the first
+    variant = common.beside_plain(model, args.plans)[-1]  # plain vLLM is the first
     report: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
     found = report.setdefault(variant.label, {})
     for part in args.parts:
@@ -50,7 +55,7 @@ def main() -> None:
         with serve(model, *flags, env=common.environment(variant, tp)) as server:
             found[part] = {**common.facts(), **asyncio.run(PARTS[part](server, args))}
         print(part, json.dumps({**found[part], "versions": None, "hardware": None}, indent=1))
-        common.write_json(args.out, report)
+        files.write_json(args.out, report)
 
 
 # ------------------------------------------------------------------------------------ streams
@@ -251,12 +256,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("model", nargs="?", help=common.MODEL_HELP)
     parser.add_argument("--plans", nargs=1, default=["auto"], metavar="PLAN", help="one (auto)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="(all)")
-    positive = common.at_least(1)
+    positive = at_least(1)
     parser.add_argument("--clients", type=positive, default=200, help="(200)")
     parser.add_argument("--minutes", type=float, default=5, help="of streams (5)")
     parser.add_argument("--prompts", type=positive, default=64, help="different ones (64)")
     parser.add_argument("--tokens", type=positive, default=16, help="of an answer (16)")
-    parser.add_argument("--requests", type=common.at_least(10), default=10_000, help="(10000)")
+    parser.add_argument("--requests", type=at_least(10), default=10_000, help="(10000)")
     parser.add_argument("--at-once", type=positive, default=32, help="short requests (32)")
     parser.add_argument("--tp", type=positive, default=3, help="ranks, of `kill` (3)")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON")

@@ -19,6 +19,7 @@ import argparse
 import math
 import os
 import statistics
+import sys
 import tempfile
 import threading
 from collections.abc import Callable
@@ -28,23 +29,27 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import common
-import completions_client
-import shapes
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout: this is a script
+
 from matplotlib.figure import Figure
 
+from benchmarks import common
+from benchmarks.cost_model import shapes
+from benchmarks.serving import completions_client
 from vllm_depthpar.bench.rounds import awake, in_turn, pause, summary, written
 from vllm_depthpar.bench.settings import THROUGHPUT, BenchSettings, Load, Setup
 from vllm_depthpar.bench.stages import Engines
+from vllm_depthpar.cli.types import at_least
 from vllm_depthpar.launch import hardware
 from vllm_depthpar.launch.engine import Worker, call
 from vllm_depthpar.launch.server import HOST, free_port
+from vllm_depthpar.launch.variants import PLAIN
 from vllm_depthpar.plan import resolve
 from vllm_depthpar.plan.model_shape import ModelShape
 from vllm_depthpar.predict.calibrate import measure as calibrate
 from vllm_depthpar.predict.cost_model import step_time
 from vllm_depthpar.predict.machines import LINKS, Device, Link
-from vllm_depthpar.util import files, plots
+from vllm_depthpar.util import files, markdown, plots
 from vllm_depthpar.util.progress import step_bar
 from vllm_depthpar.util.result_cache import Journal
 
@@ -86,7 +91,7 @@ class Point:
     @property
     def label(self) -> str:
         """The plan."""
-        return f'{{"pair": [0, {self.paired}]}}' if self.paired else common.PLAIN
+        return f'{{"pair": [0, {self.paired}]}}' if self.paired else PLAIN
 
 
 @dataclass(frozen=True)
@@ -194,7 +199,7 @@ def main() -> None:
     for name, axis in axes.items():
         print(f"\nAgainst {AXES[name].title}: {said(axis)}\n\n{table(AXES[name], axis)}")
     if args.out:
-        common.write_json(args.out, report)
+        files.write_json(args.out, report)
         plot(axes, journal, args.out.with_suffix(".png"))
 
 
@@ -238,7 +243,7 @@ def _measure_lot(
     labels = dict.fromkeys(point.label for point in points)
     with ExitStack() as stack:
         running: dict[str, Worker] = {}
-        for one in common.variants(setup.model, labels):
+        for one in common.beside_plain(setup.model, labels):
             if one.label in labels:
                 doing(f"starting {one.label}")
                 running[one.label], _ = engines.start(one, stack)
@@ -356,7 +361,7 @@ def table(axis: Axis, found: dict[str, Any]) -> str:
         says = f"{1e3 * point['predicted']:.1f} ({point['error']:+.0%})"
         cells[point[axis.x], point[axis.series]] = f"{spread}, {says}"
     columns = list(dict.fromkeys(series for _, series in cells))
-    return common.markdown(
+    return markdown.table(
         [axis.title, *(SERIES[axis.series].format(one) for one in columns)],
         [
             [f"{x}", *(cells.get((x, one), "") for one in columns)]
@@ -427,7 +432,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SWEEP",
         help=f"what to measure now, of {', '.join(SWEEPS)} (all); the report has all there is",
     )
-    parser.add_argument("--rounds", type=common.at_least(1), default=5, help="(5)")
+    parser.add_argument("--rounds", type=at_least(1), default=5, help="(5)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON, and a PNG beside it")
     return parser
 

@@ -7,19 +7,24 @@ sizes in float32, in turns. What a plan of pairs can save in a step is this, and
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import common
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout: this is a script
+
 import torch
 
+from benchmarks import common
 from vllm_depthpar.bench.rounds import spread, summary
 from vllm_depthpar.checkpoint import bundled
 from vllm_depthpar.checkpoint.config import read_config
+from vllm_depthpar.cli.types import at_least
 from vllm_depthpar.plan.model_shape import ModelShape
 from vllm_depthpar.predict.calibrate import layer_products
+from vllm_depthpar.util import files, markdown
 
 ROWS = (1, 8)
 # Takes {inputs of a product: activations}.
@@ -29,7 +34,7 @@ Products = Callable[[dict[int, torch.Tensor]], None]
 def main() -> None:
     """Measure, print a table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=common.at_least(1), default=25, help="(25)")
+    parser.add_argument("--rounds", type=at_least(1), default=25, help="(25)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON")
     args = parser.parse_args()
     shape = ModelShape.from_config(read_config(str(bundled.prepare())))
@@ -50,9 +55,9 @@ def main() -> None:
             "pairs_ms": summary(times[1]),
             "speedup": summary(ratios),
         }
-    print(common.markdown(["batch", "layers alone, ms", "pairs, ms", "speed"], rows))
+    print(markdown.table(["batch", "layers alone, ms", "pairs, ms", "speed"], rows))
     if args.out:
-        common.write_json(args.out, {**common.facts(), "batches": report})
+        files.write_json(args.out, {**common.facts(), "batches": report})
 
 
 def products(shape: ModelShape, width: int) -> Products:

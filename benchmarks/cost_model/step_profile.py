@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -18,12 +19,16 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import common
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout: this is a script
 
+from benchmarks import common
 from vllm_depthpar.checkpoint import bundled
 from vllm_depthpar.checkpoint.config import read_config
+from vllm_depthpar.cli.types import at_least
 from vllm_depthpar.launch.engine import Worker, flags_of, make_engine
+from vllm_depthpar.launch.variants import PLAIN
 from vllm_depthpar.plan import resolve
+from vllm_depthpar.util import files, markdown
 from vllm_depthpar.util.progress import step_bar
 
 if TYPE_CHECKING:
@@ -52,7 +57,7 @@ def main() -> None:
         "max_model_len": PROMPT_TOKENS + 2 * (WARM_UP + args.steps) + 1,
         "max_num_seqs": args.batch,
     }
-    chosen = common.variants(model, args.plans)
+    chosen = common.beside_plain(model, args.plans)
     found: dict[str, dict[str, Any]] = {}
     with step_bar() as progress:
         task = progress.add_task("", total=len(chosen))
@@ -71,7 +76,7 @@ def main() -> None:
     if args.out:
         mode = "eager" if args.eager else "compiled"
         setting = {"batch": args.batch, "steps": args.steps, "mode": mode, "dtype": args.dtype}
-        common.write_json(
+        files.write_json(
             args.out, {**common.facts(), "model": Path(model).name, **setting, "variants": found}
         )
 
@@ -146,7 +151,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     """Markdown, a row for each variant."""
     header = ["", "blocks", "operators a step", "of them a block", "views", "ms a step"]
     header += ["in operators, profiled"]
-    plain = found[common.PLAIN]
+    plain = found[PLAIN]
     rows = []
     for label, one in found.items():
         total, whole = (sum(of["operators"].values()) for of in (one, plain))
@@ -162,11 +167,11 @@ def table(found: dict[str, dict[str, Any]]) -> str:
                 f"{1e3 * one['seconds_in_operators']:.1f}",
             ]
         )
-    return common.markdown(header, rows)
+    return markdown.table(header, rows)
 
 
 def _parser() -> argparse.ArgumentParser:
-    positive = common.at_least(1)
+    positive = at_least(1)
     parser = argparse.ArgumentParser(description="Operators of a decoding step.")
     parser.add_argument("model", nargs="?", help=common.MODEL_HELP)
     parser.add_argument("--plans", nargs="+", default=["auto"], metavar="PLAN", help="(auto)")

@@ -31,12 +31,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import common
-from two_hosts import Link, NotPossible, TwoHosts, exit_on_sigterm
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout: this is a script
 
+from benchmarks import common
+from benchmarks.network.two_hosts import Link, NotPossible, TwoHosts, exit_on_sigterm
+from benchmarks.serving import completions_client
 from vllm_depthpar.bench.rounds import awake, in_turn, pause, summary, written
 from vllm_depthpar.checkpoint import bundled
+from vllm_depthpar.launch.variants import PLAIN
 from vllm_depthpar.plan import Plan, model_shape, resolve
+from vllm_depthpar.util import files, markdown
 from vllm_depthpar.util.progress import step_bar
 
 HERE = Path(__file__).parent
@@ -111,7 +115,7 @@ class Client:
 
     def __init__(self, hosts: TwoHosts, host: int) -> None:
         self._process = subprocess.Popen(
-            hosts.command(host, [sys.executable, "-I", str(HERE / "completions_client.py")]),
+            hosts.command(host, [sys.executable, "-I", completions_client.__file__]),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -150,7 +154,7 @@ def main() -> None:
             print(table(report))
             if args.out:
                 name = f"{args.out.stem}-{slug(link)}"
-                common.write_json(args.out.with_name(f"{name}.json"), report)
+                files.write_json(args.out.with_name(f"{name}.json"), report)
                 plot(report, args.out.with_name(f"{name}.png"))
     except NotPossible as why:
         print(f"error: {why}", file=sys.stderr)
@@ -245,7 +249,7 @@ def measure(args: argparse.Namespace, link: Link | None) -> dict[str, Any]:
 
 def figures(load: str, label: str, speeds: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
     """Speeds, ratios to plain, and the share of communication time removed, round by round."""
-    mine, plain, none = (speeds[name][load] for name in (label, common.PLAIN, NONE))
+    mine, plain, none = (speeds[name][load] for name in (label, PLAIN, NONE))
     removed = [(1 / b - 1 / a) / (1 / b - 1 / c) for a, b, c in zip(mine, plain, none, strict=True)]
     return {
         "tokens_per_second": summary(mine),
@@ -257,7 +261,7 @@ def figures(load: str, label: str, speeds: dict[str, dict[str, list[float]]]) ->
 
 def variants(model: Path, labels: list[str], layers: int) -> list[tuple[str, Plan, object]]:
     """(label, plan, spec) of plain vLLM, of it without communication, and of the plans."""
-    plain, *others = common.variants(str(model), labels)
+    plain, *others = common.beside_plain(str(model), labels)
     without = replace(plain, label=NONE)
     return [
         (one.label, resolve(one.spec or "identity", layers), one.spec)
@@ -380,13 +384,13 @@ def table(report: dict[str, Any]) -> str:
         for load in report["loads"]:
             numbers = one["loads"][load]
             row.append(written(numbers["tokens_per_second"], ".1f"))
-            row.append("" if one["label"] == common.PLAIN else written(numbers["ratio_to_plain"]))
-            of_plan = one["label"] not in (common.PLAIN, NONE)
+            row.append("" if one["label"] == PLAIN else written(numbers["ratio_to_plain"]))
+            of_plan = one["label"] not in (PLAIN, NONE)
             row.append(f"{numbers['communication_removed']['median']:.0%}" if of_plan else "")
         rows.append(row)
     trip = f" (round trip {link['round_trip_ms']} ms)" if link["round_trip_ms"] else ""
     title = f"{link['name']}{trip}, {report['mode']}"
-    return f"\n{title}\n\n{common.markdown(header, rows)}"
+    return f"\n{title}\n\n{markdown.table(header, rows)}"
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
@@ -398,7 +402,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
         return
     figure = Figure(figsize=(10, 4), layout="constrained")
     axes = figure.subplots()
-    others = [one for one in report["variants"] if one["label"] != common.PLAIN]
+    others = [one for one in report["variants"] if one["label"] != PLAIN]
     width = 0.8 / len(others)
     for number, one in enumerate(others):
         ratios = [one["loads"][load]["ratio_to_plain"] for load in report["loads"]]

@@ -25,16 +25,18 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import common
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout: this is a script
 
+from benchmarks import common
 from vllm_depthpar.bench import memory
 from vllm_depthpar.bench.memory import MIB
 from vllm_depthpar.bench.rounds import in_turn, spread, summary
 from vllm_depthpar.checkpoint import bundled
 from vllm_depthpar.checkpoint.config import read_config
 from vllm_depthpar.launch.engine import Worker, flags_of, make_engine
-from vllm_depthpar.launch.variants import Variant
+from vllm_depthpar.launch.variants import PLAIN, Variant
 from vllm_depthpar.plan.model_shape import ModelShape
+from vllm_depthpar.util import files, markdown
 from vllm_depthpar.util.progress import step_bar
 
 SAMPLE_SECONDS = 0.005
@@ -55,7 +57,7 @@ def main() -> None:
             model = str(_write_random(folder))
         else:
             model = str(args.model or bundled.prepare())
-        variants = common.variants(model, args.plans)
+        variants = common.beside_plain(model, args.plans)
         shape = ModelShape.from_config(read_config(model))
         measured = _measure(model, variants, args.rounds, {"dtype": args.dtype})
     layer = shape.layer_parameters() * (4 if args.dtype == "float32" else 2)
@@ -65,7 +67,7 @@ def main() -> None:
         rows = []
         for one, entry in zip(variants, report, strict=True):
             values = _values([each[part] for each in measured[one.label]])
-            plain = _values([each[part] for each in measured[common.PLAIN]])
+            plain = _values([each[part] for each in measured[PLAIN]])
             against = {
                 "ratio": [a / b for a, b in zip(values["seconds"], plain["seconds"], strict=True)],
                 "layers_above": [
@@ -85,7 +87,7 @@ def main() -> None:
             rows.append([name, one.plan, spread(values["seconds"]), ratio, peak, above])
             rows[-1].append(resident)
         header = [part, "blocks", "s", "ratio", "peak, MiB", "layers above plain"]
-        print(common.markdown([*header, "resident peak, MiB"], rows), end="\n\n")
+        print(markdown.table([*header, "resident peak, MiB"], rows), end="\n\n")
     print(
         f"{Path(model).name}, {args.rounds} rounds, median (min to max). Peak: anonymous memory "
         f"above what it was before; one layer is {layer / MIB:.1f} MiB. Promised: load at most "
@@ -101,7 +103,7 @@ def main() -> None:
             "seconds": round(time.monotonic() - start),
             "variants": report,
         }
-        common.write_json(args.out, content)
+        files.write_json(args.out, content)
 
 
 Measurement = dict[str, dict[str, float]]  # one of PARTS -> seconds, peak, resident_peak
@@ -182,7 +184,7 @@ def load(connection: Connection, model: str, flags: list[str]) -> None:
 
 def _write_random(folder: Path) -> Path:
     """A seeded random Llama of 1.1 GB in bf16: with a small model constant costs are most."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "harness"))
+    sys.path.insert(0, str(common.CHECKOUT / "tests" / "harness"))
     import torch
     from models import write_llama
 

@@ -8,11 +8,15 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
-import common
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout: this is a script
+
 import matplotlib
+
+from vllm_depthpar.util import files, markdown
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -47,8 +51,8 @@ def main() -> None:
             )
     header = ["run", "text", "unmodified", "plan", "refitted", "recovered"]
     header += ["gap closed: refit", "in the end", "KL: plan", "KL: recovered"]
-    print(common.markdown(header, rows))
-    common.write_json(args.out, runs)
+    print(markdown.table(header, rows))
+    files.write_json(args.out, runs)
     draw(runs, args.out.with_suffix(".png"))
 
 

@@ -13,13 +13,16 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout: this is a script
+
 import torch
-from cluster import MODEL
 from torch import Tensor, distributed
 
+from benchmarks.network.cluster import MODEL
 from vllm_depthpar.bench.rounds import in_turn
 
 LAYERS = MODEL["num_hidden_layers"]

@@ -20,19 +20,22 @@ import argparse
 import json
 import math
 import statistics
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import common
-from fitting import fit
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout: this is a script
 
+from benchmarks import common
+from benchmarks.cost_model.fitting import fit
 from vllm_depthpar.plan import resolve
 from vllm_depthpar.plan.model_shape import ModelShape
 from vllm_depthpar.predict.cost_model import plain_time, speedup, step_time
 from vllm_depthpar.predict.machines import DEVICES, LINKS, Device, Link
+from vllm_depthpar.util import files, markdown
 from vllm_depthpar.util.provenance import origin
 
 PUBLISHED = json.loads((Path(__file__).parent / "published.json").read_text())
@@ -231,7 +234,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="The cost model against published speeds.")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the numbers as JSON")
     args = parser.parse_args()
-    report: dict[str, Any] = {**origin("python benchmarks/predict_published.py"), "ways": {}}
+    report: dict[str, Any] = {**origin(common.program()), "ways": {}}
     lines = []
     for name, way in WAYS.items():
         constants = fitted(way)
@@ -258,7 +261,7 @@ def main() -> None:
     report["speeds"] = [{**asdict(row), "predicted": predicted_speed(row, on)} for row in rows()]
     lp = report["layer_parallelism"] = layer_parallelism()
     print("Errors of speed-ups over the standard model, mean (largest):\n")
-    print(common.markdown(["", *parts], lines))
+    print(markdown.table(["", *parts], lines))
     print(
         f"\nSpeed-ups of ladders, published, predicted (error); {name}:\n\n{table(found, LADDERS)}"
     )
@@ -267,19 +270,19 @@ def main() -> None:
     print(f"\nErrors of tokens per second: mean {mean:.1%}, largest {largest:.1%}")
     print(
         "\n"
-        + common.markdown(
+        + markdown.table(
             ["Llama 2 7B, five pairs", "speed-up"],
             [[key, f"{value:.2f}"] for key, value in lp.items()],
         )
     )
     print(
         "\n"
-        + common.markdown(
+        + markdown.table(
             ["constant", "value"], [[key, f"{value:.3g}"] for key, value in constants.items()]
         )
     )
     if args.out:
-        common.write_json(args.out, report)
+        files.write_json(args.out, report)
 
 
 def _is(one: Prediction, kind: str, link: str) -> bool:
@@ -309,7 +312,7 @@ def table(found: list[Prediction], kind: str) -> str:
         [f"{model}, batch {batch}", *(cells.get((model, batch, *column), "") for column in columns)]
         for model, batch in dict.fromkeys((one.model, one.batch) for one in of_kind)
     ]
-    return common.markdown(["", *(f"{link}, TP = {tp}" for link, tp in columns)], lines)
+    return markdown.table(["", *(f"{link}, TP = {tp}" for link, tp in columns)], lines)
 
 
 if __name__ == "__main__":

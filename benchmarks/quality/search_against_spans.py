@@ -9,18 +9,21 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
-import common
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout: this is a script
 
+from benchmarks import common
 from vllm_depthpar.checkpoint import bundled
 from vllm_depthpar.checkpoint.config import read_config
+from vllm_depthpar.cli.types import at_least
 from vllm_depthpar.evaluate.suite import Suite, open_model, read_texts, reported
 from vllm_depthpar.plan import Plan, resolve
 from vllm_depthpar.plan.auto import auto_spec
 from vllm_depthpar.plan.model_shape import ModelShape
-from vllm_depthpar.util import files
+from vllm_depthpar.util import files, markdown
 
 
 def main() -> None:
@@ -29,8 +32,8 @@ def main() -> None:
     parser.add_argument("model", nargs="?", metavar="MODEL", help=common.MODEL_HELP)
     parser.add_argument("--report", type=Path, required=True, help="PLAN-report.json of a search")
     parser.add_argument("--text", nargs="+", required=True, metavar="FILE", help="UTF-8 text")
-    parser.add_argument("--window", type=common.at_least(2), default=512, help="tokens (512)")
-    parser.add_argument("--tokens", type=common.at_least(1), default=2044, help="of each (2044)")
+    parser.add_argument("--window", type=at_least(2), default=512, help="tokens (512)")
+    parser.add_argument("--tokens", type=at_least(1), default=2044, help="of each (2044)")
     parser.add_argument("--depths", type=int, nargs="+", default=[28, 26, 24], help="(28 26 24)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the numbers as JSON")
     args = parser.parse_args()
@@ -75,7 +78,7 @@ def main() -> None:
                 ]
             )
     header = ["text", "depth", "unmodified", "best span of all", "found", "of the gap gone"]
-    print(common.markdown(header, rows))
+    print(markdown.table(header, rows))
     if args.out:
         report = {
             **common.facts(),

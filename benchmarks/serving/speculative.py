@@ -10,19 +10,23 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
 from contextlib import ExitStack
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import common
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout: this is a script
 
+from benchmarks import common
 from vllm_depthpar.bench.rounds import awake, in_turn, pause, spread, summary
 from vllm_depthpar.checkpoint import bundled
+from vllm_depthpar.cli.types import at_least
 from vllm_depthpar.evaluate import texts
 from vllm_depthpar.launch.engine import Worker, flags_of, make_engine
-from vllm_depthpar.launch.variants import Variant
+from vllm_depthpar.launch.variants import PLAIN, Variant
+from vllm_depthpar.util import files, markdown
 from vllm_depthpar.util.progress import step_bar
 
 if TYPE_CHECKING:
@@ -45,7 +49,7 @@ def main() -> None:
         metavar="DIR",
         help=f"of depthpar export or recover, or '{NGRAM}'",
     )
-    positive = common.at_least(1)
+    positive = at_least(1)
     parser.add_argument("--ahead", nargs="+", type=positive, default=[1, 2, 4], help="(1 2 4)")
     parser.add_argument("--text", required=True, metavar="FILE", help="prompts are parts of it")
     parser.add_argument(
@@ -53,7 +57,7 @@ def main() -> None:
     )
     parser.add_argument("--prompts", type=positive, default=4, help="a round, in turn (4)")
     parser.add_argument("--prompt-tokens", type=positive, default=128, help="(128)")
-    parser.add_argument("--tokens", type=common.at_least(2), default=64, help="an answer (64)")
+    parser.add_argument("--tokens", type=at_least(2), default=64, help="an answer (64)")
     parser.add_argument("--rounds", type=positive, default=3, help="(3)")
     parser.add_argument("--dtype", default="bfloat16", help="(bfloat16)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the numbers as JSON")
@@ -66,7 +70,7 @@ def main() -> None:
         "max_model_len": max(map(len, prompts)) + args.tokens + max(args.ahead) + 1,
         "max_num_seqs": 1,
     }
-    setups: list[tuple[str, dict[str, Any]]] = [(common.PLAIN, {})]
+    setups: list[tuple[str, dict[str, Any]]] = [(PLAIN, {})]
     for draft in args.drafts:
         for ahead in args.ahead:
             of_model = {"method": "draft_model", "model": str(Path(draft).resolve())}
@@ -164,7 +168,7 @@ def _report(
     options: dict[str, Any],
     found: dict[str, list[dict[str, float]]],
 ) -> None:
-    plain = [one["tokens_per_second"] for one in found[common.PLAIN]]
+    plain = [one["tokens_per_second"] for one in found[PLAIN]]
     rows, results = [], {}
     for label, rounds in found.items():
         speeds = [one["tokens_per_second"] for one in rounds]
@@ -183,12 +187,12 @@ def _report(
         )
         results[label] = {"rounds": rounds, "ratio_to_plain": summary(ratios)}
     header = ["draft", "tokens a step", "of the drafted accepted", "tokens/s", "to plain"]
-    print(common.markdown(header, rows))
+    print(markdown.table(header, rows))
     if args.out:
         settings = {"prompts": args.prompts, "prompt_tokens": args.prompt_tokens}
         settings |= {"tokens": args.tokens, "ask": args.ask}
         report = {**common.facts(), "model": Path(model).name, "engine": options, "job": settings}
-        common.write_json(args.out, {**report, "variants": results})
+        files.write_json(args.out, {**report, "variants": results})
 
 
 if __name__ == "__main__":

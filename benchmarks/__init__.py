@@ -1,0 +1,1 @@
+"""Measurements that `depthpar bench` does not make; see README.md here."""

@@ -1,0 +1,1 @@
+"""How far `depthpar predict` can be trusted, and what a step is made of."""

@@ -1,0 +1,1 @@
+"""Two hosts out of network namespaces, and what runs across them."""

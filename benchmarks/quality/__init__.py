@@ -1,0 +1,1 @@
+"""What plans cost in quality, and what is won back."""

@@ -1,0 +1,1 @@
+"""What a server or an engine takes and gives: load, memory, many clients, drafts, metrics."""
