@@ -35,7 +35,7 @@ def environment(variant: Variant, tp: int = 1) -> dict[str, str]:
 
 def facts() -> dict[str, Any]:
     """When, with what and on what: JSON-ready."""
-    return {**origin(program()), **hardware.described()}
+    return {**origin(program()), **hardware.inventory()}
 
 
 def program() -> str:

@@ -51,7 +51,7 @@ def open_record(
     chosen = {**asdict(settings), "rates": [f"{rate:g}" for rate in settings.rates]}
     record: dict[str, Any] = {
         **begun,
-        "hardware": (found := hardware.described()),
+        "hardware": (found := hardware.inventory()),
         "model": path.name if path.is_dir() else model,
         "settings": {
             "checkpoint": hashlib.sha256(fingerprint(model).encode()).hexdigest()[:16],

@@ -12,7 +12,7 @@ from vllm_depthpar.errors import UserError
 from vllm_depthpar.launch.engine import flags_of
 from vllm_depthpar.launch.variants import Variant, check_tp
 from vllm_depthpar.plan import resolve
-from vllm_depthpar.plan.model_shape import ModelShape
+from vllm_depthpar.plan.model_shape import DTYPE_BYTES, ModelShape
 
 LATENCY, THROUGHPUT, SERVING = PARTS = ("latency", "throughput", "serving")
 # Latency and throughput share an engine for each variant; serving has a server for each.
@@ -20,7 +20,6 @@ ENGINES, SERVERS = STAGES = ("engines", "servers")
 # A sequence takes whole blocks of the KV cache, and layers of two widths pad it.
 _KV_SLACK = 1.5
 _KV_BLOCKS = 256
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
@@ -171,6 +170,6 @@ class Setup:
         shape = ModelShape.from_config(self.config)
         plan = resolve(variant.spec or "identity", shape.layers)
         of_token = shape.kv_bytes_per_token(plan, self.settings.tp) / shape.dtype_bytes
-        width = _BYTES.get(self.settings.dtype, shape.dtype_bytes)
+        width = DTYPE_BYTES.get(self.settings.dtype, shape.dtype_bytes)
         tokens = max(load.batch * (load.longest + _KV_BLOCKS) for load in self.loads)
         return int(_KV_SLACK * tokens * of_token * width)

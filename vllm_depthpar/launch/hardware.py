@@ -12,14 +12,15 @@ CORES = len(os.sched_getaffinity(0))
 
 
 def gpus() -> list[str]:
-    """The names of the GPUs that vLLM would use here; none for its CPU build."""
+    """Name the GPUs that vLLM would use here; none for its CPU build."""
     import torch
 
     return [torch.cuda.get_device_name(at) for at in range(torch.cuda.device_count())]
 
 
-def described() -> dict[str, Any]:
-    """JSON-ready: cores and threads, and the GPUs with driver and CUDA version if there are any."""
+def inventory() -> dict[str, Any]:
+    """List, JSON-ready, cores and threads, and the GPUs with driver and CUDA version if there are
+    any."""
     found: dict[str, Any] = {
         "cores": CORES,
         "threads": int(os.environ.get("OMP_NUM_THREADS", CORES)),
@@ -37,7 +38,8 @@ def described() -> dict[str, Any]:
 
 
 def environment(tp: int, on_gpu: bool) -> dict[str, str]:
-    """What vLLM's processes get, for all variants alike; what the environment has already wins.
+    """Choose what vLLM's processes get, for all variants alike; what the environment has already
+    wins.
 
     On a CPU the ranks share the cores evenly; one rank's threads are not bound to cores.
     """

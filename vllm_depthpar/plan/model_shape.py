@@ -11,7 +11,8 @@ from vllm_depthpar.errors import UserError
 from vllm_depthpar.plan.families import family_of
 from vllm_depthpar.plan.plan import Plan
 
-_DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+# Of one number, by the name that config.json and vLLM have for its type.
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class ModelShape:
                 output_bias=attention_bias and not family.qkv_bias,
                 mlp_bias=bool(config.get("mlp_bias", False)),
                 qk_norm=family.qk_norm,
-                dtype_bytes=_DTYPE_BYTES.get(
+                dtype_bytes=DTYPE_BYTES.get(
                     str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch."), 2
                 ),
             )

@@ -100,7 +100,7 @@ def verify(model: str, labels: Sequence[str], settings: VerifySettings) -> dict[
     verdicts = judge(differences, served[0].dtype, served[0].quantized)
     return {
         **origin("depthpar"),
-        "hardware": hardware.described(),
+        "hardware": hardware.inventory(),
         "model": Path(model).name,
         "settings": asdict(settings),
         "passages": len(served[0].answers),
