@@ -36,7 +36,7 @@ from vllm_depthpar.plan import read_spec, resolve
 from vllm_depthpar.plan.auto import auto_spec
 from vllm_depthpar.plan.model_shape import ModelShape
 from vllm_depthpar.predict.cost_model import step_time
-from vllm_depthpar.predict.machines import Device, Link
+from vllm_depthpar.predict.machines import Deployment, Device, Link, Workload
 from vllm_depthpar.util import files, markdown
 from vllm_depthpar.util.provenance import origin
 
@@ -67,9 +67,7 @@ class Row:
 
     label: str
     load: str
-    batch: int
-    context: int
-    tokens: int
+    workload: Workload
     seconds: float
     speedup: float
 
@@ -107,14 +105,12 @@ class Cluster:
             for one in report["variants"]
             for load, numbers in report["loads"].items()
         ]
-        self.few = max(row.batch for row in self.rows if row.tokens == 1)
+        self.few = max(row.workload.batch for row in self.rows if row.workload.tokens == 1)
 
         self.plain = [row for row in self.rows if row.label == PLAIN]
         self.without_plan = [row for row in self.rows if row.label in WITHOUT_PLAN]
         # Pairs at batch 1, where the fixed cost of layers weighs most.
-        self.pairs = [
-            row for row in self.rows if row.label == PAIRS and row.tokens == row.batch == 1
-        ]
+        self.pairs = [row for row in self.rows if row.label == PAIRS and row.workload.rows == 1]
 
     def known(self) -> Constants:
         """What was measured apart from the rows."""
@@ -137,8 +133,8 @@ class Cluster:
         )
         return {**fixed, **found}
 
-    def machine(self, constants: Constants) -> tuple[Device, Link]:
-        """The machine with these constants."""
+    def deployment(self, constants: Constants, communicates: bool) -> Deployment:
+        """Two ranks of the machine with these constants."""
         one = constants
         device = Device(
             self.name,
@@ -149,28 +145,19 @@ class Cluster:
             plain_reduce_seconds=one["plain_reduce_seconds"],
             reduce_bandwidth=one["reduce_bandwidth"],
         )
-        return device, Link(
+        link = Link(
             self.name, one["latency_seconds"], one["bandwidth"], shared_memory=self.shared_memory
         )
+        return Deployment(device, link if communicates else None, tp=2)
 
     def seconds(self, row: Row, constants: Constants) -> float:
         """What the model says that a row takes."""
-        device, link = self.machine(constants)
         plain = row.label in (PLAIN, NONE)
         plan = resolve(
             "identity" if row.label in WITHOUT_PLAN else json.loads(row.label), self.shape.layers
         )
-        return step_time(
-            self.shape,
-            plan,
-            device,
-            None if row.label == NONE else link,
-            2,
-            row.batch,
-            row.context,
-            row.tokens,
-            plain=plain,
-        ).seconds
+        deployment = self.deployment(constants, communicates=row.label != NONE)
+        return step_time(self.shape, plan, deployment, row.workload, plain=plain).seconds
 
     def predictions(self, constants: Constants, known: list[Row]) -> list[Prediction]:
         """Speed-ups of all rows that are not known, nor plain vLLM's."""
@@ -202,8 +189,10 @@ def _cluster_row(
     speedup = one["loads"][load]["ratio_to_plain"]["median"]
     speed = plain["loads"][load]["tokens_per_second"]["median"] * speedup
     if counted == "prefill":
-        return Row(one["label"], load, batch, 0, prompt, batch * prompt / speed, speedup)
-    return Row(one["label"], load, batch, prompt + tokens // 2, 1, batch / speed, speedup)
+        workload = Workload(batch, tokens=prompt)
+    else:
+        workload = Workload(batch, context=prompt + tokens // 2)
+    return Row(one["label"], load, workload, workload.rows / speed, speedup)
 
 
 def within_a_link(clusters: dict[str, Cluster]) -> list[Prediction]:
@@ -272,7 +261,7 @@ def one_host() -> list[Prediction]:
             layer_seconds=constants["layer_seconds"],
         )
         resolved = resolve(specs[one["label"]], shape.layers)
-        return step_time(shape, resolved, device, None, 1, int(batch), length).seconds
+        return step_time(shape, resolved, Deployment(device), Workload(int(batch), length)).seconds
 
     def residuals(known: dict[str, Any], constants: Constants) -> list[float]:
         rows = [(plain, "1"), (plain, "8"), (known, "1")]

@@ -9,7 +9,7 @@ one all-reduce for both), which has the constants of no row.
 
 Three ways to say what a hidden all-reduce costs are compared: nothing; a launch; a share of its
 time, because its kernel takes multiprocessors from those that compute.
-`vllm_depthpar.predict.machines` has the constants of the last.
+`vllm_depthpar.predict.devices` and `links` have the constants of the last.
 
 Not predicted: models across two hosts, whose link nobody describes.
 """
@@ -34,7 +34,9 @@ from benchmarks.cost_model.fitting import fit
 from vllm_depthpar.plan import resolve
 from vllm_depthpar.plan.model_shape import ModelShape
 from vllm_depthpar.predict.cost_model import plain_time, speedup, step_time
-from vllm_depthpar.predict.machines import DEVICES, LINKS, Device, Link
+from vllm_depthpar.predict.devices import DEVICES
+from vllm_depthpar.predict.links import LINKS
+from vllm_depthpar.predict.machines import Deployment, Device, Link, Workload
 from vllm_depthpar.util import files, markdown
 from vllm_depthpar.util.provenance import origin
 
@@ -147,12 +149,12 @@ def _seconds(row: Row, shape: ModelShape, device: Device, link: Link) -> float:
         sides = [replace(row, kind=kind) for kind in (STANDARD, UPPER)]
         return statistics.mean(_seconds(side, shape, device, link) for side in sides)
     plan = resolve({"ladder": "all"} if row.kind == LADDERS else "identity", shape.layers)
-    between = None if row.kind == UPPER else link
-    prefill = step_time(shape, plan, device, between, row.tp, row.batch, 0, prompt).seconds
+    deployment = Deployment(device, None if row.kind == UPPER else link, row.tp)
+    prefill = step_time(shape, plan, deployment, Workload(row.batch, tokens=prompt)).seconds
     # Their attention copies every KV head for all its query heads, over a cache of full length.
     copies = shape.heads // shape.kv_heads
     cache = shape.kv_bytes_per_token(plan, row.tp) * row.batch * (prompt + generated)
-    decode = step_time(shape, plan, device, between, row.tp, row.batch).seconds
+    decode = step_time(shape, plan, deployment, Workload(row.batch)).seconds
     decode += (1 if copies == 1 else 1 + copies) * cache / device.memory_bandwidth
     return prefill + (generated - 1) * decode
 
@@ -220,12 +222,13 @@ def layer_parallelism() -> dict[str, float]:
     # The authors' code is eager: Python launches every kernel, and the GPU waits for it. In the
     # limit nothing but the number of layers counts.
     eager = replace(device, layer_seconds=1.0)
-    where = (link, one["tp"], 1, one["tokens"] // 2)
+    workload = Workload(context=one["tokens"] // 2)
+    graphs, launches = (Deployment(rank, link, one["tp"]) for rank in (device, eager))
     return {
         "published": one["speedup"],
-        "CUDA graphs": speedup(shape, plan, device, *where),
-        "bound by launches": speedup(shape, plan, eager, *where),
-        "milliseconds a token, CUDA graphs": 1e3 * plain_time(shape, device, *where).seconds,
+        "CUDA graphs": speedup(shape, plan, graphs, workload),
+        "bound by launches": speedup(shape, plan, launches, workload),
+        "milliseconds a token, CUDA graphs": 1e3 * plain_time(shape, graphs, workload).seconds,
     }
 
 

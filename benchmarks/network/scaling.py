@@ -48,7 +48,8 @@ from vllm_depthpar.plan import resolve
 from vllm_depthpar.plan.model_shape import ModelShape
 from vllm_depthpar.predict.calibrate import measure as calibrate
 from vllm_depthpar.predict.cost_model import step_time
-from vllm_depthpar.predict.machines import LINKS, Device, Link
+from vllm_depthpar.predict.links import LINKS
+from vllm_depthpar.predict.machines import Deployment, Device, Link, Workload
 from vllm_depthpar.util import files, markdown, plots
 from vllm_depthpar.util.progress import step_bar
 from vllm_depthpar.util.result_cache import Journal
@@ -294,16 +295,10 @@ def predicted(point: Point, journal: Journal) -> float:
     fields = journal[_rank(point.tp)]
     device = Device(**{**fields, "flops": tuple(map(tuple, fields["flops"]))})
     plan = resolve({"pair": [0, point.paired]} if point.paired else "identity", SHAPE.layers)
-    return step_time(
-        SHAPE,
-        plan,
-        shared(device, min(1.0, hardware.CORES / point.tp)),
-        _link(journal) if point.tp > 1 else None,
-        point.tp,
-        point.batch,
-        point.context + TOKENS // 2,
-        plain=not point.paired,
-    ).seconds
+    rank = shared(device, min(1.0, hardware.CORES / point.tp))
+    deployment = Deployment(rank, _link(journal) if point.tp > 1 else None, point.tp)
+    workload = Workload(point.batch, point.context + TOKENS // 2)
+    return step_time(SHAPE, plan, deployment, workload, plain=not point.paired).seconds
 
 
 def shared(device: Device, share: float) -> Device:

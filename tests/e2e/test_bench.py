@@ -32,7 +32,7 @@ from vllm_depthpar.cli.main import main
 from vllm_depthpar.launch.engine import flags_of
 from vllm_depthpar.launch.server import Server, serve
 from vllm_depthpar.launch.variants import variants
-from vllm_depthpar.predict import machines
+from vllm_depthpar.predict import devices
 from vllm_depthpar.predict.machines import Device
 
 PAIRS = '{"pair": [1, 5]}'
@@ -150,7 +150,7 @@ def test_given_again_it_only_reports(
 ) -> None:
     """Where all rounds are there; with a prediction where this machine was calibrated, and one line
     in place of a picture without matplotlib."""
-    machines.save(Device("this", 1e10, ((8, 1e10), (64, 2e10)), 1e-3, source="here"))
+    devices.save(Device("this", 1e10, ((8, 1e10), (64, 2e10)), 1e-3, source="here"))
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main([*sizes, "--out", str(measured), "--json"]) == 0
     captured = capsys.readouterr()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +17,9 @@ from vllm_depthpar.errors import UserError
 from vllm_depthpar.plan import Plan, resolve
 from vllm_depthpar.plan.model_shape import ModelShape, all_reduces, hidden_all_reduces
 from vllm_depthpar.predict.cost_model import plain_time, speedup, step_time
-from vllm_depthpar.predict.machines import DEVICES, LINKS, Device, Link
+from vllm_depthpar.predict.devices import DEVICES
+from vllm_depthpar.predict.links import LINKS
+from vllm_depthpar.predict.machines import Deployment, Device, Link, Workload
 
 SHAPE = ModelShape(
     layers=8,
@@ -70,13 +73,9 @@ links = st.builds(
     peer_seconds=times,
     shared_memory=st.booleans(),
 )
-loads = st.fixed_dictionaries(
-    {
-        "tp": st.sampled_from([1, 2, 4, 8]),
-        "batch": st.integers(1, 64),
-        "context": st.integers(0, 4096),
-        "tokens": st.sampled_from([1, 7, 512]),
-    }
+deployments = st.builds(Deployment, devices, links, st.sampled_from([1, 2, 4, 8]))
+workloads = st.builds(
+    Workload, st.integers(1, 64), st.integers(0, 4096), st.sampled_from([1, 7, 512])
 )
 
 
@@ -91,7 +90,7 @@ def test_by_hand() -> None:
     # memory bounds them: 12.288 ms, 24.576 ms, 64 ms. The cache: 4 KV heads / 2 x 8 x (9 + 1)
     # tokens x 2 (keys, values) x 2 bytes x 3 sequences = 1.92 ms.
     device = Device("slow", 1e6, ((1, 1e12),), layer_seconds=1.0, step_seconds=5.0)
-    step = step_time(SHAPE, IDENTITY, device, FREE, tp=2, batch=3, context=9)
+    step = step_time(SHAPE, IDENTITY, Deployment(device, FREE, tp=2), Workload(3, context=9))
     assert step.memory == pytest.approx(8 * (12.288 + 24.576 + 1.92) / 1e3 + 64e-3)
     assert step.compute == 0
     assert step.fixed == 5 + 8 * 1
@@ -100,7 +99,7 @@ def test_by_hand() -> None:
     # FLOP/s bound the same products with 3 x 10 rows of prefill; attention 4 x 64 / 2 a pair of
     # tokens, 55 of them a sequence. Logits: of the last token of each of the 3 sequences.
     device = replace(device, memory_bandwidth=1e15, flops=((1, 1e6),))
-    step = step_time(SHAPE, IDENTITY, device, FREE, tp=2, batch=3, tokens=10)
+    step = step_time(SHAPE, IDENTITY, Deployment(device, FREE, tp=2), Workload(3, tokens=10))
     assert step.compute == pytest.approx(
         8 * (2 * 30 * (6144 + 12288) + 3 * 55 * 128) / 1e6 + 2 * 3 * 32000 / 1e6
     )
@@ -120,26 +119,27 @@ def test_bytes_on_the_way() -> None:
 def test_counts_all_reduces_as_the_shape_does(spec: object) -> None:
     plan = resolve(spec, 8)
     one_each = Device("any", 1e30, ((1, 1e30),), reduce_seconds=1.0)
-    step = step_time(SHAPE, plan, one_each, FREE, tp=2)
+    step = step_time(SHAPE, plan, Deployment(one_each, FREE, tp=2))
     assert step.communication == pytest.approx(all_reduces(plan) + 1)  # and the logits
     # What is hidden costs nothing where modules are longer, and all where nothing overlaps.
     long_layers = Device("any", 1e30, ((1, 1e30),), layer_seconds=10.0)
     slow = Link("any", 1.0, float("inf"))
-    step = step_time(SHAPE, plan, long_layers, slow, tp=2)
+    step = step_time(SHAPE, plan, Deployment(long_layers, slow, tp=2))
     exposed = all_reduces(plan) - hidden_all_reduces(plan) + 1
     assert step.communication == pytest.approx(exposed)
-    step = step_time(SHAPE, plan, long_layers, replace(slow, shared_memory=True), tp=2)
+    shared = replace(slow, shared_memory=True)
+    step = step_time(SHAPE, plan, Deployment(long_layers, shared, tp=2))
     assert step.communication == pytest.approx(all_reduces(plan) + 1)
 
 
 def test_a_hidden_all_reduce_costs_what_exceeds_the_module() -> None:
     plan = resolve({"ladder": "all"}, 8)
     device = Device("any", 1e30, ((1, 1e30),), layer_seconds=4.0)  # 2 a module
-    step = step_time(SHAPE, plan, device, Link("any", 3.0, float("inf")), tp=2)
+    step = step_time(SHAPE, plan, Deployment(device, Link("any", 3.0, float("inf")), tp=2))
     assert step.communication == pytest.approx(14 * (3 - 2) + (2 + 1) * 3)
     # A GPU computes in three quarters of an all-reduce's time at most.
     device = replace(device, layer_seconds=100.0, overlap=0.75)
-    step = step_time(SHAPE, plan, device, Link("any", 4.0, float("inf")), tp=2)
+    step = step_time(SHAPE, plan, Deployment(device, Link("any", 4.0, float("inf")), tp=2))
     assert step.communication == pytest.approx(14 * 1 + (2 + 1) * 4)
 
 
@@ -147,26 +147,27 @@ def test_a_hidden_all_reduce_costs_what_exceeds_the_module() -> None:
 @pytest.mark.parametrize("spec", SPECS)
 def test_reads_the_cache_that_the_shape_has(spec: object, tp: int) -> None:
     # At TP 8 a KV head is on two ranks, but not those of a pair.
-    plan, device = resolve(spec, 8), Device("any", 1e6, ((1, 1e30),))
-    long, short = (step_time(SHAPE, plan, device, FREE, tp, 3, c).memory for c in (100, 0))
+    plan, deployment = resolve(spec, 8), Deployment(Device("any", 1e6, ((1, 1e30),)), FREE, tp)
+    long, short = (step_time(SHAPE, plan, deployment, Workload(3, c)).memory for c in (100, 0))
     assert long - short == pytest.approx(3 * 100 * SHAPE.kv_bytes_per_token(plan, tp) / 1e6)
 
 
 @pytest.mark.parametrize(("tp", "share"), [(2, 1.0), (4, 1.5)])
 def test_bytes_that_the_rank_itself_moves(tp: int, share: float) -> None:
     device = Device("any", 1e30, ((1, 1e30),), reduce_bandwidth=2.0)
-    step = step_time(SHAPE, IDENTITY, device, FREE, tp, batch=3)
+    step = step_time(SHAPE, IDENTITY, Deployment(device, FREE, tp), Workload(3))
     # Terms of 3 x 64, 17 of them, and a rank's share of the logits, 3 x 1000 / tp; two bytes each.
     assert step.communication == pytest.approx(share * (17 * 3 * 64 + 3000 / tp))
 
 
 def test_plain_all_reduces_cost_more() -> None:
     device = Device("any", 1e30, ((1, 1e30),), reduce_seconds=1.0, plain_reduce_seconds=2.0)
+    deployment = Deployment(device, FREE, tp=2)
     # 17 of the model; the logits go through vLLM's own in either.
-    assert plain_time(SHAPE, device, FREE, tp=2).communication == pytest.approx(18 * 3)
-    step = step_time(SHAPE, IDENTITY, device, FREE, tp=2)
+    assert plain_time(SHAPE, deployment).communication == pytest.approx(18 * 3)
+    step = step_time(SHAPE, IDENTITY, deployment)
     assert step.communication == pytest.approx(17 * 1 + 3)
-    assert speedup(SHAPE, IDENTITY, device, FREE, tp=2) == pytest.approx(54 / 20)
+    assert speedup(SHAPE, IDENTITY, deployment) == pytest.approx(54 / 20)
 
 
 def test_flops_between_measured_rows() -> None:
@@ -178,20 +179,22 @@ def test_flops_between_measured_rows() -> None:
     assert device.flops_at(40) == pytest.approx(40 / 0.3)
 
 
-@given(plans, devices, links, loads)
-def test_parts_make_the_whole(plan: Plan, device: Device, link: Link, load: Any) -> None:
-    step = step_time(SHAPE, plan, device, link, **load)
+@given(plans, deployments, workloads)
+def test_parts_make_the_whole(plan: Plan, deployment: Deployment, workload: Workload) -> None:
+    step = step_time(SHAPE, plan, deployment, workload)
     assert min(vars(step).values()) >= 0
     assert sum(step.shares.values()) == pytest.approx(1)
-    if load["tp"] == 1:
+    if deployment.tp == 1:
         assert step.communication == 0
 
 
-@given(plans, devices, links, loads, st.floats(1, 100))
+@given(plans, deployments, workloads, st.floats(1, 100))
 def test_a_better_machine_is_never_slower(
-    plan: Plan, device: Device, link: Link, load: Any, times_better: float
+    plan: Plan, deployment: Deployment, workload: Workload, times_better: float
 ) -> None:
-    now = step_time(SHAPE, plan, device, link, **load).seconds
+    device, link = deployment.device, deployment.link
+    assert link is not None
+    now = step_time(SHAPE, plan, deployment, workload).seconds
     (rows, rate), *_ = device.flops
     for better, between in (
         (replace(device, memory_bandwidth=device.memory_bandwidth * times_better), link),
@@ -202,48 +205,60 @@ def test_a_better_machine_is_never_slower(
         (device, replace(link, latency_seconds=link.latency_seconds / times_better)),
         (device, None),
     ):
-        assert at_most(step_time(SHAPE, plan, better, between, **load).seconds, now)
+        improved = replace(deployment, device=better, link=between)
+        assert at_most(step_time(SHAPE, plan, improved, workload).seconds, now)
 
 
-@given(devices, links, loads)
-def test_fewer_blocks_are_never_slower(device: Device, link: Link, load: Any) -> None:
+@given(deployments, workloads)
+def test_fewer_blocks_are_never_slower(deployment: Deployment, workload: Workload) -> None:
     seconds = [
-        step_time(SHAPE, resolve(spec, 8), device, link, **load).seconds
+        step_time(SHAPE, resolve(spec, 8), deployment, workload).seconds
         for spec in ({"pair": [0, 8], "group": 4}, {"pair": [0, 8]}, {"pair": [2, 6]}, "identity")
     ]
     assert all(map(at_most, seconds, seconds[1:]))
 
 
-@given(plans, devices, links, loads)
-def test_a_ladder_is_never_slower(plan: Plan, device: Device, link: Link, load: Any) -> None:
+@given(plans, deployments, workloads)
+def test_a_ladder_is_never_slower(plan: Plan, deployment: Deployment, workload: Workload) -> None:
     ladder = replace(plan, ladder=frozenset(range(plan.depth)))
     without = replace(plan, ladder=frozenset())
-    a, b = (step_time(SHAPE, one, device, link, **load).seconds for one in (ladder, without))
+    a, b = (step_time(SHAPE, one, deployment, workload).seconds for one in (ladder, without))
     assert at_most(a, b)
 
 
 @pytest.mark.parametrize(
-    ("wrong", "message"),
+    ("make", "wrong", "message"),
     [
-        ({"tp": 0}, "tp 0 is too small; allowed: 1 or more"),
-        ({"batch": 0}, "batch 0 is too small; allowed: 1 or more"),
-        ({"context": -1}, "context -1 is too small; allowed: 0 or more"),
-        ({"tokens": 0}, "tokens 0 is too small; allowed: 1 or more"),
-        ({"tp": 3}, "can't be cut into 3 tensor-parallel ranks; allowed: 1, 2, 4, 8"),
-        ({"plan": resolve("identity", 9)}, "the plan is for 9 layers; allowed: 8"),
+        (Deployment, {"device": DEVICES["h100"], "tp": 0}, "tp 0 is too small; allowed: 1 or more"),
+        (Workload, {"batch": 0}, "batch 0 is too small; allowed: 1 or more"),
+        (Workload, {"context": -1}, "context -1 is too small; allowed: 0 or more"),
+        (Workload, {"tokens": 0}, "tokens 0 is too small; allowed: 1 or more"),
     ],
 )
-def test_wrong_numbers_are_refused(wrong: dict[str, Any], message: str) -> None:
-    given = {"plan": IDENTITY, "device": DEVICES["h100"], "link": FREE, **wrong}
+def test_wrong_numbers_are_refused(
+    make: Callable[..., object], wrong: dict[str, Any], message: str
+) -> None:
     with pytest.raises(UserError, match=message):
-        step_time(SHAPE, **given)
+        make(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("plan", "tp", "message"),
+    [
+        (IDENTITY, 3, "can't be cut into 3 tensor-parallel ranks; allowed: 1, 2, 4, 8"),
+        (resolve("identity", 9), 1, "the plan is for 9 layers; allowed: 8"),
+    ],
+)
+def test_plans_that_do_not_fit_are_refused(plan: Plan, tp: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        step_time(SHAPE, plan, Deployment(DEVICES["h100"], FREE, tp))
 
 
 def test_a_wide_plan_is_cut_further_than_the_plain_model() -> None:
-    device, link = DEVICES["h100"], LINKS["nvlink4"]
-    assert step_time(SHAPE, PAIRS, device, link, tp=16).seconds > 0
+    deployment = Deployment(DEVICES["h100"], LINKS["nvlink4"], tp=16)
+    assert step_time(SHAPE, PAIRS, deployment).seconds > 0
     with pytest.raises(UserError, match="16 tensor-parallel ranks"):
-        speedup(SHAPE, PAIRS, device, link, tp=16)
+        speedup(SHAPE, PAIRS, deployment)
 
 
 def test_needs_neither_torch_nor_vllm() -> None:

@@ -17,10 +17,12 @@ from vllm_depthpar.cli.main import main
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.plan import resolve
 from vllm_depthpar.plan.model_shape import ModelShape
-from vllm_depthpar.predict import machines
+from vllm_depthpar.predict import devices
 from vllm_depthpar.predict.calibrate import ROWS, measure_products
 from vllm_depthpar.predict.cost_model import speedup
-from vllm_depthpar.predict.machines import DEVICES, LINKS, Device, device_named, link_named
+from vllm_depthpar.predict.devices import DEVICES, device_named
+from vllm_depthpar.predict.links import LINKS, link_named
+from vllm_depthpar.predict.machines import Deployment, Device, Workload
 
 CONFIG = {
     "model_type": "llama",
@@ -62,10 +64,10 @@ def test_prints_speedups(model: str, capsys: pytest.CaptureFixture[str]) -> None
     plans = ["--plan", PAIRS, "--plan", LADDER]
     found = predicted(capsys, model, *plans, *GPUS, "--batch", "4", "--prompt", "512")
     shape, plan = ModelShape.from_config(CONFIG), resolve(json.loads(PAIRS), 32)
-    machine = (DEVICES["a100-80g"], LINKS["nvlink3"], 2)
+    deployment = Deployment(DEVICES["a100-80g"], LINKS["nvlink3"], 2)
     pairs, ladder = found["plans"]
-    assert pairs["decode"]["speedup"] == speedup(shape, plan, *machine, 4, 1024)
-    assert pairs["prefill"]["speedup"] == speedup(shape, plan, *machine, 1, 0, 512)
+    assert pairs["decode"]["speedup"] == speedup(shape, plan, deployment, Workload(4, 1024))
+    assert pairs["prefill"]["speedup"] == speedup(shape, plan, deployment, Workload(tokens=512))
     assert 1.02 < pairs["decode"]["speedup"] < 1.2
     assert 1.02 < ladder["decode"]["speedup"] < 1.2
     assert ladder["decode"]["communication"] < found["plain"]["decode"]["communication"] / 2
@@ -85,7 +87,7 @@ def test_warns_of_a_plan_that_is_slower(
     model: str, capsys: pytest.CaptureFixture[str], cache: Path
 ) -> None:
     # Whose own all-reduces are the slower ones: nothing else makes a plan lose.
-    machines.save(
+    devices.save(
         replace(DEVICES["h100"], name="this", reduce_seconds=1e-3, plain_reduce_seconds=-0.9e-3)
     )
     arguments = ["predict", model, "--plan", "identity", "--tp", "2", "--link", "nvlink4"]
@@ -187,7 +189,7 @@ def test_presets_say_where_they_are_from() -> None:
 
 def test_a_measured_machine_is_kept(cache: Path) -> None:
     device = Device("this", 1e10, ((8, 1e9), (64, 2e9)), 1e-3, source="here")
-    assert machines.save(device) == cache / "machine.json"
+    assert devices.save(device) == cache / "machine.json"
     assert device_named("this") == device
     assert [path.name for path in cache.iterdir()] == ["machine.json"]
 

@@ -14,7 +14,9 @@ import pytest
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.plan import Plan
 from vllm_depthpar.plan.model_shape import ModelShape
-from vllm_depthpar.predict.machines import device_named, link_named
+from vllm_depthpar.predict.devices import device_named
+from vllm_depthpar.predict.links import link_named
+from vllm_depthpar.predict.machines import Deployment, Workload
 from vllm_depthpar.search.search import Search
 from vllm_depthpar.search.surrogate import Surrogate
 from vllm_depthpar.search.target import Machine, check_depth, check_speedup
@@ -184,7 +186,8 @@ def test_depths_that_cannot_be_reached() -> None:
 
 
 def machine(tp: int) -> Machine:
-    return Machine(device_named("a100-80g"), link_named("p2p-off"), tp, batch=1, context=1024)
+    deployment = Deployment(device_named("a100-80g"), link_named("p2p-off"), tp)
+    return Machine(deployment, Workload(batch=1, context=1024))
 
 
 @pytest.mark.parametrize("methods", [["pair"], ["pair", "group", "skip", "ladder"]])

@@ -20,8 +20,10 @@ from vllm_depthpar.errors import UserError
 from vllm_depthpar.launch.variants import Variant, usual, variants
 from vllm_depthpar.plan import resolve
 from vllm_depthpar.plan.model_shape import ModelShape
-from vllm_depthpar.predict import machines
-from vllm_depthpar.predict.cost_model import plain_time, step_time
+from vllm_depthpar.predict.cost_model import speedup
+from vllm_depthpar.predict.devices import THIS, device_named
+from vllm_depthpar.predict.links import LINKS
+from vllm_depthpar.predict.machines import Deployment, Workload
 from vllm_depthpar.util import files
 
 T = TypeVar("T")
@@ -158,22 +160,19 @@ def _predicted(
     """{load's key: {variant: speed-up of decoding over plain vLLM}} as `depthpar predict` has it,
     if this machine was measured for it; between GPUs it would have to know the link."""
     try:
-        device = machines.device_named(machines.THIS)
+        device = device_named(THIS)
     except UserError:
         return {}
     if settings.tp > 1 and on_gpu:
         return {}
     shape = ModelShape.from_config(config)
-    link = machines.LINKS["shm"] if settings.tp > 1 else None
+    deployment = Deployment(device, LINKS["shm"] if settings.tp > 1 else None, settings.tp)
     found: dict[str, dict[str, float]] = {}
     for load in settings.loads():
         if load.part == THROUGHPUT:
-            context = load.prompt_tokens + settings.output_len // 2
-            machine = (device, link, settings.tp, load.batch, context)
-            plain = plain_time(shape, *machine).seconds
+            workload = Workload(load.batch, load.prompt_tokens + settings.output_len // 2)
             found[load.key] = {
-                one.label: plain
-                / step_time(shape, resolve(one.spec, shape.layers), *machine).seconds
+                one.label: speedup(shape, resolve(one.spec, shape.layers), deployment, workload)
                 for one in chosen
                 if one.spec is not None
             }

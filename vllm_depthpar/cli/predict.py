@@ -12,14 +12,15 @@ from typing import Any
 from vllm_depthpar.checkpoint.config import read_config
 from vllm_depthpar.cli.types import MODEL_HELP, PLAN_HELP, at_least
 from vllm_depthpar.errors import UserError
+from vllm_depthpar.launch.variants import PLAIN
 from vllm_depthpar.plan import Plan, precedence, read_spec, resolve
 from vllm_depthpar.plan.model_shape import ModelShape
-from vllm_depthpar.predict import machines
+from vllm_depthpar.predict import devices, links
 from vllm_depthpar.predict.cost_model import StepTime, check, plain_time, step_time
-from vllm_depthpar.predict.machines import Device, Link
+from vllm_depthpar.predict.machines import Deployment, Device, Link, Workload
 
-PLAIN = "plain"
-_LOADS = {"decode": "decoding", "prefill": "prefill"}
+DECODE, PREFILL = "decode", "prefill"
+LOADS = {DECODE: "decoding", PREFILL: "prefill"}
 # A speed-up below this is none.
 _A_GAIN = 1.005
 
@@ -39,7 +40,7 @@ def add(commands: Any) -> None:
     predict.add_argument(
         "--link",
         metavar="L",
-        help=f"between the ranks: {', '.join(machines.LINKS)}, or latency=0.2ms,bandwidth=1gbit",
+        help=f"between the ranks: {', '.join(links.LINKS)}, or latency=0.2ms,bandwidth=1gbit",
     )
     predict.add_argument("--batch", type=positive, default=1, metavar="B", help="sequences (1)")
     predict.add_argument(
@@ -54,10 +55,10 @@ def add(commands: Any) -> None:
     )
     predict.add_argument(
         "--device",
-        default=machines.THIS,
+        default=devices.THIS,
         metavar="D",
-        help=f"{', '.join(machines.DEVICES)}, or {machines.THIS}: what --calibrate measured "
-        f"({machines.THIS})",
+        help=f"{', '.join(devices.DEVICES)}, or {devices.THIS}: what --calibrate measured "
+        f"({devices.THIS})",
     )
     predict.add_argument(
         "--calibrate", action="store_true", help="measure this machine first (a minute)"
@@ -68,12 +69,13 @@ def add(commands: Any) -> None:
 
 @dataclass(frozen=True)
 class _Row:
-    """One plan's times: a decoding step's, and a prefill's if it was asked for."""
+    """One plan's times and its speed-ups over plain vLLM, by load; those are empty where plain
+    vLLM can't be cut into so many ranks."""
 
     label: str
     plan: Plan
-    decode: StepTime
-    prefill: StepTime | None
+    times: dict[str, StepTime]
+    speedups: dict[str, float]
 
 
 def _predict(args: argparse.Namespace) -> str:
@@ -85,33 +87,35 @@ def _predict(args: argparse.Namespace) -> str:
     if not chosen:
         served, source = precedence.choose(config, None, environ)
         chosen = {source: served}
-    link = machines.link_named(args.link) if args.link else None
+    link = links.link_named(args.link) if args.link else None
     if link is None and args.tp > 1:
-        raise UserError(f"--tp {args.tp} needs a --link; allowed: {', '.join(machines.LINKS)}")
-    if args.calibrate and args.device != machines.THIS:
-        raise UserError(f"--calibrate measures this machine; allowed: --device {machines.THIS}")
+        raise UserError(f"--tp {args.tp} needs a --link; allowed: {', '.join(links.LINKS)}")
+    if args.calibrate and args.device != devices.THIS:
+        raise UserError(f"--calibrate measures this machine; allowed: --device {devices.THIS}")
     for plan in chosen.values():
         check(shape, plan, args.tp)
-    device = _calibrated(shape, args.tp) if args.calibrate else machines.device_named(args.device)
+    device = _calibrated(shape, args.tp) if args.calibrate else devices.device_named(args.device)
+    deployment = Deployment(device, link, args.tp)
+    workloads = {DECODE: Workload(args.batch, args.context)}
+    if args.prompt:
+        workloads[PREFILL] = Workload(tokens=args.prompt)
 
-    def times(plan: Plan | None) -> tuple[StepTime, StepTime | None]:
-        machine = (device, link, args.tp)
-        loads = [(args.batch, args.context, 1), (1, 0, args.prompt)]
-        found = [
-            plain_time(shape, *machine, *load)
-            if plan is None
-            else step_time(shape, plan, *machine, *load)
-            for load in loads
-            if load[-1] is not None
-        ]
-        return found[0], found[1] if args.prompt else None
-
-    rows = [_Row(label, plan, *times(plan)) for label, plan in chosen.items()]
     plain = None
     if shape.fits(1, args.tp):
-        plain = _Row(PLAIN, resolve("identity", shape.layers), *times(None))
+        times = {load: plain_time(shape, deployment, work) for load, work in workloads.items()}
+        plain = _Row(PLAIN, resolve("identity", shape.layers), times, {})
+
+    def row(label: str, plan: Plan) -> _Row:
+        times = {load: step_time(shape, plan, deployment, work) for load, work in workloads.items()}
+        return _Row(label, plan, times, _ratios(plain.times if plain else {}, times))
+
+    rows = [row(label, plan) for label, plan in chosen.items()]
     form = _json if args.json else _text
-    return form(args, device, link, plain, rows)
+    return form(deployment, workloads, plain, rows)
+
+
+def _ratios(base: dict[str, StepTime], times: dict[str, StepTime]) -> dict[str, float]:
+    return {load: base[load].seconds / times[load].seconds for load in base}
 
 
 def _calibrated(shape: ModelShape, tp: int) -> Device:
@@ -119,37 +123,23 @@ def _calibrated(shape: ModelShape, tp: int) -> Device:
 
     print("Measuring this machine (about a minute) ...", file=sys.stderr, flush=True)
     device = measure(shape, tp)
-    print(f"Saved in {machines.save(device)}", file=sys.stderr)
+    print(f"Saved in {devices.save(device)}", file=sys.stderr)
     return device
 
 
-def _speedup(plain: _Row | None, row: _Row, load: str) -> float | None:
-    time, base = getattr(row, load), plain and getattr(plain, load)
-    return base.seconds / time.seconds if base and time else None
-
-
-def _slower(plain: _Row | None, row: _Row) -> list[str]:
-    """The loads in which a plan is predicted to be slower than plain vLLM."""
-    return [name for load, name in _LOADS.items() if (_speedup(plain, row, load) or 1) < 1]
-
-
-def _warnings(plain: _Row | None, row: _Row) -> list[str]:
+def _warnings(row: _Row) -> list[str]:
     """What to think of before serving a plan: it costs quality."""
-    slower = _slower(plain, row)
-    found = [f"{row.label} is predicted to be slower than plain in {name}" for name in slower]
-    for load, name in _LOADS.items():
-        ratio = _speedup(plain, row, load)
-        if ratio and 1 <= ratio < _A_GAIN and not row.plan.is_identity:
-            found.append(f"{row.label} is predicted to gain nothing over plain in {name}")
+    found = []
+    for load, ratio in row.speedups.items():
+        if ratio < 1:
+            found.append(f"{row.label} is predicted to be slower than plain in {LOADS[load]}")
+        elif ratio < _A_GAIN and not row.plan.is_identity:
+            found.append(f"{row.label} is predicted to gain nothing over plain in {LOADS[load]}")
     return [f"warning: {text}" for text in found]
 
 
 def _json(
-    args: argparse.Namespace,
-    device: Device,
-    link: Link | None,
-    plain: _Row | None,
-    rows: list[_Row],
+    deployment: Deployment, workloads: dict[str, Workload], plain: _Row | None, rows: list[_Row]
 ) -> str:
     def loads(row: _Row) -> dict[str, Any]:
         return {
@@ -157,20 +147,23 @@ def _json(
                 "seconds": time.seconds,
                 **vars(time),
                 "shares": time.shares,
-                "speedup": _speedup(plain, row, load),
+                "speedup": row.speedups.get(load),
             }
-            for load in _LOADS
-            if (time := getattr(row, load))
+            for load, time in row.times.items()
         }
 
+    def named(one: Device | Link | None) -> dict[str, str] | None:
+        return {"name": one.name, "source": one.source} if one else None
+
+    prefill = workloads.get(PREFILL)
     return json.dumps(
         {
-            "device": {"name": device.name, "source": device.source},
-            "link": link and {"name": link.name, "source": link.source},
-            "tp": args.tp,
-            "batch": args.batch,
-            "context": args.context,
-            "prompt": args.prompt,
+            "device": named(deployment.device),
+            "link": named(deployment.link),
+            "tp": deployment.tp,
+            "batch": workloads[DECODE].batch,
+            "context": workloads[DECODE].context,
+            "prompt": prefill and prefill.tokens,
             PLAIN: plain and loads(plain),
             "plans": [
                 {
@@ -179,7 +172,9 @@ def _json(
                     "digest": row.plan.digest,
                     "name": row.plan.name,
                     **loads(row),
-                    "slower_than_plain": _slower(plain, row),
+                    "slower_than_plain": [
+                        LOADS[load] for load, ratio in row.speedups.items() if ratio < 1
+                    ],
                 }
                 for row in rows
             ],
@@ -189,47 +184,46 @@ def _json(
 
 
 def _text(
-    args: argparse.Namespace,
-    device: Device,
-    link: Link | None,
-    plain: _Row | None,
-    rows: list[_Row],
+    deployment: Deployment, workloads: dict[str, Workload], plain: _Row | None, rows: list[_Row]
 ) -> str:
-    where = f"{args.tp} x {device.name}" + (f" over {link.name}" if link and args.tp > 1 else "")
-    lines = [f"Predicted, not measured: {where}"]
+    device, link, tp = deployment.device, deployment.link, deployment.tp
+    over = f" over {link.name}" if link and tp > 1 else ""
+    lines = [f"Predicted, not measured: {tp} x {device.name}{over}"]
     lines += [f"  {one.name}: {one.source}" for one in (device, link) if one]
-    headings = {
-        "decode": f"decoding, batch {args.batch}, context {args.context}",
-        "prefill": f"prefill, one prompt of {args.prompt} tokens",
-    }
-    tokens = {"decode": args.batch, "prefill": args.prompt}
-    for load, heading in headings.items():
-        found = [row for row in [plain, *rows] if row and getattr(row, load)]
-        if not found:
-            continue
-        cells = [["ms", "tokens/s", "speed-up", *getattr(found[0], load).shares, "blocks", ""]]
-        for row in found:
-            time, ratio = getattr(row, load), _speedup(plain, row, load)
-            cells.append(
-                [
-                    f"{1e3 * time.seconds:.3g}"
-                    if time.seconds < 1
-                    else f"{1e3 * time.seconds:.0f}",
-                    f"{tokens[load] / time.seconds:.1f}",
-                    f"{ratio:.2f}x" if ratio and row is not plain else "",
-                    *(f"{share:.0%}" for share in time.shares.values()),
-                    str(row.plan.depth),
-                    row.label,
-                ]
-            )
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines += ["", heading]
-        for line in cells:
-            *numbers, label = line
-            padded = [f"{cell:>{width}}" for cell, width in zip(numbers, widths, strict=False)]
-            lines.append("  ".join(["", *padded, label]).rstrip())
+    for load, work in workloads.items():
+        lines += ["", _heading(load, work)]
+        lines += _table(load, work, [plain, *rows] if plain else rows)
     if plain is None:
-        lines += ["", f"plain vLLM can't be cut into {args.tp} ranks: nothing to compare with"]
+        lines += ["", f"plain vLLM can't be cut into {tp} ranks: nothing to compare with"]
     for row in rows:
-        lines += _warnings(plain, row)
+        lines += _warnings(row)
     return "\n".join(lines)
+
+
+def _heading(load: str, work: Workload) -> str:
+    if load == DECODE:
+        return f"decoding, batch {work.batch}, context {work.context}"
+    return f"prefill, one prompt of {work.tokens} tokens"
+
+
+def _table(load: str, work: Workload, rows: list[_Row]) -> list[str]:
+    """Numbers to the right, labels to the left, and a header."""
+    cells = [["ms", "tokens/s", "speed-up", *rows[0].times[load].shares, "blocks", ""]]
+    for row in rows:
+        seconds = row.times[load].seconds
+        cells.append(
+            [
+                f"{1e3 * seconds:.3g}" if seconds < 1 else f"{1e3 * seconds:.0f}",
+                f"{work.rows / seconds:.1f}",
+                f"{row.speedups[load]:.2f}x" if load in row.speedups else "",
+                *(f"{share:.0%}" for share in row.times[load].shares.values()),
+                str(row.plan.depth),
+                row.label,
+            ]
+        )
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for *numbers, label in cells:
+        padded = [f"{cell:>{width}}" for cell, width in zip(numbers, widths, strict=False)]
+        lines.append("  ".join(["", *padded, label]).rstrip())
+    return lines

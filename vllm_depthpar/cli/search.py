@@ -12,7 +12,9 @@ from vllm_depthpar.checkpoint.config import read_original_config
 from vllm_depthpar.cli.types import DTYPES, MODEL_HELP, at_least
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.plan.model_shape import ModelShape
-from vllm_depthpar.predict import machines
+from vllm_depthpar.predict.devices import THIS, device_named
+from vllm_depthpar.predict.links import LINKS, link_named
+from vllm_depthpar.predict.machines import Deployment, Workload
 from vllm_depthpar.search.run import METHODS, Effort, Goal, Space, run
 from vllm_depthpar.search.target import Machine
 
@@ -96,12 +98,12 @@ def _methods(text: str) -> list[str]:
 def _machine(args: argparse.Namespace) -> Machine | None:
     """Where plans will run; None if nothing asks for it."""
     if args.tp > 1 and not args.link:
-        raise UserError(f"--tp {args.tp} needs a --link; allowed: {', '.join(machines.LINKS)}")
+        raise UserError(f"--tp {args.tp} needs a --link; allowed: {', '.join(LINKS)}")
     if args.speedup is None and not (args.device or args.link):
         return None
-    device = machines.device_named(args.device or machines.THIS)
-    link = machines.link_named(args.link) if args.link else None
-    return Machine(device, link, args.tp, args.batch, args.context)
+    device = device_named(args.device or THIS)
+    link = link_named(args.link) if args.link else None
+    return Machine(Deployment(device, link, args.tp), Workload(args.batch, args.context))
 
 
 def _texts(args: argparse.Namespace) -> list[Windows]:

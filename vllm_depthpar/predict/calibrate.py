@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.launch import engine
 from vllm_depthpar.plan.model_shape import ModelShape
-from vllm_depthpar.predict.machines import CPU_REDUCTIONS, GPU_OVERLAP, THIS, Device
+from vllm_depthpar.predict.devices import CPU_REDUCTIONS, GPU_OVERLAP, THIS
+from vllm_depthpar.predict.machines import Device
 from vllm_depthpar.util.files import write_json
 from vllm_depthpar.util.provenance import cpu_model
 

@@ -4,7 +4,7 @@ A forward pass is a chain of modules, an attention and an MLP a block, and of al
 takes what its operations take on a roofline (bytes over memory bandwidth, or FLOPs over FLOP/s,
 whichever is longer) and half of the fixed cost of a layer. An all-reduce costs the rank that
 computes some time that nothing hides, and then is on its way for some time, which the next module
-hides in a ladder. The machine's numbers are in `vllm_depthpar.predict.machines`.
+hides in a ladder. `vllm_depthpar.predict.machines` says what the numbers of a machine are.
 
 No torch, no vLLM, and cheap: a search ranks thousands of plans with it.
 """
@@ -18,7 +18,10 @@ from functools import cached_property
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.plan import Plan, resolve
 from vllm_depthpar.plan.model_shape import ModelShape
-from vllm_depthpar.predict.machines import Device, Link
+from vllm_depthpar.predict.machines import Deployment, Device, Link, Workload
+
+# One sequence that gets one token.
+DECODE = Workload()
 
 
 @dataclass(frozen=True)
@@ -51,30 +54,21 @@ class StepTime:
 def step_time(
     shape: ModelShape,
     plan: Plan,
-    device: Device,
-    link: Link | None,
-    tp: int = 1,
-    batch: int = 1,
-    context: int = 0,
-    tokens: int = 1,
+    deployment: Deployment,
+    workload: Workload = DECODE,
     plain: bool = False,
 ) -> StepTime:
-    """The time of one forward pass, in seconds.
+    """Predict the time of one forward pass, in seconds.
 
     Args:
-        link: between the ranks; None: communication is free.
-        tp: tensor-parallel size, one rank a device.
-        batch: sequences.
-        context: tokens that every sequence has in the KV cache before.
-        tokens: new tokens of every sequence: 1 when decoding, the prompt's length in prefill.
         plain: through plain vLLM's all-reduces, not this package's.
 
     Raises:
-        UserError: the plan is for another number of layers, does not fit `tp`, or a number is out
-            of range.
+        UserError: see `check`.
     """
-    check(shape, plan, tp, batch, context, tokens)
-    work = _Work(shape, device, tp, batch, context, tokens)
+    check(shape, plan, deployment.tp)
+    device, link, tp = deployment.device, deployment.link, deployment.tp
+    work = _Work(shape, deployment, workload)
     widths = Counter(len(block) for block in plan.blocks)
     attention = {width: _parts(work.attention(width)) for width in widths}
     mlp = {width: _parts(work.mlp(width)) for width in widths}
@@ -85,16 +79,16 @@ def step_time(
     )
     communication = 0.0
     if tp > 1 and link is not None:
-        reduction = _Reduction(device, link, tp, work.rows * shape.hidden * shape.dtype_bytes)
+        size = workload.rows * shape.hidden * shape.dtype_bytes
         half = device.layer_seconds / 2
-        communication = reduction.communication(
+        communication = _Reduction(device, link, tp, size).communication(
             plan,
             {width: half + sum(parts) for width, parts in attention.items()},
             {width: half + sum(parts) for width, parts in mlp.items()},
             plain,
         )
         # vLLM gathers every rank's logits of the last tokens, for plans as for plain.
-        logits = batch * shape.vocab * shape.dtype_bytes / tp
+        logits = workload.batch * shape.vocab * shape.dtype_bytes / tp
         communication += _Reduction(device, link, tp, logits).busy(plain=True)
         communication += link.gather_seconds(logits, tp)
     return StepTime(
@@ -105,47 +99,27 @@ def step_time(
     )
 
 
-def plain_time(
-    shape: ModelShape,
-    device: Device,
-    link: Link | None,
-    tp: int = 1,
-    batch: int = 1,
-    context: int = 0,
-    tokens: int = 1,
-) -> StepTime:
-    """`step_time` of plain vLLM: every layer alone, through vLLM's own all-reduces."""
+def plain_time(shape: ModelShape, deployment: Deployment, workload: Workload = DECODE) -> StepTime:
+    """Predict `step_time` of plain vLLM: every layer alone, through vLLM's own all-reduces."""
     identity = resolve("identity", shape.layers)
-    return step_time(shape, identity, device, link, tp, batch, context, tokens, plain=True)
+    return step_time(shape, identity, deployment, workload, plain=True)
 
 
 def speedup(
-    shape: ModelShape,
-    plan: Plan,
-    device: Device,
-    link: Link | None,
-    tp: int = 1,
-    batch: int = 1,
-    context: int = 0,
-    tokens: int = 1,
+    shape: ModelShape, plan: Plan, deployment: Deployment, workload: Workload = DECODE
 ) -> float:
-    """How many times as fast as plain vLLM a plan is: above 1 is faster; raises as `step_time`."""
-    plain = plain_time(shape, device, link, tp, batch, context, tokens)
-    return plain.seconds / step_time(shape, plan, device, link, tp, batch, context, tokens).seconds
+    """Predict how many times as fast as plain vLLM a plan is: above 1 is faster; raises as
+    `step_time`."""
+    plain = plain_time(shape, deployment, workload)
+    return plain.seconds / step_time(shape, plan, deployment, workload).seconds
 
 
-def check(
-    shape: ModelShape, plan: Plan, tp: int = 1, batch: int = 1, context: int = 0, tokens: int = 1
-) -> None:
-    """Raise what `step_time` would for these numbers, on any machine."""
-    for name, value, lowest in (
-        ("tp", tp, 1),
-        ("batch", batch, 1),
-        ("context", context, 0),
-        ("tokens", tokens, 1),
-    ):
-        if value < lowest:
-            raise UserError(f"{name} {value} is too small; allowed: {lowest} or more")
+def check(shape: ModelShape, plan: Plan, tp: int) -> None:
+    """Check that a plan is for a model, and that both can be cut into `tp` ranks.
+
+    Raises:
+        UserError: the plan is for another number of layers, or does not fit `tp`.
+    """
     if plan.layers != shape.layers:
         raise UserError(
             f"the plan is for {plan.layers} layers; allowed: {shape.layers}, as the model has"
@@ -172,47 +146,39 @@ class _Work:
     """The operations of one forward pass on one rank."""
 
     shape: ModelShape
-    device: Device
-    tp: int
-    batch: int
-    context: int
-    tokens: int
-
-    @property
-    def rows(self) -> int:
-        return self.batch * self.tokens
+    deployment: Deployment
+    workload: Workload
 
     def head(self) -> _Operation:
         """Of the last token of each sequence, the logits."""
-        return self._matmul(self.shape.vocab * self.shape.hidden, self.batch)
+        return self._matmul(self.shape.vocab * self.shape.hidden, self.workload.batch)
 
     def attention(self, width: int) -> list[_Operation]:
         """Projections, then scores and values over the KV cache."""
-        shape = self.shape
+        shape, load = self.shape, self.workload
+        device, tp = self.deployment.device, self.deployment.tp
         q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         weights = width * shape.hidden * (2 * q + 2 * kv)
-        seen = self.context + self.tokens
-        kv_heads = max(1, width * shape.kv_heads // self.tp)
-        kv_bytes = 2 * self.batch * seen * kv_heads * shape.head_dim * shape.dtype_bytes
+        seen = load.context + load.tokens
+        kv_heads = max(1, width * shape.kv_heads // tp)
+        kv_bytes = 2 * load.batch * seen * kv_heads * shape.head_dim * shape.dtype_bytes
         # A new token attends to those in the cache, to itself and to the new ones before it.
-        attended = self.rows * (self.context + (self.tokens + 1) / 2)
-        flops = 4 * attended * width * q / self.tp
-        inner = (
-            kv_bytes / self.device.memory_bandwidth,
-            flops / self.device.flops_at(self.rows),
-        )
-        return [self._matmul(weights, self.rows), inner]
+        attended = load.rows * (load.context + (load.tokens + 1) / 2)
+        flops = 4 * attended * width * q / tp
+        inner = (kv_bytes / device.memory_bandwidth, flops / device.flops_at(load.rows))
+        return [self._matmul(weights, load.rows), inner]
 
     def mlp(self, width: int) -> list[_Operation]:
         """Gate, up and down."""
-        return [self._matmul(3 * width * self.shape.hidden * self.shape.intermediate, self.rows)]
+        weights = 3 * width * self.shape.hidden * self.shape.intermediate
+        return [self._matmul(weights, self.workload.rows)]
 
     def _matmul(self, weights: int, rows: int) -> _Operation:
         """Products of `rows` activations with so many weights, cut into tp shards."""
-        share = weights / self.tp
+        device, share = self.deployment.device, weights / self.deployment.tp
         return (
-            share * self.shape.dtype_bytes / self.device.memory_bandwidth,
-            2 * share * rows / self.device.flops_at(rows),
+            share * self.shape.dtype_bytes / device.memory_bandwidth,
+            2 * share * rows / device.flops_at(rows),
         )
 
 

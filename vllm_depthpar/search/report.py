@@ -154,7 +154,7 @@ class SearchReport:
             "",
         ]
         if space.machine:
-            place = f"{space.tp} x {space.machine.device.name}"
+            place = f"{space.tp} x {space.machine.deployment.device.name}"
             lines += [
                 f"Speed-ups are predicted (`depthpar predict`) for {place}, not measured.",
                 "",

@@ -10,7 +10,7 @@ from vllm_depthpar.errors import UserError
 from vllm_depthpar.plan import Plan
 from vllm_depthpar.plan.model_shape import ModelShape
 from vllm_depthpar.predict import cost_model
-from vllm_depthpar.predict.machines import Device, Link
+from vllm_depthpar.predict.machines import Deployment, Workload
 from vllm_depthpar.search.tiling import Tile, best_of_each_length, to_plan
 
 # Units that a layer's time is divided into.
@@ -19,20 +19,17 @@ _UNITS = 16
 
 @dataclass(frozen=True)
 class Machine:
-    """Where plans will run, for predicted speed-ups in decoding."""
+    """Where plans will run and on what, for predicted speed-ups in decoding."""
 
-    device: Device
-    link: Link | None
-    tp: int
-    batch: int
-    context: int
+    deployment: Deployment
+    workload: Workload
 
     def speedup(self, shape: ModelShape, plan: Plan) -> float:
-        """Of a plan, over plain vLLM."""
-        return cost_model.speedup(shape, plan, *self._where)
+        """Predict a plan's speed-up over plain vLLM."""
+        return cost_model.speedup(shape, plan, self.deployment, self.workload)
 
     def lengths(self, shape: ModelShape, tiles: Iterable[Tile]) -> dict[Tile, int]:
-        """Each tile's time, in sixteenths of a layer's."""
+        """Predict each tile's time, in sixteenths of a layer's."""
         layer = self._block_seconds(shape, 1, ladder=False)
         kinds = {(tile.width, tile.ladder) for tile in tiles if not tile.skip}
         units = {
@@ -42,11 +39,11 @@ class Machine:
         return {tile: 0 if tile.skip else units[tile.width, tile.ladder] for tile in tiles}
 
     def length_of(self, shape: ModelShape, speedup: float) -> int:
-        """The total length that a speed-up over plain vLLM allows."""
+        """Compute the total length that a speed-up over plain vLLM allows."""
         layer = self._block_seconds(shape, 1, ladder=False)
         whole = self._seconds(shape, to_plan((), shape.layers))
         rest = whole - shape.layers * layer
-        plain = cost_model.plain_time(shape, *self._where).seconds
+        plain = cost_model.plain_time(shape, self.deployment, self.workload).seconds
         return math.floor(_UNITS * (plain / speedup - rest) / layer)
 
     def _block_seconds(self, shape: ModelShape, width: int, ladder: bool) -> float:
@@ -64,11 +61,7 @@ class Machine:
         return (times[1] - times[0]) / 4
 
     def _seconds(self, shape: ModelShape, plan: Plan) -> float:
-        return cost_model.step_time(shape, plan, *self._where).seconds
-
-    @property
-    def _where(self) -> tuple[Device, Link | None, int, int, int]:
-        return self.device, self.link, self.tp, self.batch, self.context
+        return cost_model.step_time(shape, plan, self.deployment, self.workload).seconds
 
 
 def depths(tiles: Iterable[Tile]) -> dict[Tile, int]:

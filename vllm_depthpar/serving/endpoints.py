@@ -21,7 +21,9 @@ from vllm_depthpar.metrics import collector
 from vllm_depthpar.plan.attached import base_shape, plan_of, source_of
 from vllm_depthpar.plan.drawing import draw
 from vllm_depthpar.predict import cost_model
-from vllm_depthpar.predict.machines import LINKS, THIS, device_named, link_named
+from vllm_depthpar.predict.devices import THIS, device_named
+from vllm_depthpar.predict.links import LINKS, link_named
+from vllm_depthpar.predict.machines import Deployment, Workload
 from vllm_depthpar.serving.stats import Stats, stats_of
 
 
@@ -129,7 +131,9 @@ def _predict(
         link=joins.name if joins is not None else None,
         batch=batch,
         context=context,
-        speedup=cost_model.speedup(shape, plan, runs_on, joins, tp, batch, context),
+        speedup=cost_model.speedup(
+            shape, plan, Deployment(runs_on, joins, tp), Workload(batch, context)
+        ),
     )
 
 
