@@ -115,8 +115,9 @@ def rows() -> Iterator[Row]:
 
 
 def presets(link: str) -> tuple[Device, Link]:
-    """The machine as the package has it: these constants, rounded."""
-    return DEVICES["h100"], LINKS[{NVLINK: "nvlink4", P2P_OFF: "p2p-off"}[link]]
+    """The machine as the package has it: these constants, rounded. The authors' all-reduces are
+    NCCL's, not vLLM's."""
+    return DEVICES["h100"], LINKS[{NVLINK: "nvlink4-nccl", P2P_OFF: "p2p-off"}[link]]
 
 
 def machine(constants: Constants, link: str) -> tuple[Device, Link]:

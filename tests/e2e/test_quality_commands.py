@@ -216,7 +216,7 @@ def test_search_for_a_speed_on_own_text(
         ),
         (
             ["search", "--speedup", 1.1, "--tp", 2, "--out", "x"],
-            "--tp 2 needs a --link; allowed: nvlink2",
+            "--tp 2 needs a --link; allowed: nvlink5",
         ),
         (
             ["search", "--max-ppl-increase", 0, "--out", "x"],

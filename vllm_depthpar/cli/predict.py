@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vllm_depthpar.checkpoint.config import read_config
@@ -21,8 +22,8 @@ from vllm_depthpar.predict.machines import Deployment, Device, Link, Workload
 
 DECODE, PREFILL = "decode", "prefill"
 LOADS = {DECODE: "decoding", PREFILL: "prefill"}
-# A speed-up below this is none.
-_A_GAIN = 1.005
+# Speed-ups below these are none, and none that a ladder's loss of quality is worth.
+_A_GAIN, _A_LADDERS_GAIN = 1.005, 1.03
 
 
 def add(commands: Any) -> None:
@@ -69,13 +70,18 @@ def add(commands: Any) -> None:
 
 @dataclass(frozen=True)
 class _Row:
-    """One plan's times and its speed-ups over plain vLLM, by load; those are empty where plain
-    vLLM can't be cut into so many ranks."""
+    """One plan's numbers, each by load.
+
+    Attributes:
+        speedups: over plain vLLM; empty where that can't be cut into so many ranks.
+        ladder_speedups: over the same blocks without the ladder; empty where there is none.
+    """
 
     label: str
     plan: Plan
     times: dict[str, StepTime]
     speedups: dict[str, float]
+    ladder_speedups: dict[str, float]
 
 
 def _predict(args: argparse.Namespace) -> str:
@@ -103,13 +109,17 @@ def _predict(args: argparse.Namespace) -> str:
     plain = None
     if shape.fits(1, args.tp):
         times = {load: plain_time(shape, deployment, work) for load, work in workloads.items()}
-        plain = _Row(PLAIN, resolve("identity", shape.layers), times, {})
+        plain = _Row(PLAIN, resolve("identity", shape.layers), times, {}, {})
 
-    def row(label: str, plan: Plan) -> _Row:
-        times = {load: step_time(shape, plan, deployment, work) for load, work in workloads.items()}
-        return _Row(label, plan, times, _ratios(plain.times if plain else {}, times))
+    def times_of(plan: Plan) -> dict[str, StepTime]:
+        return {load: step_time(shape, plan, deployment, work) for load, work in workloads.items()}
 
-    rows = [row(label, plan) for label, plan in chosen.items()]
+    rows = []
+    for label, plan in chosen.items():
+        times = times_of(plan)
+        without = times_of(replace(plan, ladder=frozenset())) if plan.ladder else {}
+        over_plain = _ratios(plain.times if plain else {}, times)
+        rows.append(_Row(label, plan, times, over_plain, _ratios(without, times)))
     form = _json if args.json else _text
     return form(deployment, workloads, plain, rows)
 
@@ -130,11 +140,18 @@ def _calibrated(shape: ModelShape, tp: int) -> Device:
 def _warnings(row: _Row) -> list[str]:
     """What to think of before serving a plan: it costs quality."""
     found = []
-    for load, ratio in row.speedups.items():
+    for load in row.times:
+        name, ratio = LOADS[load], row.speedups.get(load, math.inf)
+        ladder = row.ladder_speedups.get(load, math.inf)
         if ratio < 1:
-            found.append(f"{row.label} is predicted to be slower than plain in {LOADS[load]}")
+            found.append(f"{row.label} is predicted to be slower than plain in {name}")
         elif ratio < _A_GAIN and not row.plan.is_identity:
-            found.append(f"{row.label} is predicted to gain nothing over plain in {LOADS[load]}")
+            found.append(f"{row.label} is predicted to gain nothing over plain in {name}")
+        elif ladder < _A_LADDERS_GAIN:
+            found.append(
+                f"the ladder of {row.label} is predicted to gain {ladder - 1:.1%} in {name}: "
+                "it pays where all-reduces are slow"
+            )
     return [f"warning: {text}" for text in found]
 
 
@@ -148,6 +165,7 @@ def _json(
                 **vars(time),
                 "shares": time.shares,
                 "speedup": row.speedups.get(load),
+                "ladder_speedup": row.ladder_speedups.get(load),
             }
             for load, time in row.times.items()
         }

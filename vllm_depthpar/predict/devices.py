@@ -14,6 +14,7 @@ from pathlib import Path
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.predict.machines import Device
 from vllm_depthpar.util.files import cache_folder, write_json
+from vllm_depthpar.util.names import nearest_first
 
 # The device that `depthpar predict --calibrate` measures.
 THIS = "this"
@@ -21,14 +22,29 @@ THIS = "this"
 _BANDWIDTH_ACHIEVED = 0.93
 _FLOPS_ACHIEVED = 0.48
 _LAYER_SECONDS = 50e-6
+# Of the time of an all-reduce: its kernel takes multiprocessors from those that compute. Fitted
+# on NCCL's; vLLM's own kernels are assumed to take as many.
 GPU_OVERLAP = 0.73
 
 # Name, GB/s of memory, TFLOP/s of dense bf16 products summed in fp32, source.
 _DATA_SHEETS = (
     ("h100", 3350, 989, "NVIDIA H100 SXM data sheet"),
     ("h200", 4800, 989, "NVIDIA H200 SXM data sheet"),
+    # The data sheet says 8 TB/s; the driver's bus width and clock give this (pytorch/ao#4002).
+    ("b200", 7670, 2250, "NVIDIA HGX B200 data sheet, memory as its driver reports"),
     ("a100-80g", 2039, 312, "NVIDIA A100 80GB SXM data sheet"),
     ("a100-40g", 1555, 312, "NVIDIA A100 40GB SXM data sheet"),
+    ("l40s", 864, 362, "NVIDIA L40S data sheet"),
+    ("l4", 300, 121, "NVIDIA L4 data sheet"),
+    ("a10", 600, 125, "NVIDIA A10 data sheet"),
+    ("rtx-3090", 936, 71, "NVIDIA GA102 whitepaper"),
+    ("rtx-4090", 1008, 165.2, "NVIDIA Ada whitepaper"),
+    ("rtx-5090", 1792, 209.5, "NVIDIA RTX Blackwell whitepaper"),
+    ("rtx-pro-6000", 1792, 503.8, "NVIDIA RTX PRO 6000 Blackwell data sheet"),
+    ("mi300x", 5300, 1307.4, "AMD Instinct MI300X data sheet"),
+    # No figure of bf16 is published: an eighth of the petaFLOP of sparse FP4, as of B200s and
+    # RTX PRO 6000s.
+    ("dgx-spark", 273, 125, "NVIDIA DGX Spark data sheet, FLOP/s derived"),
 )
 
 
@@ -65,7 +81,8 @@ def device_named(name: str) -> Device:
         return _measured()
     if name in DEVICES:
         return DEVICES[name]
-    raise UserError(f"device {name!r} is unknown; allowed: {', '.join((THIS, *DEVICES))}")
+    known = nearest_first(name, (THIS, *DEVICES))
+    raise UserError(f"device {name!r} is unknown; allowed: {', '.join(known)}")
 
 
 def save(device: Device) -> Path:
