@@ -14,60 +14,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from vllm_depthpar.plan.published_shapes import config_named
 from vllm_depthpar.util import files
 
-# From the models' config.json. Rope scaling is left out: it costs nothing and needs no weights.
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama-2-7b": {
-        "num_hidden_layers": 32,
-        "hidden_size": 4096,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "intermediate_size": 11008,
-        "vocab_size": 32000,
-        "tie_word_embeddings": False,
-        "max_position_embeddings": 4096,
-    },
-    "llama-3.2-3b": {
-        "num_hidden_layers": 28,
-        "hidden_size": 3072,
-        "num_attention_heads": 24,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "intermediate_size": 8192,
-        "vocab_size": 128256,
-        "tie_word_embeddings": True,
-        "max_position_embeddings": 131072,
-    },
-    "llama-3.2-1b": {
-        "num_hidden_layers": 16,
-        "hidden_size": 2048,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-        "intermediate_size": 8192,
-        "vocab_size": 128256,
-        "tie_word_embeddings": True,
-        "max_position_embeddings": 131072,
-    },
-    "smollm2-135m": {
-        "num_hidden_layers": 30,
-        "hidden_size": 576,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "intermediate_size": 1536,
-        "vocab_size": 49152,
-        "tie_word_embeddings": True,
-        "max_position_embeddings": 8192,
-    },
-}
+SHAPES = ("llama-2-7b", "llama-3.2-3b", "llama-3.2-1b", "smollm2-135m")
+# Rope scaling is left out: it costs nothing and needs no weights.
 _COMMON = {
     "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
+    "max_position_embeddings": 8192,
     "hidden_act": "silu",
     "rms_norm_eps": 1e-5,
     "rope_theta": 500000.0,
-    "torch_dtype": "bfloat16",
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
@@ -75,7 +32,7 @@ _COMMON = {
 
 def config(name: str) -> dict[str, Any]:
     """The config.json of a shape."""
-    return _COMMON | SHAPES[name]
+    return _COMMON | config_named(name)
 
 
 def plans(layers: int) -> list[str]:
@@ -102,7 +59,7 @@ def main() -> None:
             model = Path(folder, name)
             model.mkdir()
             files.write_json(model / "config.json", config(name))
-            chosen = plans(SHAPES[name]["num_hidden_layers"])
+            chosen = plans(config(name)["num_hidden_layers"])
             # The defaults come first: what follows wins.
             options = ["--parts", "latency,throughput", "--batches", "1,8,64", "--contexts", "128"]
             options += ["--load-format", "dummy", "--one-at-a-time", *args.rest]

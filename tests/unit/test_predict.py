@@ -16,7 +16,9 @@ import torch
 from vllm_depthpar.cli.main import main
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.plan import resolve
+from vllm_depthpar.plan.auto import auto_spec
 from vllm_depthpar.plan.model_shape import ModelShape
+from vllm_depthpar.plan.published_shapes import CONFIGS, config_named
 from vllm_depthpar.predict import devices
 from vllm_depthpar.predict.calibrate import ROWS, measure_products
 from vllm_depthpar.predict.cost_model import speedup, step_time
@@ -192,6 +194,77 @@ def test_numbers_below_one_are_refused(
     with pytest.raises(SystemExit):
         main(["predict", model, option, "0"])
     assert "0 is too small; allowed: 1 or more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("llama-2-7b", 6738415616),
+        ("llama-2-13b", 13015864320),
+        ("llama-2-70b", 68976648192),
+        ("llama-3-8b", 8030261248),
+        ("llama-3-70b", 70553706496),
+        ("llama-3.1-8b", 8030261248),
+        ("llama-3.1-70b", 70553706496),
+        ("llama-3.1-405b", 405853388800),
+        ("llama-3.2-1b", 1235814400),
+        ("llama-3.2-3b", 3212749824),
+        ("llama-3.3-70b", 70553706496),
+        ("smollm2-135m", 134515008),
+        ("smollm2-360m", 361821120),
+        ("smollm2-1.7b", 1711376384),
+        ("mistral-7b-v0.1", 7241732096),
+        ("mistral-7b-v0.3", 7248023552),
+        ("qwen3-0.6b", 596049920),
+        ("qwen3-1.7b", 1720574976),
+        ("qwen3-4b", 4022468096),
+        ("qwen3-8b", 8190735360),
+        ("qwen3-14b", 14768307200),
+        ("qwen3-32b", 32762123264),
+    ],
+)
+def test_shapes_have_the_parameters_that_were_published(name: str, parameters: int) -> None:
+    """To the last one, as the models' pages count them."""
+    shape = ModelShape.from_config(config_named(name))
+    assert shape.weight_bytes(resolve("identity", shape.layers)) == 2 * parameters
+
+
+def test_a_shape_needs_no_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
+    found = predicted(capsys, "--shape", "llama-3.1-8b", "--plan", LADDER, *GPUS)
+    shape = ModelShape.from_config(config_named("llama-3.1-8b"))
+    deployment = Deployment(DEVICES["a100-80g"], LINKS["p2p-off"], 2)
+    assert found["plans"][0]["decode"]["speedup"] == speedup(
+        shape, resolve({"ladder": "all"}, 32), deployment, Workload(1, 1024)
+    )
+    # And without a plan the one that would be served.
+    served = predicted(capsys, "--shape", "llama-3.1-8b", *GPUS)["plans"][0]["plan"]
+    assert served == resolve(auto_spec(shape)[0], 32).to_spec()
+
+
+def test_every_shape_is_predicted() -> None:
+    """On two ranks, or on three or five where the heads ask for it."""
+    for name, config in CONFIGS.items():
+        shape = ModelShape.from_config(config)
+        plan = resolve(auto_spec(shape)[0], shape.layers)
+        tp = next(tp for tp in (2, 3, 5) if shape.fits(1, tp))
+        deployment = Deployment(DEVICES["rtx-3090"], LINKS["pcie4"], tp)
+        assert speedup(shape, plan, deployment) >= 1, name
+
+
+def test_a_wrong_shape_names_the_nearest_first(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", "--shape", "Llama-3.1-7B", *GPUS]) == 1
+    error = capsys.readouterr().err
+    assert "shape 'Llama-3.1-7B' is unknown; allowed: llama-3.1-70b, llama-3.1-8b, " in error
+    assert all(name in error for name in CONFIGS)
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [[], ["/some/model", "--shape", "llama-3.1-8b"]])
+def test_a_model_or_a_shape(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["predict", *arguments, *GPUS])
+    error = capsys.readouterr().err
+    assert "MODEL --shape is required" in error or "not allowed with argument" in error
 
 
 def test_no_model(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ from vllm_depthpar.errors import UserError
 from vllm_depthpar.launch.variants import PLAIN
 from vllm_depthpar.plan import Plan, precedence, read_spec, resolve
 from vllm_depthpar.plan.model_shape import ModelShape
+from vllm_depthpar.plan.published_shapes import CONFIGS, config_named
 from vllm_depthpar.predict import devices, links
 from vllm_depthpar.predict.cost_model import StepTime, check, plain_time, step_time
 from vllm_depthpar.predict.machines import Deployment, Device, Link, Workload
@@ -29,7 +30,13 @@ _A_GAIN, _A_LADDERS_GAIN = 1.005, 1.03
 def add(commands: Any) -> None:
     """Register the subcommand."""
     predict = commands.add_parser("predict", help="predict how fast plans are on a machine")
-    predict.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    which = predict.add_mutually_exclusive_group(required=True)
+    which.add_argument("model", nargs="?", metavar="MODEL", help=MODEL_HELP)
+    which.add_argument(
+        "--shape",
+        metavar="S",
+        help=f"no checkpoint, but a model's published sizes: {', '.join(CONFIGS)}",
+    )
     predict.add_argument(
         "--plan",
         action="append",
@@ -85,7 +92,7 @@ class _Row:
 
 
 def _predict(args: argparse.Namespace) -> str:
-    config = read_config(args.model)
+    config = config_named(args.shape) if args.shape else read_config(args.model)
     shape = ModelShape.from_config(config)
     specs = [(text, read_spec(text)) for text in args.plan or []]
     environ = os.environ.get(precedence.ENV)
