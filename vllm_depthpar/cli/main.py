@@ -25,16 +25,21 @@ from vllm_depthpar.errors import UserError
 COMMANDS = (plan, verify, predict, bench, search, eval, study, recover, export, bundled)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit code (1, with one line on stderr, for wrong input)."""
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """Make the parser of the whole command."""
+    whole = argparse.ArgumentParser(
         prog="depthpar", description="Restructure the depth of models for vLLM."
     )
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    whole.add_argument("--version", action="version", version=__version__)
+    commands = whole.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add(commands)
-    args = parser.parse_args(argv)
+    return whole
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit code (1, with one line on stderr, for wrong input)."""
+    args = parser().parse_args(argv)
     # So that servers and engines are stopped, whose processes would stay.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
