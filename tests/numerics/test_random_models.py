@@ -156,7 +156,7 @@ def test_windows_of_some_layers(tmp_path: Path) -> None:
 
 
 def test_where_vllm_is_not_transformers(tmp_path: Path) -> None:
-    """The README says in what, and that these models are transformers' here, with any plan."""
+    """docs/plans.md says in what, and that these models are transformers' here, with any plan."""
     folder = write_llama(tmp_path / "bias", model_type="qwen3", attention_bias=True)
     cases = [
         Case(folder, plan, prompts(2, 40).tolist(), max_tokens=4)

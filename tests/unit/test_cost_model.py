@@ -270,7 +270,7 @@ def test_needs_neither_torch_nor_vllm() -> None:
 
 
 def test_measured_speedups() -> None:
-    """The errors that README states, of plans that no constant was fitted on."""
+    """The errors that docs/predict.md states, of plans that no constant was fitted on."""
     clusters = {name: predict_measured.Cluster(name) for name in predict_measured.CLUSTERS}
     found = predict_measured.within_a_link(clusters) + predict_measured.compiled(clusters)
     found += predict_measured.one_host()
