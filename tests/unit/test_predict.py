@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from vllm_depthpar.predict.cost_model import speedup, step_time
 from vllm_depthpar.predict.devices import DEVICES, device_named
 from vllm_depthpar.predict.links import LINKS, link_named
 from vllm_depthpar.predict.machines import Deployment, Device, Workload
+from vllm_depthpar.predict.timers import CpuTimer, CudaTimer, Timer
 
 CONFIG = {
     "model_type": "llama",
@@ -355,15 +357,74 @@ def test_a_broken_file_is_refused(cache: Path, content: str) -> None:
         device_named("this")
 
 
-def test_measures_products() -> None:
+class EventStandIn:
+    """Stands in for a CUDA event on a CPU: its clock is the process's, and nothing is queued."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: EventStandIn) -> float:
+        return 1e3 * (end.at - self.at)
+
+
+class CudaTimerOnCpu(CudaTimer):
+    """The CUDA timer, but for where its tensors are, how many and how large."""
+
+    device, lot, ahead = "cpu", 4, 8
+
+    def weight_bytes(self, rows: int) -> int:
+        return super().weight_bytes(rows) >> 7
+
+
+@pytest.mark.parametrize("timer", [CpuTimer(), CudaTimerOnCpu()])
+def test_measures_products(timer: Timer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", EventStandIn)
     shape = ModelShape.from_config({**CONFIG, "hidden_size": 256, "intermediate_size": 512})
-    bandwidth, flops = measure_products(shape, 2, "cpu", torch.float32)
+    bandwidth, flops = measure_products(shape, 2, timer, torch.float32)
     assert 1e8 < bandwidth < 1e13
     assert [rows for rows, _ in flops] == list(ROWS)
     assert all(1e8 < rate < 1e14 for _, rate in flops)
     # Many rows share the reading of a weight: one row is never the cheapest per row. In float32:
     # some processors have no instructions for bfloat16, and are as slow with many rows.
     assert flops[-1][1] > 2 * bandwidth / shape.dtype_bytes
+
+
+def test_a_gpu_is_timed_by_its_events_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock by hand: what is in front of the first event, and what the process itself takes,
+    does not count."""
+    now, calls = [7.0], []
+
+    class Event(EventStandIn):
+        def record(self) -> None:
+            calls.append("record")
+            self.at = now[0]
+
+        def synchronize(self) -> None:
+            calls.append("synchronize")
+
+    def run() -> None:
+        calls.append("run")
+        now[0] += 0.25
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    assert CudaTimerOnCpu().seconds(run) == pytest.approx(0.25)
+    assert calls == ["record", "run", "record", "synchronize"]
+
+
+def test_weights_take_turns() -> None:
+    """On a GPU 1 GiB of each shape and whole lots of 32, with any number of rows."""
+    mib = 1 << 20
+    assert [CudaTimer().copies(size * mib, rows) for size in (1, 48) for rows in (1, 512)] == [
+        *(1024, 1024),
+        *(32, 32),
+    ]
+    assert [CpuTimer().copies(mib, rows) for rows in (1, 8)] == [64, 1]
 
 
 def test_calibrates(model: str, tmp_path: Path, cache: Path) -> None:

@@ -8,29 +8,26 @@ processes of one host say nothing of two hosts.
 
 from __future__ import annotations
 
-import math
 import tempfile
 import time
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
 
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.launch import engine
 from vllm_depthpar.plan.model_shape import ModelShape
 from vllm_depthpar.predict.devices import CPU_REDUCTIONS, GPU_OVERLAP, THIS
 from vllm_depthpar.predict.machines import Device
+from vllm_depthpar.predict.timers import CpuTimer, CudaTimer, Timer
 from vllm_depthpar.util.files import write_json
 from vllm_depthpar.util.provenance import cpu_model
-
-if TYPE_CHECKING:
-    import torch
 
 ROWS = (8, 64, 512)
 DEPTHS = (4, 16)
 TOKENS = 48
-# Of one shape: more than a cache holds.
-WEIGHT_BYTES = 64 << 20
 # Of one product: a slow core gets through it in seconds, with many rows too.
 MOST_PARAMETERS = 1 << 24
 REPEATS = 5
@@ -51,7 +48,8 @@ _NARROW = {
 
 
 def measure(shape: ModelShape, tp: int = 1) -> Device:
-    """One rank of this machine: a GPU if there is one, else what this process may use of the CPU.
+    """Measure one rank of this machine: a GPU if there is one, else what this process may use of
+    the CPU.
 
     Takes half a minute or more. On a CPU fixed costs are those of eager mode.
 
@@ -61,14 +59,12 @@ def measure(shape: ModelShape, tp: int = 1) -> Device:
     Raises:
         UserError: vLLM could not run here.
     """
-    import torch
-
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    on_gpu = torch.cuda.is_available()
     dtype = torch.float32 if shape.dtype_bytes == 4 else torch.bfloat16
-    bandwidth, flops = measure_products(shape, tp, kind, dtype)
+    bandwidth, flops = measure_products(shape, tp, CudaTimer() if on_gpu else CpuTimer(), dtype)
     name = str(dtype).removeprefix("torch.")
-    layer_seconds, step_seconds = measure_fixed(name, eager=kind == "cpu")
-    what = torch.cuda.get_device_name() if kind == "cuda" else cpu_model()
+    layer_seconds, step_seconds = measure_fixed(name, eager=not on_gpu)
+    what = torch.cuda.get_device_name() if on_gpu else cpu_model()
     day = datetime.now(UTC).date().isoformat()
     return Device(
         THIS,
@@ -76,20 +72,21 @@ def measure(shape: ModelShape, tp: int = 1) -> Device:
         flops,
         layer_seconds,
         step_seconds,
-        **(CPU_REDUCTIONS if kind == "cpu" else {"overlap": GPU_OVERLAP}),
+        **({"overlap": GPU_OVERLAP} if on_gpu else CPU_REDUCTIONS),
         source=f"measured {day}: {what}, {name}, {torch.get_num_threads()} threads",
     )
 
 
 def measure_products(
-    shape: ModelShape, tp: int, kind: str, dtype: torch.dtype
+    shape: ModelShape, tp: int, timer: Timer, dtype: torch.dtype
 ) -> tuple[float, tuple[tuple[int, float], ...]]:
-    """Bytes per second of products with one row, and (rows, FLOP/s) of those with `ROWS`."""
+    """Measure bytes per second of products with one row, and (rows, FLOP/s) of those with
+    `ROWS`."""
     layer = layer_products(shape, tp)
     parameters = sum(out * of for out, of in layer)
 
     def seconds(rows: int) -> float:
-        return sum(_product_seconds(size, rows, kind, dtype) for size in layer)
+        return sum(_product_seconds(size, rows, timer, dtype) for size in layer)
 
     return (
         parameters * shape.dtype_bytes / seconds(1),
@@ -97,36 +94,28 @@ def measure_products(
     )
 
 
-def _product_seconds(size: tuple[int, int], rows: int, kind: str, dtype: torch.dtype) -> float:
+def _product_seconds(size: tuple[int, int], rows: int, timer: Timer, dtype: torch.dtype) -> float:
     """The shortest of some runs: whatever else the machine does only makes one longer."""
-    import torch
-
-    inputs = torch.ones(rows, size[1], dtype=dtype, device=kind)
-    # With one row, weights come from memory: over and over again more than a cache holds of them.
-    # With more it is arithmetic that counts.
-    copies = max(1, math.ceil(WEIGHT_BYTES / (size[0] * size[1] * dtype.itemsize)))
+    inputs = torch.ones(rows, size[1], dtype=dtype, device=timer.device)
     weights = [
-        torch.full(size, 0.01, dtype=dtype, device=kind) for _ in range(copies if rows == 1 else 1)
+        torch.full(size, 0.01, dtype=dtype, device=timer.device)
+        for _ in range(timer.copies(size[0] * size[1] * dtype.itemsize, rows))
     ]
-    # A CPU's products one by one: short runs are likelier to be left alone. A GPU's together: it
-    # is the GPU that is to be timed, not the launch.
-    runs = [weights] if kind == "cuda" else [[weight] for weight in weights]
+    lots = [weights[at : at + timer.lot] for at in range(0, len(weights), timer.lot)]
 
-    def run_seconds(run: list[torch.Tensor]) -> float:
-        start = time.perf_counter()
-        for weight in run:
+    def multiply(weights: list[torch.Tensor]) -> None:
+        for weight in weights:
             torch.nn.functional.linear(inputs, weight)
-        if kind == "cuda":
-            torch.cuda.synchronize()
-        return (time.perf_counter() - start) / len(run)
 
     with torch.inference_mode():
-        run_seconds(weights)
-        return min(run_seconds(run) for _ in range(REPEATS) for run in runs)
+        multiply(weights)
+        runs = [partial(multiply, lot) for lot in lots] * REPEATS
+        return min(map(timer.seconds, runs)) / timer.lot
 
 
 def layer_products(shape: ModelShape, tp: int) -> list[tuple[int, int]]:
-    """(outputs, inputs) of the products of a layer on one rank, large ones with fewer outputs."""
+    """List (outputs, inputs) of the products of a layer on one rank, large ones with fewer
+    outputs."""
     q, kv = shape.heads * shape.head_dim // tp, shape.kv_heads * shape.head_dim // tp
     intermediate = shape.intermediate // tp
     sizes = [
@@ -139,7 +128,7 @@ def layer_products(shape: ModelShape, tp: int) -> list[tuple[int, int]]:
 
 
 def measure_fixed(dtype: str, eager: bool) -> tuple[float, float]:
-    """Seconds that vLLM takes for a layer and for a step, whatever their size.
+    """Measure the seconds that vLLM takes for a layer and for a step, whatever their size.
 
     Args:
         dtype: as config.json names it.
@@ -164,29 +153,31 @@ def _decode(dtype: str, eager: bool) -> list[float]:
     from vllm.inputs import TokensPrompt
 
     params = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False)
-    engines = []
+    decoders = []
     with tempfile.TemporaryDirectory(prefix="calibrate-") as folder:
         for depth in DEPTHS:
             config = {**_NARROW, "num_hidden_layers": depth, "torch_dtype": dtype}
             model = Path(folder, f"{depth}")
             write_json(model / "config.json", config)
-            engine = LLM(
+            decoder = LLM(
                 str(model),
                 load_format="dummy",
                 skip_tokenizer_init=True,
                 enforce_eager=eager,
                 distributed_executor_backend="uni",
+                # Else a step on a GPU returns before its tokens are there.
+                async_scheduling=False,
                 max_model_len=_NARROW["max_position_embeddings"],
                 max_num_seqs=1,
                 kv_cache_memory_bytes=64 << 20,
             ).llm_engine
-            engine.add_request("calibrate", TokensPrompt(prompt_token_ids=[1] * 8), params)
-            engine.step()  # the prompt
-            engines.append(engine)
-    seconds: list[list[float]] = [[] for _ in engines]
-    while any(engine.has_unfinished_requests() for engine in engines):
-        for engine, found in zip(engines, seconds, strict=True):
+            decoder.add_request("calibrate", TokensPrompt(prompt_token_ids=[1] * 8), params)
+            decoder.step()  # the prompt
+            decoders.append(decoder)
+    seconds: list[list[float]] = [[] for _ in decoders]
+    while any(decoder.has_unfinished_requests() for decoder in decoders):
+        for decoder, found in zip(decoders, seconds, strict=True):
             start = time.perf_counter()
-            engine.step()
+            decoder.step()
             found.append(time.perf_counter() - start)
     return [min(found) for found in seconds]

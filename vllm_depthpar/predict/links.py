@@ -48,26 +48,26 @@ _LINKS = (
     ("p2p-off", *_STAGED, 228, "fitted on eight H100s with NCCL_P2P_DISABLE=1"),
     # Every byte goes through the host's memory, in over one bus and out over another: that this
     # leaves half of a bus is an assumption.
-    ("pcie5", *_STAGED, 63 / 2, "half of PCIe 5.0 x16, no peer to peer: latency of p2p-off"),
-    ("pcie4", *_STAGED, 31.5 / 2, "half of PCIe 4.0 x16, no peer to peer: latency of p2p-off"),
-    ("pcie3", *_STAGED, 15.8 / 2, "half of PCIe 3.0 x16, no peer to peer: latency of p2p-off"),
+    ("pcie5", *_STAGED, 63 / 2, "half of PCIe 5.0 x16 without peer to peer, latency of p2p-off"),
+    ("pcie4", *_STAGED, 31.5 / 2, "half of PCIe 4.0 x16 without peer to peer, latency of p2p-off"),
+    ("pcie3", *_STAGED, 15.8 / 2, "half of PCIe 3.0 x16 without peer to peer, latency of p2p-off"),
     # RTX PRO 6000s, 1 to 16 KB: NCCL 13 to 15 us on four and 24 us on eight, at 40 GB/s; a one-shot
     # kernel, of the kind that vLLM has for two, 6.4 us (voipmonitor/rtx6kpro).
     ("pcie5-p2p", 6.4, 3.05, 40, "measured on RTX PRO 6000s, peer to peer"),
     # NCCL on four behind one switch: 25.7 GB/s (tinygrad/open-gpu-kernel-modules#36).
-    ("pcie4-p2p", 8.2, 3.9, 25.7, "RTX 4090s, peer to peer; latency: halfway from PCIe 5 to 3"),
+    ("pcie4-p2p", 8.2, 3.9, 25.7, "RTX 4090s, peer to peer, latency halfway between PCIe 5 and 3"),
     # NCCL on four behind one switch, in CUDA graphs: 19.4 us for 4 KB, 83.5 us for 384 KB
     # (haohervchb/sglang-V100#2). On two: as PCIe 5.
     ("pcie3-p2p", 10, 4.7, 12.6, "measured on four V100s, peer to peer"),
     # NVIDIA on what one card should reach: NVIDIA/nccl-tests#290, #29.
-    ("400g-ethernet", *_RDMA, 47, "RDMA; 47 GB/s as NVIDIA expects, latency of 200g-ethernet"),
+    ("400g-ethernet", *_RDMA, 47, "RDMA; as NVIDIA expects, latency of 200g-ethernet"),
     # 19 to 21 GB/s: NVIDIA/dgx-spark-playbooks#25.
     ("200g-ethernet", *_RDMA, 20, "RDMA, measured with NCCL between two DGX Sparks"),
-    ("100g-ethernet", *_RDMA, 12.2, "RDMA; 12.2 GB/s as NVIDIA expects, latency of 200g-ethernet"),
+    ("100g-ethernet", *_RDMA, 12.2, "RDMA; as NVIDIA expects, latency of 200g-ethernet"),
     ("25g-ethernet", *_RDMA, 3.05, "RDMA; a quarter of 100g-ethernet, latency of 200g-ethernet"),
     # Between CPU hosts: an ordinary switch and the kernel's TCP.
-    ("10g-ethernet", 30, 0, 1.25, "10 Gbit/s; 30 us of TCP assumed"),
-    ("1g-ethernet", 50, 0, 0.125, "1 Gbit/s; 50 us of TCP assumed"),
+    ("10g-ethernet", 30, 0, 1.25, "10 Gbit/s; latency of TCP assumed"),
+    ("1g-ethernet", 50, 0, 0.125, "1 Gbit/s; latency of TCP assumed"),
 )
 _SHARED_MEMORY = Link(
     "shm",
@@ -78,7 +78,13 @@ _SHARED_MEMORY = Link(
 )
 
 LINKS = {
-    name: Link(name, latency * 1e-6, gigabytes * 1e9, peer * 1e-6, source=source)
+    name: Link(
+        name,
+        latency * 1e-6,
+        gigabytes * 1e9,
+        peer * 1e-6,
+        source=f"{source}: {latency:g} us, {peer:g} us a further rank, {gigabytes:.3g} GB/s",
+    )
     for name, latency, peer, gigabytes, source in _LINKS
 } | {_SHARED_MEMORY.name: _SHARED_MEMORY}
 
