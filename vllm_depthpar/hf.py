@@ -17,13 +17,27 @@ stream of the block before it after that block's attention (before the first blo
     y, x <- x + sum_i A_i(y), x + sum_i A_i(y) + sum_i F_i(x)
 
 As in the authors' modeling_llama_ladder.py, a standard block before it hands on its y, and one
-after it reads the complete x.
+after it reads the complete x. A block with one all-reduce has no y: after it y is x.
+
+A block of parallel residual (GPT-J, PaLM) runs
+
+    x <- x + sum_i A_i(x) + sum_i F_i(x)
+
+and a drop-sync block (Sync-Point Drop, arXiv 2502.20727) on R tensor-parallel ranks, with A_ir and
+F_ir what rank r computes of A_i and F_i,
+
+    a_r = sum_i A_ir(x)
+    x <- x + sum_r (a_r + sum_i F_ir(x + a_r))
+
+so that what it means depends on R. A block's query heads, and the inner dimension of its MLPs, are
+those of its layers one after the other, and a rank has a contiguous R-th of them, as in vLLM.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import reduce
 from os import PathLike
 from pathlib import Path
@@ -51,16 +65,24 @@ class ParallelBlock(GradientCheckpointingLayer):
 
     Attributes:
         members: transformers' own decoder layers, by their index in the checkpoint.
-        ladder: whether this is a ladder block.
-        before_ladder: whether the next block is one.
+        mode: of the plan's block, see `vllm_depthpar.plan.Plan.mode`.
+        before_ladder: whether the next block is a ladder block.
+        ranks: R of the equations.
     """
 
-    def __init__(self, members: Mapping[int, nn.Module], ladder: bool, before_ladder: bool) -> None:
+    def __init__(
+        self,
+        members: Mapping[int, nn.Module],
+        mode: str,
+        before_ladder: bool,
+        ranks: int = 1,
+    ) -> None:
         # Not a decoder layer's own constructor (see `restructure`), which would make its weights.
         nn.Module.__init__(self)
         self.members = nn.ModuleDict({str(index): layer for index, layer in members.items()})
-        self.ladder = ladder
+        self.mode = mode
         self.before_ladder = before_ladder
+        self.ranks = ranks
 
     def forward(self, hidden_states: Stream, *_: Any, **context: Any) -> Stream:
         """Run the block.
@@ -74,8 +96,16 @@ class ParallelBlock(GradientCheckpointingLayer):
             The residual stream after the block, same shape; the pair if a ladder block is next.
         """
         x, y = hidden_states if isinstance(hidden_states, tuple) else (hidden_states, hidden_states)
-        y = x + self.attend(y if self.ladder else x, **context)
-        x = y + self.feed(x if self.ladder else y)
+        if self.mode == "drop_sync" and self.ranks > 1:
+            x = y = x + self._without_sync(x, **context)
+        elif self.mode == "parallel_residual":
+            x = y = x + self.attend(x, **context) + self.feed(x)
+        else:
+            ladder = self.mode == "ladder"
+            y = x + self.attend(y if ladder else x, **context)
+            x = y + self.feed(x if ladder else y)
+            if self.mode == "drop_sync":
+                y = x
         return (x, y) if self.before_ladder else x
 
     def attend(self, stream: Tensor, **context: Any) -> Tensor:
@@ -88,16 +118,87 @@ class ParallelBlock(GradientCheckpointingLayer):
         """The sum of F_i(stream) over the block's layers; shapes as in `forward`."""
         return _total(layer.mlp(layer.post_attention_layernorm(stream)) for layer in self.layers)
 
+    def _without_sync(self, x: Tensor, **context: Any) -> Tensor:
+        """The sum over ranks of a_r and f_r."""
+        total, attention = torch.zeros_like(x), [torch.zeros_like(x)] * self.ranks
+        for member, layer in enumerate(self.layers):
+            output = layer.self_attn.o_proj
+            with _inputs_of(output) as seen:
+                total = total + layer.self_attn(layer.input_layernorm(x), **context)[0]
+            for rank, mine in self._shares(member, seen[0].shape[-1]):
+                attention[rank] = attention[rank] + _columns(output, seen[0], mine)
+            if getattr(output, "bias", None) is not None:
+                first = self._rank_of_bias(member)
+                attention[first] = attention[first] + output.bias
+        for member, layer in enumerate(self.layers):
+            gate, up = layer.mlp.gate_proj, layer.mlp.up_proj
+            parts = []
+            for rank, mine in self._shares(member, up.out_features):
+                stream = layer.post_attention_layernorm(x + attention[rank])
+                parts.append(layer.mlp.act_fn(_rows(gate, stream, mine)) * _rows(up, stream, mine))
+            # Its columns are cut as these rows are: the sum over ranks is one product.
+            total = total + layer.mlp.down_proj(torch.cat(parts, -1))
+        return total
+
+    def _rank_of_bias(self, member: int) -> int:
+        """The rank that adds a layer's output bias: vLLM's layers do it on their first."""
+        members = len(self.layers)
+        return member * self.ranks // members if self.ranks % members == 0 else 0
+
+    def _shares(self, member: int, size: int) -> Iterator[tuple[int, slice]]:
+        """The ranks that have a part of a layer's dimension of a size, and which part."""
+        per_rank, rest = divmod(len(self.layers) * size, self.ranks)
+        if rest:
+            raise UserError(
+                f"{self.ranks} ranks can't cut {len(self.layers)} times {size} evenly; allowed: "
+                f"tensor-parallel sizes that fit the plan"
+            )
+        for rank in range(self.ranks):
+            low = max(member * size, rank * per_rank) - member * size
+            high = min((member + 1) * size, (rank + 1) * per_rank) - member * size
+            if low < high:
+                yield rank, slice(low, high)
+
     @property
     def layers(self) -> list[GradientCheckpointingLayer]:
         """The original decoder layers."""
         return list(self.members.values())
 
 
+@contextmanager
+def _inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
+    """What a module is given meanwhile; it computes all the same."""
+    seen: list[Tensor] = []
+    hook = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+def _columns(linear: nn.Module, inputs: Tensor, mine: slice) -> Tensor:
+    """What a rank computes of a projection that is cut along its inputs; without the bias."""
+    if isinstance(linear, nn.Linear):
+        return nn.functional.linear(inputs[..., mine], linear.weight[:, mine])
+    # An adapter around one: it is linear, so what it makes of the others' zeros is its bias.
+    zeros = torch.zeros_like(inputs)
+    alone = torch.cat([zeros[..., : mine.start], inputs[..., mine], zeros[..., mine.stop :]], -1)
+    return cast(Tensor, linear(alone) - linear(zeros[:1]))
+
+
+def _rows(linear: nn.Module, inputs: Tensor, mine: slice) -> Tensor:
+    """What a rank computes of a projection that is cut along its outputs."""
+    if isinstance(linear, nn.Linear):
+        bias = None if linear.bias is None else linear.bias[mine]
+        return nn.functional.linear(inputs, linear.weight[mine], bias)
+    return cast(Tensor, linear(inputs)[..., mine])
+
+
 def load(
     path: str | PathLike[str],
     spec: object = None,
     dtype: torch.dtype = torch.float32,
+    ranks: int | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """Load a checkpoint and restructure it.
@@ -107,6 +208,8 @@ def load(
         spec: a `Plan`, or a spec that `vllm_depthpar.plan.resolve` takes; None for the plan that
             the checkpoint's config.json carries.
         dtype: what the weights are converted to.
+        ranks: the tensor-parallel size whose model it is to be (default: the plan's `tp`, else 1);
+            it matters to drop-sync blocks alone.
         kwargs: more arguments of `from_pretrained`. Pickled weights are read only where they say
             ``use_safetensors=False``.
 
@@ -125,7 +228,7 @@ def load(
     if not isinstance(spec, Plan):
         spec = resolve(getattr(config, KEY) if spec is None else spec, config.num_hidden_layers)
     _check_layers(spec, config.num_hidden_layers)
-    return restructure(_weights(path, config, dtype, absent=spec.skipped, **kwargs), spec)
+    return restructure(_weights(path, config, dtype, absent=spec.skipped, **kwargs), spec, ranks)
 
 
 def load_unmodified(
@@ -147,7 +250,7 @@ def outline(path: str | PathLike[str], plan: Plan, device: torch.device) -> PreT
 
     Args:
         path: folder of the checkpoint.
-        plan: a plan for its number of layers.
+        plan: a plan for its number of layers; for so many ranks as its `tp` says.
         device: what its rotary embedding, which has no weights, is made for.
 
     Raises:
@@ -210,7 +313,7 @@ def _weights(
     return cast(PreTrainedModel, model)
 
 
-def restructure(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
+def restructure(model: PreTrainedModel, plan: Plan, ranks: int | None = None) -> PreTrainedModel:
     """Apply a plan to a model, in place.
 
     The kept layers stay the modules they were. They are renumbered in the order they run, and the
@@ -219,6 +322,7 @@ def restructure(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     Args:
         model: a model as loaded, not restructured before.
         plan: a plan for its number of layers.
+        ranks: see `load`.
 
     Returns:
         The same model.
@@ -240,8 +344,9 @@ def restructure(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     model.model.layers = nn.ModuleList(
         block_type(
             {index: layers[index] for index in block},
-            ladder=plan.is_ladder(position),
+            plan.mode(position),
             before_ladder=plan.is_ladder(position + 1),
+            ranks=ranks or plan.tp or 1,
         )
         for position, block in enumerate(plan.blocks)
     )

@@ -83,9 +83,9 @@ def broken_ask(connection: Connection, model: str, flags: list[str], *more: Any)
 
     take_over = BlockDecoderLayer.take_over_all_reduces
 
-    def break_too(self: BlockDecoderLayer, ladder: bool, before_ladder: bool) -> None:
-        take_over(self, ladder, before_ladder)
-        if ladder:
+    def break_too(self: BlockDecoderLayer, mode: str, before_ladder: bool) -> None:
+        take_over(self, mode, before_ladder)
+        if mode == "ladder":
             self.mlp.register_forward_hook(lambda _module, _inputs, term: 0.95 * term)
 
     BlockDecoderLayer.take_over_all_reduces = break_too  # type: ignore[method-assign]

@@ -13,12 +13,12 @@ from torch.nn.functional import embedding, linear, silu
 from vllm_depthpar.plan import Plan
 
 
-def plain_logits(path: Path, plan: Plan, ids: Tensor) -> Tensor:
+def plain_logits(path: Path, plan: Plan, ids: Tensor, ranks: int = 1) -> Tensor:
     """A model of any family in double precision, block by block as the equations say.
 
     Every layer sees as far as its kind in the config's `layer_types` says, or, without these, those
     from `max_window_layers` on see `sliding_window` tokens.
-    Takes token ids (tokens,), returns logits (tokens, vocab).
+    Takes token ids (tokens,), returns logits (tokens, vocab). A drop-sync block is that of `ranks`.
     """
     config = json.loads((path / "config.json").read_text())
     weights = {k: v.double() for k, v in load_file(path / "model.safetensors").items()}
@@ -30,8 +30,8 @@ def plain_logits(path: Path, plan: Plan, ids: Tensor) -> Tensor:
         "sliding_attention" if layer >= begin else "full_attention" for layer in layers
     ]
 
-    def apply(name: str, x: Tensor) -> Tensor:
-        return linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+    def apply(name: str, x: Tensor, biased: bool = True) -> Tensor:
+        return linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias") if biased else None)
 
     def norm(name: str, x: Tensor) -> Tensor:
         rms = (x.pow(2).mean(-1, keepdim=True) + config["rms_norm_eps"]).sqrt()
@@ -51,7 +51,12 @@ def plain_logits(path: Path, plan: Plan, ids: Tensor) -> Tensor:
         turned = torch.complex(first, second) * turn
         return torch.cat([turned.real, turned.imag], dim=-1)
 
-    def attention(layer: int, x: Tensor) -> Tensor:
+    def mine(block: tuple[int, ...], layer: int, size: int, rank: int) -> Tensor:
+        """1 where an element of a layer's dimension is on a rank, else 0."""
+        place = block.index(layer) * size + torch.arange(size)
+        return (place * ranks // (len(block) * size) == rank).double()
+
+    def attention(layer: int, x: Tensor, on: Tensor | float = 1.0, biased: bool = True) -> Tensor:
         name = f"model.layers.{layer}"
         x = norm(f"{name}.input_layernorm", x)
         q, k, v = (
@@ -67,16 +72,36 @@ def plain_logits(path: Path, plan: Plan, ids: Tensor) -> Tensor:
             seen = seen.triu(1 - window)
         mixed = scores.masked_fill(seen == 0, -torch.inf).softmax(-1) @ v[:, None]
         merged = mixed.reshape(heads, tokens, width).transpose(0, 1).reshape(tokens, -1)
-        return apply(f"{name}.self_attn.o_proj", merged)
+        return apply(f"{name}.self_attn.o_proj", merged * on, biased)
 
-    def mlp(layer: int, x: Tensor) -> Tensor:
+    def mlp(layer: int, x: Tensor, on: Tensor | float = 1.0, biased: bool = True) -> Tensor:
         name = f"model.layers.{layer}"
         x = norm(f"{name}.post_attention_layernorm", x)
         gate, up = apply(f"{name}.mlp.gate_proj", x), apply(f"{name}.mlp.up_proj", x)
-        return apply(f"{name}.mlp.down_proj", silu(gate) * up)
+        return apply(f"{name}.mlp.down_proj", silu(gate) * up * on, biased)
+
+    def without_sync(block: tuple[int, ...], x: Tensor) -> Tensor:
+        total, inner = torch.zeros_like(x), len(weights["model.layers.0.mlp.up_proj.weight"])
+        for rank in range(ranks):
+            a = torch.zeros_like(x)
+            for at, layer in enumerate(block):
+                # Where a member is a group of ranks, the first of them adds its output bias.
+                first = at * ranks // len(block) if ranks % len(block) == 0 else 0
+                a = a + attention(layer, x, mine(block, layer, heads * width, rank), rank == first)
+            total = total + a
+            for layer in block:
+                total = total + mlp(layer, x + a, mine(block, layer, inner, rank), rank == 0)
+        return total
 
     x = after_attention = embedding(ids, weights["model.embed_tokens.weight"])
     for position, block in enumerate(plan.blocks):
+        if position in plan.drop_sync:
+            x = after_attention = x + without_sync(block, x)
+            continue
+        if position in plan.parallel_residual:
+            terms = [attention(layer, x) + mlp(layer, x) for layer in block]
+            x = after_attention = x + torch.stack(terms).sum(0)
+            continue
         ladder = position in plan.ladder
         read = after_attention if ladder else x
         after_attention = x + torch.stack([attention(layer, read) for layer in block]).sum(0)

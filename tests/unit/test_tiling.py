@@ -54,9 +54,9 @@ def test_best_of_each_length_is_the_best(
         ((Tile(2, 2), Tile(4, 2)), {"pair": [2, 6]}),
         ((Tile(1, 3),), {"blocks": [[0], [1, 2, 3], [4], [5], [6], [7]]}),
         ((Tile(3, skip=True),), {"blocks": [[0], [1], [2], [4], [5], [6], [7]]}),
-        ((Tile(6, ladder=True), Tile(7, ladder=True)), {"ladder": 2}),
+        ((Tile(6, mode="ladder"), Tile(7, mode="ladder")), {"ladder": 2}),
         (
-            (Tile(1, skip=True), Tile(2, 2, ladder=True), Tile(7, ladder=True)),
+            (Tile(1, skip=True), Tile(2, 2, mode="ladder"), Tile(7, mode="ladder")),
             {"blocks": [[0], [2, 3], [4], [5], [6], [7]], "ladder": [2, 3, 7]},
         ),
     ],
@@ -71,5 +71,5 @@ def test_candidates_are_what_the_methods_allow() -> None:
     # First and last layer always run.
     assert [tile.start for tile in candidates(6, ["skip"]) if tile.skip] == [1, 2, 3, 4]
     assert {tile.width for tile in candidates(6, ["group"], 4)} == {1, 3, 4}
-    both = [tile for tile in candidates(6, ["pair", "ladder"]) if tile.ladder]
+    both = [tile for tile in candidates(6, ["pair", "ladder"]) if tile.mode == "ladder"]
     assert {tile.width for tile in both} == {1, 2}

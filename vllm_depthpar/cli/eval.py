@@ -15,6 +15,7 @@ from vllm_depthpar.cli.types import DTYPES, MODEL_HELP, PLAN_HELP, at_least
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.evaluate import lm_eval_tasks
 from vllm_depthpar.launch.variants import Variant, usual, variants
+from vllm_depthpar.plan import Plan, resolve
 from vllm_depthpar.plan.model_shape import ModelShape
 from vllm_depthpar.util import files
 from vllm_depthpar.util.provenance import origin
@@ -52,6 +53,12 @@ def add_text_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--tokens", type=at_least(1), metavar="N", help="count at most N of each text (all)"
+    )
+    group.add_argument(
+        "--tp",
+        type=at_least(1),
+        metavar="N",
+        help="tensor-parallel size, on which drop-sync blocks depend (the plans' own, else 1)",
     )
     group.add_argument("--dtype", choices=DTYPES, default="auto", help="(auto)")
 
@@ -101,23 +108,39 @@ def measure_texts(args: argparse.Namespace, plans: Sequence[Variant]) -> dict[st
     """The texts' report, JSON-ready: what was measured with what, and for each plan and text the
     perplexity and the KL divergence from the unmodified model, nats per token."""
     from vllm_depthpar.evaluate.suite import Suite, open_model, read_texts, reported
-    from vllm_depthpar.plan import resolve
 
     layers = ModelShape.from_config(read_config(args.model)).layers
-    texts = read_texts(args.model, args.text, args.window, args.stride, args.tokens)
-    suite = Suite(open_model(args.model, args.dtype), texts)
     resolved = [resolve(one.spec or "identity", layers) for one in plans]
+    ranks = _ranks(args.tp, resolved)
+    texts = read_texts(args.model, args.text, args.window, args.stride, args.tokens)
+    suite = Suite(open_model(args.model, args.dtype, ranks=ranks), texts)
     found = suite.measure(resolved, "Text")
     return {
         **origin("depthpar"),
         "model": Path(args.model).name,
         "seed": args.seed,
+        "tp": ranks,
         **suite.described(),
         "plans": [
             {**asdict(one), "depth": plan.depth, "results": reported(of_plan)}
             for one, plan, of_plan in zip(plans, resolved, found, strict=True)
         ],
     }
+
+
+def _ranks(given: int | None, plans: Sequence[Plan]) -> int:
+    """The tensor-parallel size whose models to measure.
+
+    Raises:
+        UserError: the plans were made for several.
+    """
+    sizes = sorted({plan.tp or 1 for plan in plans if plan.drop_sync})
+    if given is None and len(sizes) > 1:
+        raise UserError(
+            f"the plans were made for the tensor-parallel sizes {', '.join(map(str, sizes))}; "
+            f"allowed: --tp for all of them"
+        )
+    return given or (sizes[0] if sizes else 1)
 
 
 def text_table(report: dict[str, Any]) -> str:

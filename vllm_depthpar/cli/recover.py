@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,12 @@ def add(commands: Any) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--plan", required=True, metavar="P", help=PLAN_HELP)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
+    parser.add_argument(
+        "--tp",
+        type=at_least(1),
+        metavar="N",
+        help="tensor-parallel size, on which drop-sync blocks depend (the plan's own, else 1)",
+    )
     data = parser.add_argument_group("text to learn from")
     data.add_argument("--text", nargs="+", default=[], metavar="FILE", help="UTF-8 text")
     data.add_argument(
@@ -181,6 +187,8 @@ def _check(args: argparse.Namespace, processes: int) -> Plan:
     if ladder_of(config):
         raise UserError("the model is a ladder checkpoint; allowed: a model that runs every layer")
     chosen, _ = precedence.choose(config, read_spec(args.plan), override_name="--plan")
+    if args.tp is not None and chosen.drop_sync:
+        chosen = replace(chosen, tp=args.tp)
     if chosen.is_identity:
         raise UserError("the plan changes nothing, and nothing is lost; allowed: another --plan")
     export.check_out(args.out)

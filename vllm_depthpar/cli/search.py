@@ -32,6 +32,12 @@ def add(commands: Any) -> None:
         "--speedup", type=float, metavar="S", help="S times plain vLLM's predicted decoding speed"
     )
     goals.add_argument(
+        "--all-reduces",
+        type=at_least(1),
+        metavar="N",
+        help="at most N all-reduces a forward pass at TP > 1",
+    )
+    goals.add_argument(
         "--max-ppl-increase",
         type=float,
         metavar="PCT",
@@ -73,7 +79,7 @@ def add(commands: Any) -> None:
 def _run(args: argparse.Namespace) -> str:
     started = time.monotonic()
     shape = ModelShape.from_config(read_original_config(args.model))
-    goal = Goal(args.depth, args.speedup, args.max_ppl_increase)
+    goal = Goal(args.depth, args.speedup, args.all_reduces, args.max_ppl_increase)
     machine = _machine(args)
     space = Space(shape, goal, _methods(args.methods), args.group, args.tp, machine)
     _ = space.target  # raises what is wrong with it, before anything long begins
@@ -83,7 +89,8 @@ def _run(args: argparse.Namespace) -> str:
     from vllm_depthpar.search.report import SearchReport
 
     effort = Effort(args.rounds, args.proposals, args.minutes, args.seed)
-    outcome = run(space, Suite(open_model(args.model, args.dtype), texts), effort, started)
+    evaluator = open_model(args.model, args.dtype, ranks=args.tp)
+    outcome = run(space, Suite(evaluator, texts), effort, started)
     return SearchReport(args.model, outcome, effort).write(args.out)
 
 

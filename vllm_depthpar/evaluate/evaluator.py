@@ -79,6 +79,8 @@ class Evaluator:
             on disk (`result_cache`) and not measured again.
         batch: windows that run together.
         absent: layers whose weights are not the checkpoint's, so that no plan may run them.
+        ranks: the tensor-parallel size whose models plans are to be: it matters to drop-sync
+            blocks alone.
     """
 
     def __init__(
@@ -88,7 +90,9 @@ class Evaluator:
         origin: object = None,
         batch: int = 2,
         absent: Collection[int] = (),
+        ranks: int = 1,
     ) -> None:
+        self.ranks = ranks
         self._model = model.eval()
         self._layers: list[GradientCheckpointingLayer] = list(model.model.layers)
         self.unmodified = unmodified or resolve("identity", len(self._layers))
@@ -132,14 +136,14 @@ class Evaluator:
         parts = [order[at : at + _ROWS_AT_ONCE] for at in range(0, len(order), _ROWS_AT_ONCE)]
         for number, batch in enumerate(batches):
             for part in parts:
-                missing = [row for row in part if _key(number, row) not in journal]
+                missing = [row for row in part if self._key(number, row) not in journal]
                 if missing:
                     found = self._measure_batch(missing, batch, windows.counted)
-                    journal.add({_key(number, row): sums for row, sums in found.items()})
+                    journal.add({self._key(number, row): sums for row, sums in found.items()})
                 on_progress(1 / (len(batches) * len(parts)))
         found_all = []
         for row in rows:
-            sums = [journal[_key(number, row)] for number in range(len(batches))]
+            sums = [journal[self._key(number, row)] for number in range(len(batches))]
             nll, kl = ([value for batch in sums for value in batch[of]] for of in (0, 1))
             found_all.append(Quality(windows.counted, nll, kl))
         return found_all
@@ -198,12 +202,16 @@ class Evaluator:
             found[row] = [nll, kl]
         return found
 
+    def _key(self, batch: int, row: Row) -> str:
+        depends = any(block.mode == "drop_sync" for block in row)
+        return f"{batch}: {' '.join(map(str, row))}" + (f" on {self.ranks}" if depends else "")
+
     def _module(self, block: Block) -> nn.Module:
         members = {layer: self._layers[layer] for layer in block.layers}
         if block.merged:
             members = {block.layers[0]: _mean(list(members.values()))}
         # `before_ladder` makes every block hand on both streams, whatever comes next.
-        return ParallelBlock(members, block.ladder, before_ladder=True)
+        return ParallelBlock(members, block.mode, before_ladder=True, ranks=self.ranks)
 
 
 def _common(one: Row, other: Row) -> int:
@@ -214,10 +222,6 @@ def _common(one: Row, other: Row) -> int:
             break
         count += 1
     return count
-
-
-def _key(batch: int, row: Row) -> str:
-    return f"{batch}: {' '.join(map(str, row))}"
 
 
 class _Notes(dict[str, Any]):

@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vllm_depthpar.plan import Plan
+from vllm_depthpar.plan.spec import STANDARD
+
+# In the names of blocks, under which what was measured is kept.
+_LETTERS = {STANDARD: "", "ladder": "L", "drop_sync": "D", "parallel_residual": "P"}
 
 
 @dataclass(frozen=True, order=True)
@@ -13,17 +17,17 @@ class Block:
 
     Attributes:
         layers: the layers that run side by side.
-        ladder: whether it reads the stream as a ladder block (see `vllm_depthpar.hf`).
+        mode: of the block (see `vllm_depthpar.plan.Plan.mode`).
         merged: run one layer whose weights are the mean of these layers' (a transformation of the
             effective-depth study, arXiv 2502.02790, section 3, that no plan can ask for).
     """
 
     layers: tuple[int, ...]
-    ladder: bool = False
+    mode: str = STANDARD
     merged: bool = False
 
     def __str__(self) -> str:
-        return "+".join(map(str, self.layers)) + "L" * self.ladder + "M" * self.merged
+        return "+".join(map(str, self.layers)) + _LETTERS[self.mode] + "M" * self.merged
 
 
 # Blocks in the order they run.
@@ -34,6 +38,6 @@ def row_of(plan: Plan) -> Row:
     """Take a plan's blocks, so that equal ones are the same."""
     return tuple(
         # Side by side is a sum: without order.
-        Block(tuple(sorted(block)), plan.is_ladder(position))
+        Block(tuple(sorted(block)), plan.mode(position))
         for position, block in enumerate(plan.blocks)
     )

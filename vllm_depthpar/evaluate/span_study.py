@@ -47,7 +47,7 @@ def pairs(span: Span) -> Row:
 
 def ladder(span: Span) -> Row:
     """Each as a ladder block."""
-    return tuple(Block((layer,), ladder=True) for layer in range(*span))
+    return tuple(Block((layer,), mode="ladder") for layer in range(*span))
 
 
 TRANSFORMATIONS: dict[str, Callable[[Span], Row]] = {

@@ -138,12 +138,13 @@ def read_texts(
     return found
 
 
-def open_model(model: str, dtype: str = "auto", batch: int = 2) -> Evaluator:
+def open_model(model: str, dtype: str = "auto", batch: int = 2, ranks: int = 1) -> Evaluator:
     """Load the unmodified model, onto the GPU if there is one. Of a checkpoint that carries a plan
     that is the plan's model.
 
     Args:
         dtype: see `usable_dtype`.
+        ranks: see `Evaluator`.
 
     Raises:
         UserError: there is no such checkpoint, or it is of no family that can be restructured; or
@@ -157,4 +158,4 @@ def open_model(model: str, dtype: str = "auto", batch: int = 2) -> Evaluator:
         unmodified = resolve({"ladder": ladder} if carried is None else carried, layers)
     absent = unmodified.skipped if unmodified else ()
     loaded = hf.load_unmodified(model, usable_dtype(dtype), absent=absent).to(device)
-    return Evaluator(loaded, unmodified, fingerprint(model), batch, absent)
+    return Evaluator(loaded, unmodified, fingerprint(model), batch, absent, ranks)

@@ -23,6 +23,7 @@ from vllm_depthpar.metrics.metric_files import Counter, Histogram, Metric, Metri
 from vllm_depthpar.plan import Plan
 from vllm_depthpar.plan.attached import base_shape, plan_of, source_of
 from vllm_depthpar.plan.drawing import effects
+from vllm_depthpar.plan.spec import MODES, STANDARD
 from vllm_depthpar.vllm_compat import kv_cache_bytes, rows_of_this_step
 
 PLAN_INFO = Metric("plan_info", "The plan that is served, in labels; always 1.")
@@ -122,14 +123,15 @@ def _saved(change: dict[str, int]) -> int:
 
 
 def layers_by_kind(plan: Plan) -> dict[str, int]:
-    """How many layers run alone, side by side, in a ladder (whatever its blocks' width), not at
-    all."""
-    blocks = list(enumerate(plan.blocks))
-    standard = [len(block) for at, block in blocks if not plan.is_ladder(at)]
+    """Count the layers that run alone, side by side, in blocks of another mode (whatever their
+    width), not at all."""
+    widths: dict[str, list[int]] = {mode: [] for mode in (STANDARD, *MODES)}
+    for position, block in enumerate(plan.blocks):
+        widths[plan.mode(position)].append(len(block))
     return {
-        "single": standard.count(1),
-        "parallel": sum(width for width in standard if width > 1),
-        "ladder": sum(len(block) for at, block in blocks if plan.is_ladder(at)),
+        "single": widths[STANDARD].count(1),
+        "parallel": sum(width for width in widths[STANDARD] if width > 1),
+        **{mode: sum(widths[mode]) for mode in MODES},
         "skipped": len(plan.skipped),
     }
 

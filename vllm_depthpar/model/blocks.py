@@ -1,6 +1,7 @@
 """Blocks of a plan as decoder layers: one term of attention and one of MLP each, reduced by us.
 
 Layer Parallelism: arXiv 2502.02790, equation 2. Ladder Residual: arXiv 2501.06589, section 3.
+Sync-Point Drop: arXiv 2502.20727, section 3.
 """
 
 from __future__ import annotations
@@ -28,15 +29,15 @@ class Pending(NamedTuple):
 
     Attributes:
         attention: to be added before the next attention; None if the stream has it already.
-        mlp: to be added before the next MLP; None before the first block.
+        mlp: to be added before the next MLP.
     """
 
     attention: InFlight | None
-    mlp: InFlight | None
+    mlp: InFlight
 
 
 class BlockDecoderLayer(LlamaDecoderLayer):
-    """One block of a plan, standard or ladder, with its all-reduces in our hands.
+    """One block of a plan, of any mode, with its all-reduces in our hands.
 
     vLLM's decoder layers pass on (hidden_states, residual): a term, and the stream that the next
     layer's norm adds it to. So do these; to a ladder block the term is a `Pending`. Either kind of
@@ -49,17 +50,21 @@ class BlockDecoderLayer(LlamaDecoderLayer):
         family = family_of(vllm_config.model_config.hf_config.to_dict())
         super().__init__(vllm_config, prefix, config, attn_layer_type=attention_of(family))
 
-    def take_over_all_reduces(self, ladder: bool, before_ladder: bool) -> None:
+    # Whether both norms are the same: gains folded in, both read one normalized stream.
+    norms_are_alike = False
+
+    def take_over_all_reduces(self, mode: str, before_ladder: bool) -> None:
         """Switch vLLM's all-reduces of this block off: from here on `reductions` runs them.
 
         After the layer is built, and not while it is: a dealt layer is built in its member's share
         of the ranks, and these all-reduces are over all of them.
 
         Args:
-            ladder: whether this is a ladder block.
-            before_ladder: whether the next block is one.
+            mode: of the block, see `vllm_depthpar.plan.Plan.mode`.
+            before_ladder: whether the next block is a ladder block.
         """
-        self.ladder = ladder
+        self.mode = mode
+        self.ladder = mode == "ladder"
         self.before_ladder = before_ladder
         self.reductions = Reductions()
         self.self_attn.o_proj.reduce_results = False
@@ -82,10 +87,16 @@ class BlockDecoderLayer(LlamaDecoderLayer):
             The term that is still to be added to the stream, and the stream, (tokens, hidden).
         """
         if self.ladder:
-            if residual is None:  # the first block: attention and MLP both read the embedding
-                return self._ladder(positions, Pending(None, None), hidden_states)
             return self._ladder(positions, hidden_states, residual)
         hidden_states, residual = _norm(self.input_layernorm, hidden_states, residual)
+        if self.mode == "parallel_residual":
+            return self._parallel_residual(positions, hidden_states, residual)
+        if self.mode == "drop_sync":
+            # This rank's attention alone is added to what its MLP reads. Not in place, as the norm
+            # would: the stream is still needed as it is, and so is the term.
+            attention = self.self_attn(positions, hidden_states)
+            mlp = self.mlp(self.post_attention_layernorm(residual + attention))
+            return self.reductions.all_reduce(attention + mlp), residual
         attention = self.reductions.all_reduce(self.self_attn(positions, hidden_states))
         hidden_states, residual = _norm(self.post_attention_layernorm, attention, residual)
         mlp = self.mlp(hidden_states)
@@ -93,22 +104,37 @@ class BlockDecoderLayer(LlamaDecoderLayer):
             return Pending(None, self.reductions.start(mlp)), residual
         return self.reductions.all_reduce(mlp), residual
 
+    def _parallel_residual(
+        self, positions: torch.Tensor, normalized: torch.Tensor, stream: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        attention = self.self_attn(positions, normalized)
+        if not self.norms_are_alike:
+            normalized = self.post_attention_layernorm(stream)
+        return self.reductions.all_reduce(attention + self.mlp(normalized)), stream
+
     def _ladder(
-        self, positions: torch.Tensor, pending: Pending, residual: torch.Tensor
+        self,
+        positions: torch.Tensor,
+        pending: torch.Tensor | Pending,
+        residual: torch.Tensor | None,
     ) -> tuple[torch.Tensor | Pending, torch.Tensor]:
-        # The MLP's all-reduce of the block before is on its way during this attention, and this
-        # attention's during this MLP. `behind` is how a compiler knows.
-        term = None
-        if pending.attention is not None and pending.mlp is not None:
-            term = self.reductions.wait(pending.attention, behind=pending.mlp.ticket)
+        if isinstance(pending, Pending):
+            # The MLP's all-reduce of the block before is on its way during this attention, and this
+            # attention's during this MLP. `behind` is how a compiler knows.
+            mlp_before, term = pending.mlp, None
+            if pending.attention is not None:
+                term = self.reductions.wait(pending.attention, behind=pending.mlp.ticket)
+        else:
+            # The first block, or one after a block that reduces once: the stream is complete.
+            mlp_before, term = None, pending
         hidden_states, residual = _norm(self.input_layernorm, term, residual)
         attention = self.self_attn(positions, hidden_states)
         flight = self.reductions.start(attention) if self.before_ladder else None
 
         term = None
-        if pending.mlp is not None:
+        if mlp_before is not None:
             behind = attention if flight is None else flight.ticket
-            term = self.reductions.wait(pending.mlp, behind)
+            term = self.reductions.wait(mlp_before, behind)
         hidden_states, residual = _norm(self.post_attention_layernorm, term, residual)
         mlp = self.mlp(hidden_states)
         if flight is not None:

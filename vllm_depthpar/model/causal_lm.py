@@ -51,7 +51,7 @@ def make_decoder_layer(*, vllm_config: VllmConfig, prefix: str) -> nn.Module:
         layer = DealtDecoderLayer(vllm_config, prefix, members=len(block))
     else:
         layer = WideDecoderLayer(vllm_config, prefix, block)
-    layer.take_over_all_reduces(plan.is_ladder(position), plan.is_ladder(position + 1))
+    layer.take_over_all_reduces(plan.mode(position), plan.is_ladder(position + 1))
     return layer
 
 

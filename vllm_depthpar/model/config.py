@@ -92,6 +92,15 @@ class DepthParConfig(VerifyAndUpdateConfig):
         metric_files.prepare()
         last_words.prepare()
         logger.info("plan %s: %s (from %s)", plan.digest, plan.name, source_of(model_config))
+        if plan.drop_sync and plan.tp not in (None, tp):
+            logger.warning(
+                "plan %s was made for --tensor-parallel-size %d: on %d ranks its drop-sync blocks "
+                "are %s the unmodified model's",
+                plan.digest,
+                plan.tp,
+                tp,
+                "closer to" if tp < (plan.tp or 1) else "further from",
+            )
 
 
 def _check_format(vllm_config: VllmConfig) -> None:

@@ -63,6 +63,8 @@ class WideDecoderLayer(BlockDecoderLayer):
     in. Until then the block is what it was: it never runs on the weights of two updates.
     """
 
+    norms_are_alike = True
+
     def __init__(self, vllm_config: VllmConfig, prefix: str, block: tuple[int, ...]) -> None:
         self.members = len(block)
         super().__init__(

@@ -7,6 +7,10 @@ from typing import Any
 
 from vllm_depthpar.plan.model_shape import ModelShape, all_reduces, hidden_all_reduces
 from vllm_depthpar.plan.plan import Plan, resolve
+from vllm_depthpar.plan.spec import MODES, STANDARD
+
+# A run of layers that stay alone, by their mode.
+_MARKS = {STANDARD: "│", "ladder": "├", "drop_sync": "┆", "parallel_residual": "╞"}
 
 
 def effects(plan: Plan, shape: ModelShape, tp: int = 1) -> dict[str, Any]:
@@ -24,7 +28,7 @@ def effects(plan: Plan, shape: ModelShape, tp: int = 1) -> dict[str, Any]:
         "tps_that_fit": shape.fitting_tps(plan),
         "skipped": list(plan.skipped),
         "depth": {"before": plan.layers, "after": plan.depth},
-        "ladder": plan.to_spec().get("ladder", []),
+        **{mode: plan.to_spec().get(mode, []) for mode in MODES},
         "all_reduces": {"before": all_reduces(plain), "after": all_reduces(plan)},
         "hidden_all_reduces": hidden_all_reduces(plan),
         "weight_bytes_per_rank": {
@@ -69,18 +73,19 @@ def _column(plan: Plan) -> list[str]:
     """One line per block; runs of layers that stay alone, and of skipped layers, on one line."""
     lines: list[str] = []
     run: list[int] = []
-    run_is_ladder = False
+    mode_of_run = STANDARD
     last = -1
 
     def close() -> None:
         if run:
-            notes = [f"{len(run)} layers"] * (len(run) > 1) + ["ladder"] * run_is_ladder
-            mark = "├" if run_is_ladder else "│"
+            notes = [f"{len(run)} layers"] * (len(run) > 1)
+            notes += [words(mode_of_run)] * (mode_of_run != STANDARD)
+            mark = _MARKS[mode_of_run]
             lines.append(f"  {mark} {_span(run)}" + (f"   {', '.join(notes)}" if notes else ""))
             run.clear()
 
     for position, block in enumerate(plan.blocks):
-        ladder = plan.is_ladder(position)
+        mode = plan.mode(position)
         gap = [layer for layer in range(last + 1, min(block)) if layer in set(plan.skipped)]
         if gap:
             close()
@@ -88,11 +93,11 @@ def _column(plan: Plan) -> list[str]:
         if len(block) > 1:
             close()
             side_by_side = " ║ ".join(str(layer) for layer in block)
-            lines.append(f"  ╪ {side_by_side}" + ("   ladder" if ladder else ""))
+            lines.append(f"  ╪ {side_by_side}" + (f"   {words(mode)}" if mode != STANDARD else ""))
         else:
-            if run and (block[0] != run[-1] + 1 or ladder != run_is_ladder):
+            if run and (block[0] != run[-1] + 1 or mode != mode_of_run):
                 close()
-            run_is_ladder = ladder
+            mode_of_run = mode
             run.append(block[0])
         last = max(last, *block)
     close()
@@ -100,6 +105,11 @@ def _column(plan: Plan) -> list[str]:
     if tail:
         lines.append(f"  ┊ {_span(tail)}   skipped")
     return lines
+
+
+def words(mode: str) -> str:
+    """Say the mode of a block as people do."""
+    return mode.replace("_", " ")
 
 
 def _span(layers: list[int]) -> str:

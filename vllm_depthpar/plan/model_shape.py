@@ -126,17 +126,22 @@ class ModelShape:
 def all_reduces(plan: Plan) -> int:
     """All-reduces of one forward pass at TP > 1.
 
-    Two a block and one for the embedding; but a ladder block that no other follows sums attention
-    and MLP on each rank first and reduces once.
+    Two a block and one for the embedding; but where the sync point between them is dropped, where
+    both read the same stream, and in a ladder block that no other follows, attention and MLP are
+    summed on each rank first and reduced once.
     """
-    ends = sum(not plan.is_ladder(at + 1) for at in plan.ladder)
-    return 2 * plan.depth + 1 - ends
+    once = sum(
+        plan.reduces_once(at) or (plan.is_ladder(at) and not plan.is_ladder(at + 1))
+        for at in range(plan.depth)
+    )
+    return 2 * plan.depth + 1 - once
 
 
 def hidden_all_reduces(plan: Plan) -> int:
     """Those of `all_reduces` that run while the next module computes (arXiv 2501.06589).
 
-    The MLP's of any block that a ladder block follows; the attention's of such a ladder block.
+    The MLP's of any block with two that a ladder block follows; the attention's of such a ladder
+    block.
     """
     followed = [at for at in range(plan.depth) if plan.is_ladder(at + 1)]
-    return len(followed) + sum(plan.is_ladder(at) for at in followed)
+    return sum((not plan.reduces_once(at)) + plan.is_ladder(at) for at in followed)

@@ -5,7 +5,8 @@ checkpoint's number of layers into a `Plan`, the one normal form that every othe
 program takes. Plain data: no torch, no vLLM.
 
 Methods: Layer Parallelism (arXiv 2502.02790), Ladder Residual (arXiv 2501.06589), Unified Layer
-Skipping (arXiv 2404.06954). They compose.
+Skipping (arXiv 2404.06954), Sync-Point Drop (arXiv 2502.20727), parallel residual (GPT-J, PaLM).
+They compose.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_depthpar.errors import UserError
-from vllm_depthpar.plan.spec import Skip, Spec, parse, shortened
+from vllm_depthpar.plan.spec import MODES, STANDARD, Skip, Spec, parse, shortened
 
 
 @dataclass(frozen=True)
@@ -27,15 +28,24 @@ class Plan:
         layers: number of decoder layers N of the checkpoint.
         blocks: the blocks in the order they run; each holds the indices (0..N-1) of the layers
             that run side by side in it. Layers in no block are skipped.
-        ladder: positions in `blocks` of the ladder blocks; the others are standard. With x the
-            stream before a block and A and F its attention and MLP, a standard block computes
-            y = x + A(x), then y + F(y). A ladder block computes y = x + A(y'), then y + F(x), where
-            y' is the y of the block before it (of the first block: the embedding).
+        ladder, drop_sync, parallel_residual: positions in `blocks` of the blocks of that mode; the
+            others are standard. With x the stream before a block and A and F its attention and
+            MLP, a standard block computes y = x + A(x), then y + F(y).
+            A ladder block computes y = x + A(y'), then y + F(x), where y' is the y of the block
+            before it; the stream itself before the first block, and after a block of one
+            all-reduce.
+            A block of parallel residual computes x + A(x) + F(x): one all-reduce.
+            A drop-sync block on R ranks, A_r and F_r a rank's terms of A and F, computes
+            x + sum_r (A_r(x) + F_r(x + A_r(x))): one all-reduce, and at R = 1 a standard block.
+        tp: the tensor-parallel size that the plan was made for, if it was made for one.
     """
 
     layers: int
     blocks: tuple[tuple[int, ...], ...]
     ladder: frozenset[int] = frozenset()
+    drop_sync: frozenset[int] = frozenset()
+    parallel_residual: frozenset[int] = frozenset()
+    tp: int | None = None
 
     @property
     def depth(self) -> int:
@@ -60,7 +70,16 @@ class Plan:
     @property
     def is_identity(self) -> bool:
         """True when the plan runs every layer alone and in order, as plain vLLM does."""
-        return not self.ladder and self.blocks == tuple((layer,) for layer in range(self.layers))
+        alone = tuple((layer,) for layer in range(self.layers))
+        return self.blocks == alone and not any(getattr(self, mode) for mode in MODES)
+
+    def mode(self, position: int) -> str:
+        """Say how a block runs: one of `MODES`, or `STANDARD`; this past the last, too."""
+        return next((mode for mode in MODES if position in getattr(self, mode)), STANDARD)
+
+    def reduces_once(self, position: int) -> bool:
+        """Whether a block has one all-reduce, of attention and MLP together."""
+        return position in self.drop_sync or position in self.parallel_residual
 
     def is_ladder(self, position: int) -> bool:
         """Whether the block at `position` is a ladder block; False for positions past the last."""
@@ -82,7 +101,7 @@ class Plan:
         (first, *more), begin = self.blocks[position], self.end(position - 1) if position else 0
         return (
             bool(more)
-            or position in self.ladder
+            or self.mode(position) != STANDARD
             or (begin, self.end(position)) != (first, first + 1)
         )
 
@@ -91,8 +110,9 @@ class Plan:
         """A summary for one line of a log: '30 layers as 23 blocks (7 of 2)'."""
         widths = [len(block) for block in self.blocks if len(block) > 1]
         notes = [f"{widths.count(width)} of {width}" for width in sorted(set(widths))]
-        if self.ladder:
-            notes.append(f"{len(self.ladder)} ladder")
+        for mode in MODES:
+            if positions := getattr(self, mode):
+                notes.append(f"{len(positions)} {mode.replace('_', ' ')}")
         if self.skipped:
             notes.append(f"{len(self.skipped)} skipped")
         return f"{self.layers} layers as {self.depth} blocks" + (
@@ -110,8 +130,11 @@ class Plan:
             "layers": self.layers,
             "blocks": [list(block) for block in self.blocks],
         }
-        if self.ladder:
-            spec["ladder"] = sorted(layer for at in self.ladder for layer in self.blocks[at])
+        for mode in MODES:
+            if positions := getattr(self, mode):
+                spec[mode] = sorted(layer for at in positions for layer in self.blocks[at])
+        if self.tp is not None:
+            spec["tp"] = self.tp
         return spec
 
 
@@ -137,7 +160,9 @@ def resolve(spec: object, layers: int) -> Plan:
             f"allowed: {layers}"
         )
     blocks = _blocks(parsed, layers)
-    return Plan(layers, blocks, _ladder_blocks(parsed.ladder, blocks, layers))
+    of_mode = {mode: _blocks_named(mode, getattr(parsed, mode), blocks, layers) for mode in MODES}
+    _check_one_mode(of_mode, blocks)
+    return Plan(layers, blocks, **of_mode, tp=parsed.tp)
 
 
 def _blocks(spec: Spec, layers: int) -> tuple[tuple[int, ...], ...]:
@@ -149,35 +174,52 @@ def _blocks(spec: Spec, layers: int) -> tuple[tuple[int, ...], ...]:
     return _grouped(kept, spec.pair, spec.group or 2, layers)
 
 
-def _ladder_blocks(
-    ladder: int | list[int] | str | None, blocks: tuple[tuple[int, ...], ...], layers: int
+def _blocks_named(
+    key: str,
+    choice: int | list[int] | str | None,
+    blocks: tuple[tuple[int, ...], ...],
+    layers: int,
 ) -> frozenset[int]:
-    """Positions of the blocks whose layers `ladder` names."""
-    if isinstance(ladder, int):
-        if ladder > layers:
-            raise UserError(f"plan key 'ladder': {ladder} is too many; allowed: 1 to {layers}")
-        named = set(range(layers - ladder, layers))
-    elif isinstance(ladder, list):
-        named = set(ladder)
+    """Positions of the blocks whose layers a key's value names."""
+    if isinstance(choice, int):
+        if choice > layers:
+            raise UserError(f"plan key {key!r}: {choice} is too many; allowed: 1 to {layers}")
+        named = set(range(layers - choice, layers))
+    elif isinstance(choice, list):
+        named = set(choice)
         kept = {layer for block in blocks for layer in block}
-        for layer in ladder:
+        for layer in choice:
             if layer >= layers:
                 raise UserError(
-                    f"plan key 'ladder': layer {layer} is out of range; allowed: 0 to {layers - 1}"
+                    f"plan key {key!r}: layer {layer} is out of range; allowed: 0 to {layers - 1}"
                 )
             if layer not in kept:
                 raise UserError(
-                    f"plan key 'ladder': layer {layer} is skipped; allowed: layers that run"
+                    f"plan key {key!r}: layer {layer} is skipped; allowed: layers that run"
                 )
     else:
-        named = set(range(layers)) if ladder == "all" else set()
+        named = set(range(layers)) if choice == "all" else set()
     for block in blocks:
         if 0 < len(named.intersection(block)) < len(block):
             raise UserError(
-                f"plan key 'ladder': {shortened(ladder)} takes some layers of the block "
+                f"plan key {key!r}: {shortened(choice)} takes some layers of the block "
                 f"{shortened(list(block))}; allowed: all layers of a block, or none"
             )
     return frozenset(position for position, block in enumerate(blocks) if named.issuperset(block))
+
+
+def _check_one_mode(
+    of_mode: dict[str, frozenset[int]], blocks: tuple[tuple[int, ...], ...]
+) -> None:
+    taken: dict[int, str] = {}
+    for mode, positions in of_mode.items():
+        for position in sorted(positions):
+            if position in taken:
+                raise UserError(
+                    f"plan key {mode!r}: the block {shortened(list(blocks[position]))} is under "
+                    f"{taken[position]!r}, too; allowed: one mode a block"
+                )
+            taken[position] = mode
 
 
 def _checked_blocks(blocks: list[list[int]], layers: int) -> tuple[tuple[int, ...], ...]:

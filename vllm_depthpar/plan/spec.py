@@ -19,6 +19,7 @@ MAX_SPEC_BYTES = 1 << 20
 
 
 LayerIndex = Annotated[StrictInt, Field(ge=0)]
+LayerChoice = Annotated[StrictInt, Field(ge=1)] | list[LayerIndex] | Literal["all"] | None
 
 
 class Skip(BaseModel):
@@ -57,10 +58,23 @@ class Spec(BaseModel):
     skip: Skip | None = Field(
         default=None, description='{"speedup": s} or {"speedup": s, "schedule": "paper"}'
     )
-    ladder: Annotated[StrictInt, Field(ge=1)] | list[LayerIndex] | Literal["all"] | None = Field(
+    ladder: LayerChoice = Field(
         default=None,
         description="which layers read the stream as a ladder: a number (that many, the last), "
         "a list of layer indices, or 'all'",
+    )
+    drop_sync: LayerChoice = Field(
+        default=None,
+        description="which layers do without their attention's all-reduce: a number (that many, "
+        "the last), a list of layer indices, or 'all'",
+    )
+    parallel_residual: LayerChoice = Field(
+        default=None,
+        description="in which layers attention and MLP read the same stream: a number (that many, "
+        "the last), a list of layer indices, or 'all'",
+    )
+    tp: Annotated[StrictInt, Field(ge=1)] | None = Field(
+        default=None, description="the tensor-parallel size that the plan was made for, 1 or more"
     )
     layers: Annotated[StrictInt, Field(ge=1)] | None = Field(
         default=None, description="the number of layers of the checkpoint the plan was made for"
@@ -69,7 +83,10 @@ class Spec(BaseModel):
 
 NAMED = ("auto", "identity")
 NULL = "null is no plan; allowed: a mapping, 'auto' or 'identity'"
-_METHODS = ("blocks", "ladder", "pair", "skip")
+STANDARD = "standard"
+# How else a block can run, as the keys that name its layers; one mode a block.
+MODES = ("ladder", "drop_sync", "parallel_residual")
+_METHODS = ("blocks", "pair", "skip", *MODES)
 _ADAPTER: TypeAdapter[Any] = TypeAdapter(Spec | Literal["auto", "identity"])
 
 
@@ -167,8 +184,8 @@ def _explain(error: ValidationError) -> str:
     fields, path = Spec.model_fields, [part for part in first["loc"] if isinstance(part, str)]
     if path[:1] == ["skip"] and len(path) > 1:
         fields = Skip.model_fields
-    if path[:1] == ["ladder"]:
-        path = ["ladder"]  # without pydantic's name for the form that it tried
+    if path[0] in MODES:
+        path = path[:1]  # without pydantic's name for the form that it tried
     key, leaf = ".".join(path), path[-1]
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(leaf, fields, n=1, cutoff=0.5)

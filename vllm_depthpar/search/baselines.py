@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from vllm_depthpar.plan import resolve
+from vllm_depthpar.plan.spec import STANDARD
 from vllm_depthpar.search.search import Search
 from vllm_depthpar.search.tiling import Tile, Tiling
 
@@ -45,7 +46,7 @@ def kind(tiling: Tiling) -> str:
     if not tiling:
         return "unmodified"
     starts = [tile.start for tile in tiling]
-    if all(tile.width == 2 and not tile.ladder for tile in tiling) and starts == list(
+    if all(tile.width == 2 and tile.mode == STANDARD for tile in tiling) and starts == list(
         range(starts[0], starts[0] + 2 * len(starts), 2)
     ):
         return "span of pairs"

@@ -11,6 +11,7 @@ from typing import Any
 from vllm_depthpar.evaluate.evaluator import Quality
 from vllm_depthpar.evaluate.suite import reported
 from vllm_depthpar.plan import Plan, drawing
+from vllm_depthpar.plan.spec import MODES
 from vllm_depthpar.search.baselines import kind
 from vllm_depthpar.search.run import Effort, Outcome
 from vllm_depthpar.search.search import Found
@@ -79,7 +80,7 @@ class SearchReport:
             "measured": [self._entry(one) for one in search.measured()],
             "alone": [
                 {"plan": space.plan((tile,)).name, "layers": list(tile.layers), "kl": value}
-                | {"skip": tile.skip, "ladder": tile.ladder}
+                | {"skip": tile.skip, "mode": tile.mode}
                 for tile, value in search.alone.items()
                 if tile.changes
             ],
@@ -176,12 +177,11 @@ class SearchReport:
 
 
 def changed(plan: Plan) -> dict[str, Any]:
-    """Say a plan in few words: blocks of more than one layer, skipped layers, ladder layers."""
+    """Say a plan in few words: blocks of more than one layer, skipped layers, layers by mode."""
     found: dict[str, Any] = {}
     if wide := [list(block) for block in plan.blocks if len(block) > 1]:
         found["blocks"] = wide
     if plan.skipped:
         found["skip"] = list(plan.skipped)
-    if plan.ladder:
-        found["ladder"] = plan.to_spec()["ladder"]
-    return found
+    spec = plan.to_spec()
+    return found | {mode: spec[mode] for mode in MODES if mode in spec}

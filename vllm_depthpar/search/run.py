@@ -5,14 +5,23 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.plan import Plan
 from vllm_depthpar.plan.model_shape import ModelShape
-from vllm_depthpar.search.target import Machine, check_depth, check_speedup, depths, reachable
+from vllm_depthpar.plan.spec import MODES
+from vllm_depthpar.search.target import (
+    Machine,
+    check_all_reduces,
+    check_depth,
+    check_speedup,
+    depths,
+    reachable,
+    reductions,
+)
 from vllm_depthpar.search.tiling import Tile, Tiling, candidates, to_plan
 
 if TYPE_CHECKING:
@@ -20,7 +29,7 @@ if TYPE_CHECKING:
     from vllm_depthpar.evaluate.suite import Suite
     from vllm_depthpar.search.search import Found, Search
 
-METHODS = ("pair", "group", "skip", "ladder")
+METHODS = ("pair", "group", "skip", *MODES)
 
 # Of a text's windows, the share that a change alone is measured on is at least one in so many.
 _THIN = 4
@@ -33,11 +42,13 @@ class Goal:
     Attributes:
         depth: so many blocks.
         speedup: so many times plain vLLM's predicted decoding speed.
+        all_reduces: at most so many a forward pass at TP > 1.
         max_ppl_increase: the shortest plan whose perplexity is at most so many percent higher.
     """
 
     depth: int | None = None
     speedup: float | None = None
+    all_reduces: int | None = None
     max_ppl_increase: float | None = None
 
     @property
@@ -57,7 +68,8 @@ class Space:
 
     Attributes:
         shape: of the model.
-        goal: lengths are blocks where that is a depth, else predicted times if there is a machine.
+        goal: lengths are blocks where that is a depth, all-reduces where it is those, else
+            predicted times if there is a machine.
         methods: any of `METHODS`.
         group: layers of the widest group.
         tp: tensor-parallel size, which every block must fit.
@@ -79,6 +91,8 @@ class Space:
             for tile in candidates(self.shape.layers, self.methods, self.group)
             if tile.skip or self.shape.fits(tile.width, self.tp)
         ]
+        if self.goal.all_reduces is not None:
+            return reductions(tiles)
         if self.machine is not None and self.goal.depth is None:
             return self.machine.lengths(self.shape, tiles)
         return depths(tiles)
@@ -93,6 +107,11 @@ class Space:
         goal = self.goal
         if goal.depth is not None:
             return check_depth(goal.depth, self.shape.layers, self.lengths, self.methods)
+        if goal.all_reduces is not None:
+            # The embedding's is no tile's.
+            return check_all_reduces(
+                goal.all_reduces, self.shape.layers, self.lengths, self.methods
+            )
         if goal.speedup is not None and self.machine is not None:
             return check_speedup(goal.speedup, self.shape, self.machine, self.lengths, self.methods)
         if not (goal.max_ppl_increase or 0) > 0:
@@ -107,8 +126,9 @@ class Space:
         return frozenset(candidates(self.shape.layers, [method], self.group)) & self.lengths.keys()
 
     def plan(self, tiling: Tiling) -> Plan:
-        """The plan that a tiling is."""
-        return to_plan(tiling, self.shape.layers)
+        """The plan that a tiling is, made for this tensor-parallel size where that matters."""
+        plan = to_plan(tiling, self.shape.layers)
+        return replace(plan, tp=self.tp) if plan.drop_sync and self.tp > 1 else plan
 
     def speedup(self, plan: Plan) -> float | None:
         """A plan's predicted speed-up over plain vLLM; None where no machine is known."""

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vllm_depthpar.plan import Plan
+from vllm_depthpar.plan.spec import STANDARD
 from vllm_depthpar.search.surrogate import Surrogate
 from vllm_depthpar.search.tiling import Tile, Tiling, best_of_each_length, to_plan
 
@@ -77,12 +78,12 @@ class Search:
         self.known: dict[Tiling, float] = {}
 
     def measure_tiles(self) -> None:
-        """Step 1. A ladder over a wide block is taken to cost what both cost."""
+        """Step 1. A wide block of another mode is taken to cost what both cost."""
         tiles = [tile for tile in self._length if tile.changes]
         known = {
-            tile: [Tile(tile.start, tile.width), *(Tile(at, ladder=True) for at in tile.layers)]
+            tile: [Tile(tile.start, tile.width), *(Tile(at, mode=tile.mode) for at in tile.layers)]
             for tile in tiles
-            if tile.ladder and tile.width > 1
+            if tile.mode != STANDARD and tile.width > 1
         }
         known = {tile: parts for tile, parts in known.items() if self._length.keys() >= set(parts)}
         direct = [tile for tile in tiles if tile not in known]

@@ -9,12 +9,14 @@ from dataclasses import dataclass, replace
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.plan import Plan
 from vllm_depthpar.plan.model_shape import ModelShape
+from vllm_depthpar.plan.spec import STANDARD
 from vllm_depthpar.predict import cost_model
 from vllm_depthpar.predict.machines import Deployment, Workload
 from vllm_depthpar.search.tiling import Tile, best_of_each_length, to_plan
 
 # Units that a layer's time is divided into.
 _UNITS = 16
+_ONCE = ("drop_sync", "parallel_residual")
 
 
 @dataclass(frozen=True)
@@ -30,29 +32,29 @@ class Machine:
 
     def lengths(self, shape: ModelShape, tiles: Iterable[Tile]) -> dict[Tile, int]:
         """Predict each tile's time, in sixteenths of a layer's."""
-        layer = self._block_seconds(shape, 1, ladder=False)
-        kinds = {(tile.width, tile.ladder) for tile in tiles if not tile.skip}
+        layer = self._block_seconds(shape, 1, mode=STANDARD)
+        kinds = {(tile.width, tile.mode) for tile in tiles if not tile.skip}
         units = {
-            (width, ladder): round(_UNITS * self._block_seconds(shape, width, ladder) / layer)
-            for width, ladder in kinds
+            (width, mode): round(_UNITS * self._block_seconds(shape, width, mode) / layer)
+            for width, mode in kinds
         }
-        return {tile: 0 if tile.skip else units[tile.width, tile.ladder] for tile in tiles}
+        return {tile: 0 if tile.skip else units[tile.width, tile.mode] for tile in tiles}
 
     def length_of(self, shape: ModelShape, speedup: float) -> int:
         """Compute the total length that a speed-up over plain vLLM allows."""
-        layer = self._block_seconds(shape, 1, ladder=False)
+        layer = self._block_seconds(shape, 1, mode=STANDARD)
         whole = self._seconds(shape, to_plan((), shape.layers))
         rest = whole - shape.layers * layer
         plain = cost_model.plain_time(shape, self.deployment, self.workload).seconds
         return math.floor(_UNITS * (plain / speedup - rest) / layer)
 
-    def _block_seconds(self, shape: ModelShape, width: int, ladder: bool) -> float:
+    def _block_seconds(self, shape: ModelShape, width: int, mode: str) -> float:
         """What one more block of a kind costs, in a row of its kind."""
         times = [
             self._seconds(
                 replace(shape, layers=width * count),
                 to_plan(
-                    tuple(Tile(width * at, width, ladder=ladder) for at in range(count)),
+                    tuple(Tile(width * at, width, mode=mode) for at in range(count)),
                     width * count,
                 ),
             )
@@ -67,6 +69,14 @@ class Machine:
 def depths(tiles: Iterable[Tile]) -> dict[Tile, int]:
     """Each tile's length where lengths count blocks."""
     return {tile: int(not tile.skip) for tile in tiles}
+
+
+def reductions(tiles: Iterable[Tile]) -> dict[Tile, int]:
+    """Each tile's length where lengths count all-reduces of a forward pass at TP > 1.
+
+    The embedding's is no tile's, and that a row of ladder blocks ends with one fewer is left out.
+    """
+    return {tile: 0 if tile.skip else 1 if tile.mode in _ONCE else 2 for tile in tiles}
 
 
 def reachable(layers: int, lengths: dict[Tile, int]) -> list[int]:
@@ -91,6 +101,23 @@ def check_depth(depth: int, layers: int, lengths: dict[Tile, int], methods: Sequ
         f"depth {depth} can't be reached with {how}; allowed: {depths[0]} to {depths[-1]}, "
         f"nearest: {nearest}"
     )
+
+
+def check_all_reduces(
+    most: int, layers: int, lengths: dict[Tile, int], methods: Sequence[str]
+) -> int:
+    """The length of plans with at most so many all-reduces a forward pass.
+
+    Raises:
+        UserError: no plan has so few, or plain vLLM does.
+    """
+    fewest, plain = 1 + reachable(layers, lengths)[0], 1 + 2 * layers
+    if not fewest <= most < plain:
+        raise UserError(
+            f"--all-reduces {most} can't be reached with {', '.join(methods)}; allowed: {fewest} "
+            f"to {plain - 1}"
+        )
+    return most - 1
 
 
 def check_speedup(

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from vllm_depthpar.plan import Plan
+from vllm_depthpar.plan.spec import MODES, STANDARD
 
 
 @dataclass(frozen=True, order=True)
@@ -21,13 +23,13 @@ class Tile:
         start: the first layer.
         width: how many layers, 1 or more.
         skip: none of them runs.
-        ladder: the block is a ladder block.
+        mode: of the block (see `vllm_depthpar.plan.Plan.mode`).
     """
 
     start: int
     width: int = 1
     skip: bool = False
-    ladder: bool = False
+    mode: str = STANDARD
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -37,7 +39,7 @@ class Tile:
     @property
     def changes(self) -> bool:
         """Whether this is anything else than one layer that runs as it always did."""
-        return self.width > 1 or self.skip or self.ladder
+        return self.width > 1 or self.skip or self.mode != STANDARD
 
 
 Tiling = tuple[Tile, ...]
@@ -48,11 +50,11 @@ def to_plan(tiling: Tiling, layers: int) -> Plan:
     covered = {layer for tile in tiling for layer in tile.layers}
     row = sorted([*tiling, *(Tile(layer) for layer in range(layers) if layer not in covered)])
     run = [tile for tile in row if not tile.skip]
-    return Plan(
-        layers,
-        tuple(tile.layers for tile in run),
-        frozenset(position for position, tile in enumerate(run) if tile.ladder),
-    )
+    of_mode: dict[str, Any] = {
+        mode: frozenset(position for position, tile in enumerate(run) if tile.mode == mode)
+        for mode in MODES
+    }
+    return Plan(layers, tuple(tile.layers for tile in run), **of_mode)
 
 
 def candidates(layers: int, methods: Collection[str], group: int = 4) -> list[Tile]:
@@ -60,8 +62,8 @@ def candidates(layers: int, methods: Collection[str], group: int = 4) -> list[Ti
 
     Args:
         layers: number of layers N.
-        methods: any of "pair" (two side by side), "group" (three to `group`), "skip", "ladder".
-            A ladder combines with the widths that are allowed beside it.
+        methods: any of "pair" (two side by side), "group" (three to `group`), "skip", and of the
+            modes of blocks, which combine with the widths that are allowed beside them.
         group: the widest group.
     """
     widths = [1]
@@ -70,9 +72,9 @@ def candidates(layers: int, methods: Collection[str], group: int = 4) -> list[Ti
     if "group" in methods:
         widths.extend(range(3, group + 1))
     tiles = [
-        Tile(start, width, ladder=ladder)
+        Tile(start, width, mode=mode)
         for width in widths
-        for ladder in ((False, True) if "ladder" in methods else (False,))
+        for mode in (STANDARD, *(mode for mode in MODES if mode in methods))
         for start in range(layers - width + 1)
     ]
     if "skip" in methods:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -92,8 +92,9 @@ def verify(model: str, labels: Sequence[str], settings: VerifySettings) -> dict[
         for entry, one in zip(entries, served, strict=True):
             bar.update(task, description=f"transformers: {entry.variant.label}")
             texts = [answer.text for answer in one.answers]
+            plan = replace(entry.plan, tp=entry.tp)  # what it means may depend on it
             exact, in_bf16 = (
-                reference.score(entry.plan, texts, dtype, lambda share: bar.advance(task, share))
+                reference.score(plan, texts, dtype, lambda share: bar.advance(task, share))
                 for dtype in (torch.float32, torch.bfloat16)
             )
             differences.append(compare(one.answers, exact, in_bf16))
