@@ -32,8 +32,16 @@ PLANS: dict[str, Any] = {
     "ladder": {"ladder": "all"},
     "ladder, scattered": {"ladder": [0, 1, 3, 6]},
     "ladder over pairs": {"pair": [2, 8], "ladder": "all"},
+    "parallel residual": {"pair": [2, 6], "parallel_residual": "all"},
+    "dropped sync points": {"pair": [2, 6], "drop_sync": "all"},
     # Alone, side by side in twos and threes, in another order, skipped; a ladder over some.
     "all mixed": {"blocks": [[0], [2, 1], [3], [4, 5, 7]], "ladder": [1, 2, 3]},
+    "every mode": {
+        "blocks": [[0], [2, 1], [3], [4, 5, 7], [6]],
+        "ladder": [3],
+        "drop_sync": [0, 1, 2],
+        "parallel_residual": [4, 5, 7],
+    },
 }
 DTYPES = ("float32", "bfloat16")
 # Ranks, and whether each is a host.
@@ -43,10 +51,10 @@ Combination = tuple[str, str, str]
 ALWAYS: dict[str, dict[str, tuple[str, ...]]] = {
     "one rank": {
         "float32": ("ladder of 4", "ladder, scattered", "ladder over pairs"),
-        "bfloat16": ("plain", "all mixed"),
+        "bfloat16": ("plain", "all mixed", "every mode"),
     },
-    "one host": {"float32": ("ladder",)},
-    "two hosts": {"float32": ("all mixed",)},
+    "one host": {"float32": ("ladder", "every mode")},
+    "two hosts": {"float32": ("all mixed", "dropped sync points")},
 }
 CHOSEN = [
     (placement, dtype, plan)
@@ -99,20 +107,21 @@ def answers(
 
 def test_compiled_equals_reference(combination: Combination, answers: Answers) -> None:
     case, result = answers[combination]
+    ranks, _ = PLACEMENTS[combination[0]]
     assert result.compilation["early reads"] == 0
     if case.dtype == "float32":
-        check(result, case, hf.load(case.model, case.plan))
+        check(result, case, hf.load(case.model, case.plan, ranks=ranks))
         return
     placement, dtype, _ = combination
     plain, plain_result = answers[placement, dtype, "plain"]
     for (mean, most), (mean_plain, most_plain) in zip(
-        distances(case, result), distances(plain, plain_result), strict=True
+        distances(case, result, ranks), distances(plain, plain_result, ranks), strict=True
     ):
         assert mean <= MEAN_BF16 * mean_plain
         assert most <= MOST_BF16 * most_plain
 
 
-def distances(case: Case, result: Result) -> list[tuple[float, float]]:
+def distances(case: Case, result: Result, ranks: int) -> list[tuple[float, float]]:
     """How far log-probabilities are from the reference in fp32, mean and maximum: of the prompts'
     tokens, and the reference's best from the ones that were generated, of the generated ones.
 
@@ -121,7 +130,7 @@ def distances(case: Case, result: Result) -> list[tuple[float, float]]:
     prompt = len(case.prompts[0])
     text = torch.tensor([p + t for p, t in zip(case.prompts, result.tokens, strict=True)])
     with torch.no_grad():
-        logs = hf.load(case.model, spec_of(case.plan))(text).logits.log_softmax(-1)
+        logs = hf.load(case.model, spec_of(case.plan), ranks=ranks)(text).logits.log_softmax(-1)
     chosen = logs[:, :-1].gather(2, text[:, 1:, None])[..., 0]
     prefill = (torch.stack(result.prompt_logprobs) - chosen[:, : prompt - 1]).abs()
     decode = (logs[:, :-1].amax(-1) - chosen)[:, prompt - 1 :]

@@ -40,6 +40,22 @@ PLANS: dict[str, Any] = {
     "ladder over some pairs": {"pair": [1, 5], "ladder": [3, 4, 5]},
     "ladder with skips": {"skip": {"speedup": 1.5}, "ladder": "all"},
     "ladder out of order, skipping": {"blocks": [[4, 1], [0], [5, 2]], "ladder": [0, 2, 5]},
+    "all parallel residual": {"parallel_residual": "all"},
+    "parallel residual of pairs": {"pair": [1, 5], "parallel_residual": [1, 2, 5]},
+    "ladder around parallel residual": {"parallel_residual": [0, 3], "ladder": [1, 2, 4, 5]},
+}
+# What these mean depends on the ranks.
+DROPS: dict[str, Any] = {
+    "all dropped": {"drop_sync": "all"},
+    "some dropped": {"drop_sync": [1, 2, 5]},
+    "dropped in pairs": {"pair": [0, 6], "drop_sync": "all"},
+    "dropped in groups, out of order": {"blocks": [[4, 1, 5], [0, 2, 3]], "drop_sync": "all"},
+    "every mode": {
+        "blocks": [[0], [3, 2], [1], [5]],
+        "ladder": [1],
+        "drop_sync": [2, 3],
+        "parallel_residual": [5],
+    },
 }
 ALL_SLIDING = {"use_sliding_window": True, "max_window_layers": 0}
 MODELS: dict[str, dict[str, Any]] = {
@@ -92,6 +108,52 @@ def test_every_plan_equals_the_equations(model: str, tmp_path: Path) -> None:
         with torch.no_grad():
             logits = hf.load(path, plan)(ids).logits
         assert (logits - expected).abs().max() < 1e-4, name
+
+
+# Heads and sizes that three ranks can cut, and blocks of any width two ranks and six.
+CUT = {"hidden": 96, "heads": 6, "kv_heads": 6, "intermediate": 96}
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 6])
+@pytest.mark.parametrize("model", ["GQA", "biases", "Qwen3"])
+def test_dropped_sync_points_equal_the_equations(model: str, ranks: int, tmp_path: Path) -> None:
+    path = write_llama(tmp_path, layers=LAYERS, seed=1, **{**MODELS[model], **CUT})
+    ids = prompts(2, 48, seed=2)
+    for name, spec in DROPS.items():
+        plan = resolve(spec, LAYERS)
+        expected = torch.stack([plain_logits(path, plan, row, ranks) for row in ids])
+        for model_of in (hf.load(path, plan, ranks=ranks), hf.load(path, {**spec, "tp": ranks})):
+            with torch.no_grad():
+                assert (model_of(ids).logits - expected).abs().max() < 1e-4, name
+        standard = resolve({**spec, "drop_sync": []}, LAYERS)
+        far = (plain_logits(path, standard, ids[0]) - expected[0]).abs().max()
+        # A ladder block after one that reduces once reads the complete stream.
+        assert (far < 1e-9) == (ranks == 1 and name != "every mode"), name
+
+
+def test_ranks_that_do_not_fit_are_refused(folder: Path) -> None:
+    model = hf.load(folder, {"drop_sync": "all"}, ranks=5)
+    with pytest.raises(UserError, match=r"5 ranks can't cut 1 times 128 evenly; allowed: tensor-"):
+        model(prompts(1, 8))
+
+
+def test_dropped_sync_points_generate_and_learn(folder: Path) -> None:
+    """With a KV cache the same, and the gradient is that of the loss."""
+    model = hf.load(folder, {"drop_sync": "all", "parallel_residual": []}, ranks=2)
+    ids = prompts(1, 12)
+    generated = model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None)
+    with torch.no_grad():
+        best = model(generated).logits.argmax(-1)
+    assert torch.equal(best[:, 11:-1], generated[:, 12:])
+    weight = model.model.layers[2].layers[0].self_attn.o_proj.weight
+    loss = cross_entropy(model(ids).logits[0, :-1], ids[0, 1:])
+    (gradient,) = torch.autograd.grad(loss, [weight])
+    step = 1e-3 * torch.sign(gradient) / gradient.abs().sum()
+    with torch.no_grad():
+        weight += step
+        raised = cross_entropy(model(ids).logits[0, :-1], ids[0, 1:]) - loss
+        weight -= step
+    assert raised.item() == pytest.approx((gradient * step).sum().item(), rel=0.2)
 
 
 def test_pickled_weights_are_read_only_where_asked_for(tmp_path: Path) -> None:

@@ -25,11 +25,19 @@ LADDERS: list[Any] = [
     {"pair": [1, 5], "ladder": [3, 4, 5]},
     {"skip": {"speedup": 1.5}, "ladder": [0, 2]},
 ]
+# Blocks that reduce once, of one layer, dealt out and wide; beside ladders, and all of one mode.
+ONCE: list[Any] = [
+    {"blocks": [[0], [3, 1], [4], [2, 5]], "ladder": [0], "drop_sync": [1, 3, 2, 5]},
+    {"blocks": [[0, 3, 1], [4], [2], [5]], "drop_sync": [0, 1, 3, 4], "ladder": [2, 5]},
+    {"blocks": [[0, 3, 1], [4], [2, 5]], "parallel_residual": [0, 1, 3, 4], "ladder": [2, 5]},
+    {"pair": [0, 4], "parallel_residual": "all"},
+]
 # Every kind of block: TP 2 deals blocks of two out to the ranks, and cuts blocks of three where one
 # rank gets heads of two layers.
 FAMILY: list[Any] = [
     {"pair": [1, 5]},
     {"blocks": [[0, 3, 1], [4], [2, 5]], "ladder": [0, 1, 3, 4]},
+    {"blocks": [[0, 3, 1], [4], [2, 5]], "drop_sync": [0, 1, 3, 4], "parallel_residual": [2, 5]},
 ]
 FAMILIES: dict[str, dict[str, Any]] = {
     "Mistral": {"model_type": "mistral", "sliding_window": 8},
@@ -47,6 +55,7 @@ RANDOM: dict[str, tuple[dict[str, Any], list[Any]]] = {
     ),
     "llama3 rope": ({"rope_scaling": LLAMA3_ROPE}, [{"pair": [1, 5]}]),
     "ladders": ({"attention_bias": True, "mlp_bias": True}, LADDERS),
+    "reduced once": ({"attention_bias": True, "mlp_bias": True}, ONCE),
     **{name: (shape, FAMILY) for name, shape in FAMILIES.items()},
     # 3 heads: TP 2 cuts no layer of it, but does cut a pair.
     "odd heads, in pairs": ({"hidden": 96, "heads": 3, "kv_heads": 3}, [{"pair": [0, 6]}]),
@@ -54,12 +63,12 @@ RANDOM: dict[str, tuple[dict[str, Any], list[Any]]] = {
 
 
 def test_ladders_between_two_hosts(tmp_path: Path) -> None:
-    """With messages that are started and waited for apart, and a plan without any ladder."""
+    """With messages that are started and waited for apart, and plans without any ladder."""
     folder = write_llama(tmp_path, attention_bias=True, mlp_bias=True)
-    plans = [*LADDERS, {"pair": [1, 5]}]
+    plans = [*LADDERS, *ONCE, {"pair": [1, 5]}]
     cases = [Case(folder, plan, prompts(4, 40).tolist(), max_tokens=16) for plan in plans]
     for case, result in zip(cases, run(cases, ranks=2, hosts=True), strict=True):
-        check(result, case, hf.load(folder, case.plan))
+        check(result, case, hf.load(folder, case.plan, ranks=2))
 
 
 def test_checkpoints_of_the_ladder_authors(tmp_path: Path) -> None:
@@ -78,9 +87,14 @@ def test_checkpoints_of_the_ladder_authors(tmp_path: Path) -> None:
 
 def test_three_hosts(tmp_path: Path) -> None:
     folder = write_llama(tmp_path, hidden=96, heads=3, kv_heads=3, layers=4, vocab=576)
-    case = Case(folder, {"pair": [1, 3], "ladder": 3}, prompts(2, 40).tolist(), max_tokens=4)
-    (result,) = run([case], ranks=3, hosts=True)
-    check(result, case, hf.load(folder, case.plan))
+    # A pair's heads are cut where one rank has some of both layers.
+    plans: list[Any] = [
+        {"pair": [1, 3], "ladder": 3},
+        {"pair": [1, 3], "drop_sync": [0, 1, 2], "parallel_residual": [3]},
+    ]
+    cases = [Case(folder, plan, prompts(2, 40).tolist(), max_tokens=4) for plan in plans]
+    for case, result in zip(cases, run(cases, ranks=3, hosts=True), strict=True):
+        check(result, case, hf.load(folder, case.plan, ranks=3))
 
 
 @pytest.fixture(scope="module")
@@ -101,18 +115,21 @@ RANDOM_NAMES = [
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["TP1", "TP2"])
-def random_results(
-    request: pytest.FixtureRequest, random_cases: dict[str, Case]
-) -> dict[str, Result]:
-    return dict(zip(random_cases, run(list(random_cases.values()), request.param), strict=True))
+def ranks(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
+@pytest.fixture(scope="module")
+def random_results(ranks: int, random_cases: dict[str, Case]) -> dict[str, Result]:
+    return dict(zip(random_cases, run(list(random_cases.values()), ranks), strict=True))
 
 
 @pytest.mark.parametrize("name", RANDOM_NAMES)
 def test_random_model_equals_reference(
-    name: str, random_cases: dict[str, Case], random_results: dict[str, Result]
+    name: str, ranks: int, random_cases: dict[str, Case], random_results: dict[str, Result]
 ) -> None:
     case = random_cases[name]
-    check(random_results[name], case, hf.load(case.model, case.plan))
+    check(random_results[name], case, hf.load(case.model, case.plan, ranks=ranks))
 
 
 def test_identity_of_other_families_is_plain(tmp_path: Path) -> None:

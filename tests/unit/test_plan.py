@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.plan import MAX_SPEC_BYTES, Plan, json_schema, read_spec, resolve
+from vllm_depthpar.plan.model_shape import all_reduces, hidden_all_reduces
+from vllm_depthpar.plan.spec import MODES
 
 FORMS: list[tuple[Any, int, list[list[int]]]] = [
     ("identity", 3, [[0], [1], [2]]),
@@ -35,7 +37,7 @@ FORMS: list[tuple[Any, int, list[list[int]]]] = [
 ]
 
 
-# (spec, layers, blocks, indices of the layers in ladder blocks)
+# (spec, layers, blocks, indices of the layers in ladder blocks); the other modes are said likewise
 LADDERS: list[tuple[Any, int, list[list[int]], list[int]]] = [
     ({"ladder": "all"}, 3, [[0], [1], [2]], [0, 1, 2]),
     ({"ladder": 2}, 4, [[0], [1], [2], [3]], [2, 3]),
@@ -54,13 +56,44 @@ LADDERS: list[tuple[Any, int, list[list[int]], list[int]]] = [
 ]
 
 
-@pytest.mark.parametrize(("spec", "layers", "blocks", "ladder"), LADDERS)
-def test_ladder_form(spec: Any, layers: int, blocks: list[list[int]], ladder: list[int]) -> None:
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("spec", "layers", "blocks", "named"), LADDERS)
+def test_mode_form(
+    mode: str, spec: Any, layers: int, blocks: list[list[int]], named: list[int]
+) -> None:
+    spec = {mode if key == "ladder" else key: value for key, value in spec.items()}
     plan = resolve(spec, layers)
     assert plan.blocks == tuple(tuple(block) for block in blocks)
-    assert plan.ladder == {at for at, block in enumerate(blocks) if block[0] in ladder}
-    assert plan.to_spec().get("ladder", []) == ladder
-    assert plan.is_identity == (not ladder and plan.depth == layers)
+    positions = {at for at, block in enumerate(blocks) if block[0] in named}
+    assert [plan.mode(at) for at in range(len(blocks) + 1)] == [
+        mode if at in positions else "standard" for at in range(len(blocks) + 1)
+    ]
+    assert plan.to_spec().get(mode, []) == named
+    assert plan.is_identity == (not named and plan.depth == layers)
+    assert all(plan.is_changed(at) for at in positions)
+
+
+def test_modes_of_one_plan() -> None:
+    spec = {"pair": [4, 8], "drop_sync": [4, 5, 8], "ladder": [0, 1], "parallel_residual": [9]}
+    plan = resolve({**spec, "tp": 3}, 10)
+    assert plan.name == (
+        "10 layers as 8 blocks (2 of 2, 2 ladder, 2 drop sync, 1 parallel residual)"
+    )
+    assert [at for at in range(8) if plan.reduces_once(at)] == [4, 6, 7]
+    # Two a block and the embedding's; but one fewer in blocks that reduce once, and where a row of
+    # ladder blocks ends.
+    assert all_reduces(plan) == 2 * 8 + 1 - 3 - 1
+    # Block 0's two: its MLP's behind block 1's attention, its attention's behind its MLP.
+    assert hidden_all_reduces(plan) == 2
+    assert plan.to_spec()["tp"] == 3
+    assert plan.digest != resolve(spec, 10).digest
+
+
+def test_ladder_after_a_block_that_reduces_once() -> None:
+    """It reads the complete stream: there is nothing of that block left to hide."""
+    plan = resolve({"drop_sync": [1], "ladder": [0, 2, 3]}, 4)
+    assert all_reduces(plan) == 2 * 4 + 1 - 1 - 2
+    assert hidden_all_reduces(plan) == 2
 
 
 @pytest.mark.parametrize(("spec", "layers", "blocks"), FORMS)
@@ -155,22 +188,28 @@ whole: st.SearchStrategy[Case] = st.integers(2, 200).map(lambda layers: ({}, lay
 
 
 @st.composite
-def ladders(draw: st.DrawFn, specs: st.SearchStrategy[Case]) -> Case:
-    """A ladder over some of the blocks of the spec below; blocks stay whole."""
+def moded(draw: st.DrawFn, specs: st.SearchStrategy[Case]) -> Case:
+    """Some of the blocks of the spec below in other modes; blocks stay whole."""
     spec, layers = draw(specs)
+    spec = {key: value for key, value in spec.items() if key not in MODES}
     blocks = resolve(spec or "identity", layers).blocks
     chosen = draw(st.lists(st.sampled_from(blocks), unique=True))
+    mode = draw(st.sampled_from(MODES))
     if draw(st.booleans()) or not (spec or chosen):
-        return {**spec, "ladder": "all"}, layers
-    return {**spec, "ladder": [layer for block in chosen for layer in block]}, layers
+        return {**spec, mode: "all"}, layers
+    spec = {**spec, mode: [layer for block in chosen for layer in block]}
+    if rest := [block for block in blocks if block not in chosen]:
+        other = draw(st.sampled_from([name for name in MODES if name != mode]))
+        spec[other] = list(draw(st.sampled_from(rest)))
+    return spec, layers
 
 
 short_forms = skips() | pairs(whole) | pairs(skips())
-short_forms |= ladders(whole) | ladders(short_forms)
+short_forms |= moded(whole) | moded(short_forms)
 specs = (
     short_forms
     | blocks()
-    | ladders(blocks())
+    | moded(blocks())
     | st.integers(1, 200).map(lambda layers: ("identity", layers))
 )
 
@@ -209,13 +248,16 @@ def test_pairs_group_the_span_and_nothing_else(case: Case) -> None:
         assert all(start <= layer < end for layer in block) == inside
 
 
-@given(ladders(short_forms))
-def test_ladder_takes_the_named_layers_and_nothing_else(case: Case) -> None:
+@given(moded(short_forms))
+def test_modes_take_the_named_layers_and_nothing_else(case: Case) -> None:
     spec, layers = case
-    plan, without = resolve(spec, layers), resolve({**spec, "ladder": []}, layers)
+    empty: dict[str, Any] = {mode: [] for mode in MODES}
+    plan, without = resolve(spec, layers), resolve({**spec, **empty}, layers)
     assert plan.blocks == without.blocks
-    named = plan.kept if spec["ladder"] == "all" else spec["ladder"]
-    assert {layer for at in plan.ladder for layer in plan.blocks[at]} == set(named)
+    for mode in MODES:
+        named = plan.kept if spec.get(mode) == "all" else spec.get(mode, [])
+        positions = getattr(plan, mode)
+        assert {layer for at in positions for layer in plan.blocks[at]} == set(named)
 
 
 @given(skips())
@@ -260,19 +302,19 @@ ERRORS: list[tuple[Any, str]] = [
     ({"skip": {"speedup": True}}, "'skip.speedup': True is wrong"),
     ({1: 2}, "is not a mapping"),
     # The value as a whole
-    (None, "None is not a mapping; allowed keys: 'blocks', 'group', 'ladder', 'layers', 'pair', "),
+    (None, "None is not a mapping; allowed keys: 'blocks', 'drop_sync', 'group', 'ladder', "),
     ([[0], [1]], "[[0], [1]] is not a mapping"),
     (3, "3 is not a mapping"),
     ("atuo", "'atuo' is unknown; allowed: 'auto', 'identity' or a mapping"),
     ("two\nlines", r"'two\nlines' is unknown"),
     ("x" * 1000, "... is unknown"),
     ("auto", "'auto' needs the model"),
-    ({}, "empty; it needs one of the keys 'blocks', 'ladder', 'pair', 'skip'"),
+    ({}, "empty; it needs one of the keys 'blocks', 'drop_sync', 'ladder', 'pair', "),
     ({"layers": 30}, "empty"),
     ({"blocks": None}, "empty"),
     # Keys
     ({"pairs": [0, 2]}, "'pairs' is unknown; did you mean 'pair'?"),
-    ({"pairs": [0, 2]}, "allowed: 'blocks', 'group', 'ladder', 'layers', 'pair', 'skip'"),
+    ({"pairs": [0, 2]}, "allowed: 'blocks', 'drop_sync', 'group', 'ladder', 'layers', 'pair', "),
     ({"pair": [0, 2], "grp": 2}, "'grp' is unknown; did you mean 'group'?"),
     ({"zzz": 1}, "'zzz' is unknown (allowed:"),
     ({"a\nb": 1}, r"'a\nb' is unknown"),
@@ -337,6 +379,14 @@ ERRORS: list[tuple[Any, str]] = [
     ({"ladder": [1], "skip": {"speedup": 2}}, "'ladder': layer 1 is skipped; allowed: layers that"),
     ({"ladder": 3, "pair": [26, 28]}, "'ladder': 3 takes some layers of the block [26, 27]; allow"),
     ({"ladder": [3], "pair": [2, 6]}, "'ladder': [3] takes some layers of the block [2, 3]"),
+    # the other modes
+    ({"drop_sync": [3], "pair": [2, 6]}, "'drop_sync': [3] takes some layers of the block [2, 3]"),
+    ({"drop_sync": [3], "ladder": 28}, "'drop_sync': the block [3] is under 'ladder', too; allow"),
+    ({"parallel_residual": 31}, "'parallel_residual': 31 is too many; allowed: 1 to 30"),
+    ({"parallel_residual": "last"}, "'parallel_residual': 'last' is wrong; allowed: in which"),
+    ({"dropsync": "all"}, "'dropsync' is unknown; did you mean 'drop_sync'?"),
+    ({"drop_sync": 3, "tp": 0}, "'tp': 0 is wrong; allowed: the tensor-parallel size that"),
+    ({"tp": 3}, "empty; it needs one of the keys"),
     ({"lader": "all"}, "'lader' is unknown; did you mean 'ladder'?"),
     # layers
     ({"pair": [0, 2], "layers": 28}, "'layers': 28 is not this checkpoint's number of layers; al"),
@@ -363,7 +413,7 @@ json_values = st.recursive(
     max_leaves=8,
 )
 spec_like = st.dictionaries(
-    st.sampled_from(["blocks", "pair", "group", "skip", "ladder", "layers", "speedup"]),
+    st.sampled_from(["blocks", "pair", "group", "skip", *MODES, "tp", "layers", "speedup"]),
     json_values
     | st.lists(st.integers(-2, 32), max_size=3)
     | st.lists(st.lists(st.integers(-2, 32), max_size=3), max_size=3)
