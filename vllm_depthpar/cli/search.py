@@ -104,10 +104,10 @@ def _methods(text: str) -> list[str]:
 
 def _machine(args: argparse.Namespace) -> Machine | None:
     """Where plans will run; None if nothing asks for it."""
-    if args.tp > 1 and not args.link:
-        raise UserError(f"--tp {args.tp} needs a --link; allowed: {', '.join(LINKS)}")
     if args.speedup is None and not (args.device or args.link):
         return None
+    if args.tp > 1 and not args.link:
+        raise UserError(f"--tp {args.tp} needs a --link; allowed: {', '.join(LINKS)}")
     device = device_named(args.device or THIS)
     link = link_named(args.link) if args.link else None
     return Machine(Deployment(device, link, args.tp), Workload(args.batch, args.context))

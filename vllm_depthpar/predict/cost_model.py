@@ -215,7 +215,7 @@ class _Reduction:
         total = busy + self._left()  # the embedding's
         for at, block in enumerate(plan.blocks):
             ladder, before_ladder = plan.is_ladder(at), plan.is_ladder(at + 1)
-            if ladder and not before_ladder:
+            if plan.reduces_once(at) or (ladder and not before_ladder):
                 total += busy + self._left()  # of attention and MLP together
                 continue
             behind_mlp = mlp[len(block)] if ladder else 0.0
