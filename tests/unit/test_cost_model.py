@@ -48,6 +48,9 @@ SPECS: list[Any] = [
     {"ladder": "all"},
     {"pair": [0, 8], "ladder": "all"},
     {"blocks": [[0], [1, 2], [5], [7]], "ladder": [1, 2]},
+    {"drop_sync": "all"},
+    {"pair": [0, 8], "parallel_residual": "all"},
+    {"drop_sync": [0, 2], "parallel_residual": [5], "ladder": [3, 4, 6, 7]},
 ]
 
 times = st.floats(0, 1e-2)
