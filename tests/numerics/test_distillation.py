@@ -27,6 +27,12 @@ PLANS: dict[str, Any] = {
     "skip": {"blocks": [[0], [1], [3], [5]]},
     "from the first layer": {"pair": [0, 4], "ladder": "all"},
     "out of order": {"blocks": [[0], [1, 4], [2], [3, 5]]},
+    "reduced once": {
+        "blocks": [[0], [1], [2, 3], [4], [5]],
+        "drop_sync": [1, 2, 3],
+        "parallel_residual": [4],
+        "tp": 2,
+    },
     "nothing": "identity",
 }
 
@@ -166,11 +172,17 @@ def test_what_is_trained(folder: Path, what: str, share: float | None, dtype: to
     assert not tested.load_state_dict(saved, strict=False).unexpected_keys
 
 
-def test_adapters_merge_into_what_they_are_on(folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "changed"), [("pairs", (2, 3, 4, 5)), ("reduced once", (1, 2, 3, 4))]
+)
+def test_adapters_merge_into_what_they_are_on(
+    folder: Path, name: str, changed: tuple[int, ...]
+) -> None:
+    plan = resolve(PLANS[name], LAYERS)
     ids = prompts(2, 16)
     teacher = hf.load_unmodified(folder)
     original = load_file(folder / "model.safetensors")
-    tested = Distillation(teacher, resolve(PLANS["pairs"], LAYERS))
+    tested = Distillation(teacher, plan)
     tested.unfreeze("lora", rank=2)
     assert all("lora" in name for name in tested.changes())
     with torch.no_grad():
@@ -180,14 +192,14 @@ def test_adapters_merge_into_what_they_are_on(folder: Path) -> None:
     before = tested.eval()(ids)["kl"].item()
     tested.merge()
     merged = tested.changes()
-    layers = tuple(f"model.layers.{layer}." for layer in (2, 3, 4, 5))
+    layers = tuple(f"model.layers.{layer}." for layer in changed)
     assert merged.keys() == {
         name for name in original if name.startswith(layers) and "proj" in name
     }
     assert not any(torch.equal(tensor, original[name]) for name, tensor in merged.items())
     assert all(torch.equal(tensor, original[name]) for name, tensor in teacher.named_parameters())
     assert tested(ids)["kl"].item() == pytest.approx(before, rel=1e-4)
-    untouched = Distillation(hf.load_unmodified(folder), resolve(PLANS["pairs"], LAYERS))
+    untouched = Distillation(hf.load_unmodified(folder), plan)
     assert tested(ids)["kl"].item() != pytest.approx(untouched.eval()(ids)["kl"].item(), rel=0.01)
 
 

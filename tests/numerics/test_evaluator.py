@@ -31,6 +31,10 @@ SPECS: list[Any] = [
     {"ladder": 2},
     {"ladder": [1, 3, 4]},
     {"pair": [0, 6], "ladder": [2, 3, 4, 5]},
+    {"parallel_residual": [1, 2, 4]},
+    {"drop_sync": [2, 3]},
+    {"blocks": [[0], [2, 1, 3], [4], [5]], "drop_sync": [1, 2, 3, 4], "ladder": [5]},
+    {"blocks": [[0], [1, 2, 3], [4], [5]], "drop_sync": [1, 2, 3, 4], "ladder": [5]},
 ]
 PLANS = [resolve(spec, LAYERS) for spec in SPECS]
 
@@ -45,12 +49,13 @@ def windows() -> Windows:
     return Windows("random", prompts(5, 24), counted=20)
 
 
-def logits_of(folder: Path, plan: Plan, tokens: Tensor) -> Tensor:
+def logits_of(folder: Path, plan: Plan, tokens: Tensor, ranks: int = 1) -> Tensor:
     with torch.no_grad():
-        logits: Tensor = hf.load(folder, plan)(tokens).logits
+        logits: Tensor = hf.load(folder, plan, ranks=ranks)(tokens).logits
     return logits
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize(
     ("shape", "spec"),
     [
@@ -62,15 +67,15 @@ def logits_of(folder: Path, plan: Plan, tokens: Tensor) -> Tensor:
     ids=str,
 )
 def test_equals_the_reference(
-    tmp_path: Path, windows: Windows, shape: dict[str, Any], spec: Any
+    tmp_path: Path, windows: Windows, shape: dict[str, Any], spec: Any, ranks: int
 ) -> None:
     folder = write_llama(tmp_path, layers=LAYERS, **shape)
     unmodified = resolve(spec or "identity", LAYERS)
-    evaluator = Evaluator(hf.load_unmodified(folder), spec and unmodified, batch=2)
+    evaluator = Evaluator(hf.load_unmodified(folder), spec and unmodified, batch=2, ranks=ranks)
     found = evaluator.measure(PLANS, windows)
     teacher = logits_of(folder, unmodified, windows.tokens)[:, -21:-1].log_softmax(-1)
     for plan, quality in zip(PLANS, found, strict=True):
-        student = logits_of(folder, plan, windows.tokens)[:, -21:-1].log_softmax(-1)
+        student = logits_of(folder, plan, windows.tokens, ranks)[:, -21:-1].log_softmax(-1)
         nll = -student.gather(2, windows.tokens[:, -20:, None])[..., 0].sum(-1)
         kl = (teacher.exp() * (teacher - student)).sum((-1, -2))
         assert quality.nll == pytest.approx(nll.tolist(), rel=1e-4)
@@ -171,6 +176,22 @@ def test_journal_of_two_writers(tmp_path: Path) -> None:
     assert Journal("t", tmp_path).path != both.path
 
 
+def test_ranks_keep_their_journals_apart(
+    folder: Path, windows: Windows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was measured for two ranks says nothing of four, but where no sync point is dropped."""
+    monkeypatch.setenv("DEPTHPAR_CACHE", str(tmp_path))
+    plans = [resolve(spec, LAYERS) for spec in ({"drop_sync": "all"}, {"pair": [1, 5]})]
+    model = hf.load_unmodified(folder)
+    two, four = (
+        Evaluator(model, origin="this", ranks=ranks).measure(plans, windows) for ranks in (2, 4)
+    )
+    assert abs(two[0].loss - four[0].loss) > 1e-3
+    assert two[1] == four[1]
+    again = Evaluator(model, origin="this", ranks=2).measure(plans, windows)
+    assert again == two
+
+
 def test_merged_is_the_mean_of_the_weights(folder: Path, windows: Windows, tmp_path: Path) -> None:
     row = row_with(LAYERS, (2, 5), TRANSFORMATIONS["merge"])
     (quality,) = Evaluator(hf.load_unmodified(folder)).measure([row], windows)
@@ -193,6 +214,8 @@ def test_merged_is_the_mean_of_the_weights(folder: Path, windows: Windows, tmp_p
         ("parallel", {"blocks": [[0], [1, 2, 3], [4], [5]]}),
         ("pairs", {"blocks": [[0], [1, 2], [3], [4], [5]]}),
         ("ladder", {"ladder": [1, 2, 3]}),
+        ("parallel_residual", {"parallel_residual": [1, 2, 3]}),
+        ("drop_sync", {"drop_sync": [1, 2, 3]}),
     ],
 )
 def test_transformations_are_plans(name: str, spec: Any) -> None:

@@ -24,7 +24,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     "spec",
-    [{"pair": [2, 6]}, {"ladder": 3}, {"blocks": [[0], [1], [3], [5]]}, {"pair": [0, 4]}],
+    [
+        {"pair": [2, 6]},
+        {"ladder": 3},
+        {"blocks": [[0], [1], [3], [5]]},
+        {"pair": [0, 4]},
+        {"drop_sync": [2, 3], "tp": 2},
+        {"parallel_residual": [1, 4]},
+    ],
     ids=str,
 )
 def test_less_is_lost_on_text_that_was_not_seen(folder: Path, spec: Any) -> None:

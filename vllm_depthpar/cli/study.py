@@ -29,9 +29,11 @@ def add(commands: Any) -> None:
         "--transformations",
         nargs="+",
         choices=TRANSFORMATIONS,
-        default=list(TRANSFORMATIONS),
         metavar="T",
-        help=f"any of {', '.join(TRANSFORMATIONS)} (all)",
+        help=f"any of {', '.join(TRANSFORMATIONS)} (all; drop_sync with --tp alone)",
+    )
+    study.add_argument(
+        "--tp", type=at_least(1), default=1, metavar="N", help="ranks, for drop_sync (1)"
     )
     study.add_argument("--window", type=at_least(2), default=512, help="tokens a window (512)")
     study.add_argument("--tokens", type=at_least(1), default=2048, help="count at most (2048)")
@@ -56,11 +58,13 @@ def _run(args: argparse.Namespace) -> str:
     layers = ModelShape.from_config(read_original_config(args.model)).layers
     grid = list(spans(layers, args.grid))
     texts = read_texts(args.model, [args.text], args.window, tokens=args.tokens)
-    suite = Suite(open_model(args.model, args.dtype), texts)
+    suite = Suite(open_model(args.model, args.dtype, ranks=args.tp), texts)
     name = texts[0].name
     unmodified = suite.unmodified()[name]
     maps, numbers = {}, {}
-    for transformation in args.transformations:
+    # On one rank a dropped sync point changes nothing.
+    every = [name for name in TRANSFORMATIONS if args.tp > 1 or name != "drop_sync"]
+    for transformation in args.transformations or every:
         transformed = [row_with(layers, span, TRANSFORMATIONS[transformation]) for span in grid]
         found = [of_text[name] for of_text in suite.measure(transformed, transformation)]
         square = np.full((layers, layers), np.nan)
@@ -83,6 +87,7 @@ def _run(args: argparse.Namespace) -> str:
             "model": model,
             **suite.described(),
             "grid": args.grid,
+            "tp": args.tp,
             "unmodified": unmodified.perplexity,
             "spans": numbers,
         },

@@ -36,8 +36,9 @@ Row = tuple[Block, ...]
 
 def row_of(plan: Plan) -> Row:
     """Take a plan's blocks, so that equal ones are the same."""
-    return tuple(
-        # Side by side is a sum: without order.
-        Block(tuple(sorted(block)), plan.mode(position))
-        for position, block in enumerate(plan.blocks)
-    )
+    return tuple(_block(layers, plan.mode(at)) for at, layers in enumerate(plan.blocks))
+
+
+def _block(layers: tuple[int, ...], mode: str) -> Block:
+    # Side by side is a sum, without order; but in this mode it says which ranks have which layer.
+    return Block(layers if mode == "drop_sync" else tuple(sorted(layers)), mode)

@@ -1,5 +1,5 @@
 """Which spans of layers can be changed, and how: the effective-depth study of the Layer Parallelism
-paper (arXiv 2502.02790, section 3), with ladders beside it.
+paper (arXiv 2502.02790, section 3), with the modes of blocks beside it.
 
 A transformation takes a span of consecutive layers and gives the blocks that run in its place.
 """
@@ -50,8 +50,19 @@ def ladder(span: Span) -> Row:
     return tuple(Block((layer,), mode="ladder") for layer in range(*span))
 
 
+def parallel_residual(span: Span) -> Row:
+    """Attention and MLP of each side by side."""
+    return tuple(Block((layer,), mode="parallel_residual") for layer in range(*span))
+
+
+def drop_sync(span: Span) -> Row:
+    """Each without its attention's all-reduce."""
+    return tuple(Block((layer,), mode="drop_sync") for layer in range(*span))
+
+
 TRANSFORMATIONS: dict[str, Callable[[Span], Row]] = {
-    one.__name__: one for one in (shuffle, prune, merge, parallel, pairs, ladder)
+    one.__name__: one
+    for one in (shuffle, prune, merge, parallel, pairs, ladder, parallel_residual, drop_sync)
 }
 
 
