@@ -7,6 +7,8 @@ each with its own RMSNorm inside, a block of layers i runs
     x <- x + sum_i A_i(x)
     x <- x + sum_i F_i(x)
 
+where the terms of missing halves are left out.
+
 A block of one layer is a standard layer; a block of two is Layer Parallelism's pair
 (arXiv 2502.02790, section 4). A layer in no block is absent, with its cache (Unified Layer
 Skipping, arXiv 2404.06954).
@@ -36,7 +38,7 @@ those of its layers one after the other, and a rank has a contiguous R-th of the
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from os import PathLike
@@ -68,6 +70,7 @@ class ParallelBlock(GradientCheckpointingLayer):
         mode: of the plan's block, see `vllm_depthpar.plan.Plan.mode`.
         before_ladder: whether the next block is a ladder block.
         ranks: R of the equations.
+        attending, feeding: indices of the members that have an attention, and an MLP.
     """
 
     def __init__(
@@ -76,6 +79,8 @@ class ParallelBlock(GradientCheckpointingLayer):
         mode: str,
         before_ladder: bool,
         ranks: int = 1,
+        drop_attention: Collection[int] = (),
+        drop_mlp: Collection[int] = (),
     ) -> None:
         # Not a decoder layer's own constructor (see `restructure`), which would make its weights.
         nn.Module.__init__(self)
@@ -83,6 +88,8 @@ class ParallelBlock(GradientCheckpointingLayer):
         self.mode = mode
         self.before_ladder = before_ladder
         self.ranks = ranks
+        self.attending = [index for index in members if index not in drop_attention]
+        self.feeding = [index for index in members if index not in drop_mlp]
 
     def forward(self, hidden_states: Stream, *_: Any, **context: Any) -> Stream:
         """Run the block.
@@ -102,8 +109,8 @@ class ParallelBlock(GradientCheckpointingLayer):
             x = y = x + self.attend(x, **context) + self.feed(x)
         else:
             ladder = self.mode == "ladder"
-            y = x + self.attend(y if ladder else x, **context)
-            x = y + self.feed(x if ladder else y)
+            y = x + self.attend(y if ladder else x, **context) if self.attending else x
+            x = y + self.feed(x if ladder else y) if self.feeding else y
             if self.mode == "drop_sync":
                 y = x
         return (x, y) if self.before_ladder else x
@@ -111,12 +118,18 @@ class ParallelBlock(GradientCheckpointingLayer):
     def attend(self, stream: Tensor, **context: Any) -> Tensor:
         """The sum of A_i(stream) over the block's layers; shapes as in `forward`."""
         return _total(
-            layer.self_attn(layer.input_layernorm(stream), **context)[0] for layer in self.layers
+            layer.self_attn(layer.input_layernorm(stream), **context)[0]
+            for layer in map(self._member, self.attending)
         )
 
     def feed(self, stream: Tensor) -> Tensor:
         """The sum of F_i(stream) over the block's layers; shapes as in `forward`."""
-        return _total(layer.mlp(layer.post_attention_layernorm(stream)) for layer in self.layers)
+        return _total(
+            layer.mlp(layer.post_attention_layernorm(stream)) for layer in self.feeding_layers
+        )
+
+    def _member(self, index: int) -> Any:
+        return self.members[str(index)]
 
     def _without_sync(self, x: Tensor, **context: Any) -> Tensor:
         """The sum over ranks of a_r and f_r."""
@@ -158,6 +171,11 @@ class ParallelBlock(GradientCheckpointingLayer):
             high = min((member + 1) * size, (rank + 1) * per_rank) - member * size
             if low < high:
                 yield rank, slice(low, high)
+
+    @property
+    def feeding_layers(self) -> list[Any]:
+        """Those of the original decoder layers that have an MLP."""
+        return [self._member(index) for index in self.feeding]
 
     @property
     def layers(self) -> list[GradientCheckpointingLayer]:
@@ -316,8 +334,8 @@ def _weights(
 def restructure(model: PreTrainedModel, plan: Plan, ranks: int | None = None) -> PreTrainedModel:
     """Apply a plan to a model, in place.
 
-    The kept layers stay the modules they were. They are renumbered in the order they run, and the
-    config counts them, so that caches have one slot for each kept layer.
+    The kept layers stay the modules they were, without the halves that the plan drops. Those with
+    an attention are renumbered in the order they run, so that caches have one slot for each.
 
     Args:
         model: a model as loaded, not restructured before.
@@ -336,8 +354,13 @@ def restructure(model: PreTrainedModel, plan: Plan, ranks: int | None = None) ->
         raise UserError("the model is already restructured; allowed: a model as loaded")
     _check_layers(plan, len(layers))
     _check_windows(model.config)
-    for slot, index in enumerate(index for block in plan.blocks for index in block):
+    attentions = [index for at in range(plan.depth) for index in plan.attention(at)]
+    for slot, index in enumerate(attentions):
         layers[index].self_attn.layer_idx = slot
+    for index in plan.drop_attention:
+        del layers[index].self_attn, layers[index].input_layernorm
+    for index in plan.drop_mlp:
+        del layers[index].mlp, layers[index].post_attention_layernorm
     # Decoder layers to transformers: gradient checkpointing, the recording of hidden states and
     # device maps treat them as such.
     block_type = type("ParallelBlock", (ParallelBlock, type(layers[0])), {})
@@ -347,12 +370,16 @@ def restructure(model: PreTrainedModel, plan: Plan, ranks: int | None = None) ->
             plan.mode(position),
             before_ladder=plan.is_ladder(position + 1),
             ranks=ranks or plan.tp or 1,
+            drop_attention=plan.drop_attention,
+            drop_mlp=plan.drop_mlp,
         )
         for position, block in enumerate(plan.blocks)
     )
-    model.config.num_hidden_layers = len(plan.kept)
+    # transformers runs so many blocks, and gives caches so many slots, which are empty at first.
+    count = max(plan.depth, len(attentions))
+    model.config.num_hidden_layers = count
     if getattr(model.config, "layer_types", None):  # all alike
-        model.config.layer_types = model.config.layer_types[: len(plan.kept)]
+        model.config.layer_types = model.config.layer_types[:count]
     return model
 
 

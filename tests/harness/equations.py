@@ -104,8 +104,10 @@ def plain_logits(path: Path, plan: Plan, ids: Tensor, ranks: int = 1) -> Tensor:
             continue
         ladder = position in plan.ladder
         read = after_attention if ladder else x
-        after_attention = x + torch.stack([attention(layer, read) for layer in block]).sum(0)
+        terms = [attention(layer, read) for layer in block if layer not in plan.drop_attention]
+        after_attention = torch.stack([x, *terms]).sum(0)
         read = x if ladder else after_attention
-        x = after_attention + torch.stack([mlp(layer, read) for layer in block]).sum(0)
+        terms = [mlp(layer, read) for layer in block if layer not in plan.drop_mlp]
+        x = torch.stack([after_attention, *terms]).sum(0)
     head = "model.embed_tokens" if config["tie_word_embeddings"] else "lm_head"
     return apply(head, norm("model.norm", x))

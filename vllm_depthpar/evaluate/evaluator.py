@@ -211,7 +211,14 @@ class Evaluator:
         if block.merged:
             members = {block.layers[0]: _mean(list(members.values()))}
         # `before_ladder` makes every block hand on both streams, whatever comes next.
-        return ParallelBlock(members, block.mode, before_ladder=True, ranks=self.ranks)
+        return ParallelBlock(
+            members,
+            block.mode,
+            before_ladder=True,
+            ranks=self.ranks,
+            drop_attention=block.drop_attention,
+            drop_mlp=block.drop_mlp,
+        )
 
 
 def _common(one: Row, other: Row) -> int:

@@ -18,16 +18,23 @@ class Block:
     Attributes:
         layers: the layers that run side by side.
         mode: of the block (see `vllm_depthpar.plan.Plan.mode`).
+        drop_attention, drop_mlp: those of the layers that run without that half.
         merged: run one layer whose weights are the mean of these layers' (a transformation of the
             effective-depth study, arXiv 2502.02790, section 3, that no plan can ask for).
     """
 
     layers: tuple[int, ...]
     mode: str = STANDARD
+    drop_attention: tuple[int, ...] = ()
+    drop_mlp: tuple[int, ...] = ()
     merged: bool = False
 
     def __str__(self) -> str:
-        return "+".join(map(str, self.layers)) + _LETTERS[self.mode] + "M" * self.merged
+        named = (
+            f"{layer}" + "m" * (layer in self.drop_attention) + "a" * (layer in self.drop_mlp)
+            for layer in self.layers
+        )
+        return "+".join(named) + _LETTERS[self.mode] + "M" * self.merged
 
 
 # Blocks in the order they run.
@@ -36,9 +43,15 @@ Row = tuple[Block, ...]
 
 def row_of(plan: Plan) -> Row:
     """Take a plan's blocks, so that equal ones are the same."""
-    return tuple(_block(layers, plan.mode(at)) for at, layers in enumerate(plan.blocks))
+    return tuple(_block(plan, position) for position in range(plan.depth))
 
 
-def _block(layers: tuple[int, ...], mode: str) -> Block:
-    # Side by side is a sum, without order; but in this mode it says which ranks have which layer.
-    return Block(layers if mode == "drop_sync" else tuple(sorted(layers)), mode)
+def _block(plan: Plan, position: int) -> Block:
+    mode, layers = plan.mode(position), plan.blocks[position]
+    return Block(
+        # Side by side is a sum, without order; but here it says which ranks have which layer.
+        layers if mode == "drop_sync" else tuple(sorted(layers)),
+        mode,
+        tuple(sorted(plan.drop_attention.intersection(layers))),
+        tuple(sorted(plan.drop_mlp.intersection(layers))),
+    )

@@ -88,7 +88,7 @@ class BlockAttention(_Sum, ComponentMetrics):
                     "num_swa_layers": count if window is not None else 0,
                 }
             )
-            for (width, window), count in _kinds(vllm_config).items()
+            for (width, window), count in _attentions(vllm_config).items()
         ]
         return cls(parts=parts)
 
@@ -117,15 +117,23 @@ class BlockFfn(_Sum, ComponentMetrics):
         size = base_shape(vllm_config.model_config).intermediate
         parts = [
             one.model_copy(update={"num_hidden_layers": count, "intermediate_size": width * size})
-            for (width, _), count in _kinds(vllm_config).items()
+            for width, count in _mlps(vllm_config).items()
         ]
         return cls(parts=parts)
 
 
-def _kinds(vllm_config: VllmConfig) -> Counter[tuple[int, int | None]]:
-    """How many blocks there are of how many layers, with which window of attention."""
+def _attentions(vllm_config: VllmConfig) -> Counter[tuple[int, int | None]]:
+    """How many blocks have so many attentions, with which window."""
     model_config = vllm_config.model_config
     of = windows(base_config(model_config))
     if model_config.disable_sliding_window:
         of = [None] * len(of)
-    return Counter((len(block), of[block[0]]) for block in plan_of(model_config).blocks)
+    plan = plan_of(model_config)
+    found = (plan.attention(at) for at in range(plan.depth))
+    return Counter((len(layers), of[layers[0]]) for layers in found if layers)
+
+
+def _mlps(vllm_config: VllmConfig) -> Counter[int]:
+    """How many blocks have so many MLPs."""
+    plan = plan_of(vllm_config.model_config)
+    return Counter(len(plan.mlp(at)) for at in range(plan.depth) if plan.mlp(at))

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.layernorm import RMSNorm
@@ -45,10 +46,28 @@ class BlockDecoderLayer(LlamaDecoderLayer):
     """
 
     def __init__(
-        self, vllm_config: VllmConfig, prefix: str, config: PreTrainedConfig | None = None
+        self,
+        vllm_config: VllmConfig,
+        prefix: str,
+        config: PreTrainedConfig | None = None,
+        attends: bool = True,
+        feeds: bool = True,
     ) -> None:
+        """Build the block.
+
+        Args:
+            config: of the layer (the model's).
+            attends, feeds: whether it has an attention and an MLP; without, it has no weights and
+                no KV cache of that half, and no norm before it.
+        """
         family = family_of(vllm_config.model_config.hf_config.to_dict())
-        super().__init__(vllm_config, prefix, config, attn_layer_type=attention_of(family))
+        attention = attention_of(family) if attends else _Absent
+        super().__init__(vllm_config, prefix, config, attn_layer_type=attention)
+        self.attends, self.feeds = attends, feeds
+        if not attends:
+            del self.self_attn, self.input_layernorm
+        if not feeds:
+            del self.mlp, self.post_attention_layernorm
 
     # Whether both norms are the same: gains folded in, both read one normalized stream.
     norms_are_alike = False
@@ -67,8 +86,10 @@ class BlockDecoderLayer(LlamaDecoderLayer):
         self.ladder = mode == "ladder"
         self.before_ladder = before_ladder
         self.reductions = Reductions()
-        self.self_attn.o_proj.reduce_results = False
-        self.mlp.down_proj.reduce_results = False
+        if self.attends:
+            self.self_attn.o_proj.reduce_results = False
+        if self.feeds:
+            self.mlp.down_proj.reduce_results = False
 
     def forward(
         self,
@@ -88,6 +109,8 @@ class BlockDecoderLayer(LlamaDecoderLayer):
         """
         if self.ladder:
             return self._ladder(positions, hidden_states, residual)
+        if not self.attends:
+            return self._feed(hidden_states, residual)
         hidden_states, residual = _norm(self.input_layernorm, hidden_states, residual)
         if self.mode == "parallel_residual":
             return self._parallel_residual(positions, hidden_states, residual)
@@ -98,7 +121,13 @@ class BlockDecoderLayer(LlamaDecoderLayer):
             mlp = self.mlp(self.post_attention_layernorm(residual + attention))
             return self.reductions.all_reduce(attention + mlp), residual
         attention = self.reductions.all_reduce(self.self_attn(positions, hidden_states))
-        hidden_states, residual = _norm(self.post_attention_layernorm, attention, residual)
+        return self._feed(attention, residual) if self.feeds else (attention, residual)
+
+    def _feed(
+        self, term: torch.Tensor, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor | Pending, torch.Tensor]:
+        """Run the MLP of a standard block, on the stream and a term that is to be added to it."""
+        hidden_states, residual = _norm(self.post_attention_layernorm, term, residual)
         mlp = self.mlp(hidden_states)
         if self.before_ladder:
             return Pending(None, self.reductions.start(mlp)), residual
@@ -153,6 +182,13 @@ def _norm(
     if stream is None:
         return norm(term), term
     return norm(term, stream)
+
+
+class _Absent(nn.Module):
+    """In place of an attention that is not there."""
+
+    def __init__(self, **_: object) -> None:
+        super().__init__()
 
 
 class DealtDecoderLayer(BlockDecoderLayer):

@@ -30,7 +30,9 @@ from vllm_depthpar.model.inductor import keep_mutations_in_order
 from vllm_depthpar.model.wide_block import WideDecoderLayer
 from vllm_depthpar.plan import Plan
 from vllm_depthpar.plan.attached import base_config, plan_of
-from vllm_depthpar.vllm_compat import compiles, let_draft_blocks_differ, logger
+from vllm_depthpar.plan.model_shape import half_of, missing_halves
+from vllm_depthpar.plan.spec import HALVES
+from vllm_depthpar.vllm_compat import compiles, let_draft_blocks_differ, logger, on_weights_loaded
 
 
 def make_decoder_layer(*, vllm_config: VllmConfig, prefix: str) -> nn.Module:
@@ -40,17 +42,17 @@ def make_decoder_layer(*, vllm_config: VllmConfig, prefix: str) -> nn.Module:
         prefix: "model.layers.B", B the position of the block in the plan.
     """
     plan, position = plan_of(vllm_config.model_config), extract_layer_index(prefix)
-    block = plan.blocks[position]
+    block, attention, mlp = plan.blocks[position], plan.attention(position), plan.mlp(position)
     # Named after its first layer, so that what addresses layers of the checkpoint by index
     # (ignore lists of quantized checkpoints, layer_types) finds them.
-    prefix = f"{prefix.rpartition('.')[0]}.{block[0]}"
+    prefix = f"{prefix.rpartition('.')[0]}.{(attention or block)[0]}"
     layer: BlockDecoderLayer
     if len(block) == 1:
-        layer = BlockDecoderLayer(vllm_config, prefix)
-    elif get_tensor_model_parallel_world_size() % len(block) == 0:
+        layer = BlockDecoderLayer(vllm_config, prefix, attends=bool(attention), feeds=bool(mlp))
+    elif plan.is_whole(position) and get_tensor_model_parallel_world_size() % len(block) == 0:
         layer = DealtDecoderLayer(vllm_config, prefix, members=len(block))
     else:
-        layer = WideDecoderLayer(vllm_config, prefix, block)
+        layer = WideDecoderLayer(vllm_config, prefix, attention, mlp)
     layer.take_over_all_reduces(plan.mode(position), plan.is_ladder(position + 1))
     return layer
 
@@ -63,6 +65,10 @@ class DepthParModel(LlamaModel):
             keep_mutations_in_order()
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=make_decoder_layer)
         self.plan = plan_of(vllm_config.model_config)
+        anchor = next(layer.self_attn.attn for layer in self.layers if layer.attends)
+        for layer in self.layers:
+            if isinstance(layer, WideDecoderLayer):
+                on_weights_loaded(anchor, layer.let_go)
         self.expected = Expected(base_config(vllm_config.model_config))
         # Random ones need not be loaded before a part of them can be.
         self.has_weights = vllm_config.load_config.load_format == "dummy"
@@ -109,26 +115,31 @@ class DepthParForCausalLM(LlamaForCausalLM):
         return DepthParModel(vllm_config=vllm_config, prefix=prefix)
 
     def is_unused_checkpoint_weight(self, name: str) -> bool:
-        """True for the weights of skipped layers: files that hold nothing else are not read."""
-        place = split_name(name)
-        return place is not None and place[1] in self.model.plan.skipped
+        """True for weights that the plan does not run: files that hold nothing else are not
+        read."""
+        place, plan = split_name(name), self.model.plan
+        if place is None:
+            return False
+        _, layer, rest = place
+        return layer in plan.skipped or half_of(rest) in missing_halves(plan, layer)
 
 
 def addressed(
     weights: Weights, plan: Plan, expected: Expected
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Rename layer K of the checkpoint to where the plan runs it; drop skipped layers.
+    """Rename layer K of the checkpoint to where the plan runs it; drop what it does not run.
 
     "layers.K.x" becomes "layers.B.x" for a layer that is alone in block B, and "layers.B.M.x"
-    for member M of a block of several.
+    in a block of several, where it is member M of those with that half.
 
     Raises:
         UserError: a tensor is not what it is expected to be.
     """
     places = {
-        layer: f"{position}.{member}" if len(block) > 1 else f"{position}"
+        (layer, half): f"{position}.{member}" if len(block) > 1 else f"{position}"
         for position, block in enumerate(plan.blocks)
-        for member, layer in enumerate(block)
+        for half in HALVES
+        for member, layer in enumerate(getattr(plan, half)(position))
     }
     for name, tensor in weights:
         expected.check(name, tensor.shape)
@@ -137,5 +148,5 @@ def addressed(
             yield name, tensor
             continue
         before, layer, rest = place
-        if layer in places:
-            yield f"{before}layers.{places[layer]}.{rest}", tensor
+        if (place_in_plan := places.get((layer, half_of(rest)))) is not None:
+            yield f"{before}layers.{place_in_plan}.{rest}", tensor

@@ -79,7 +79,7 @@ class DepthParConfig(VerifyAndUpdateConfig):
         outside_state.check_load_format(vllm_config.load_config.load_format)
         # vLLM asks that the model's head counts be divisible by TP. Blocks differ in theirs,
         # and each was just checked: report what all of them have in common.
-        common = gcd(*(len(block) for block in plan.blocks))
+        common = gcd(*(len(plan.attention(at)) for at in range(plan.depth)))
         model_config.model_arch_config = dataclasses.replace(
             model_config.model_arch_config,
             total_num_attention_heads=common * shape.heads,
@@ -130,8 +130,8 @@ def _only_safetensors(vllm_config: VllmConfig) -> None:
 
 
 def _check_shards(plan: Plan, shape: ModelShape, tp: int) -> None:
-    for block in plan.blocks:
-        if not shape.fits(len(block), tp):
+    for at, block in enumerate(plan.blocks):
+        if not shape.fits_block(plan, at, tp):
             fitting = ", ".join(str(size) for size in shape.fitting_tps(plan))
             raise UserError(
                 f"--tensor-parallel-size {tp} can't cut a block of {len(block)} layers with "
@@ -200,11 +200,13 @@ def _check_features(vllm_config: VllmConfig, plan: Plan, tp: int) -> None:
             f"model; allowed: {', '.join(_SPECULATION)}"
         )
     quantization = vllm_config.model_config.quantization
-    widths = sorted({len(block) for block in plan.blocks if len(block) > 1})
-    if quantization is not None and any(tp % width for width in widths):
+    blocks = [at for at, block in enumerate(plan.blocks) if len(block) > 1]
+    widths = sorted({len(plan.blocks[at]) for at in blocks})
+    folded = any(tp % len(plan.blocks[at]) or not plan.is_whole(at) for at in blocks)
+    if quantization is not None and folded:
         raise UserError(
             f"quantization {quantization!r}: the norms of side-by-side layers can't be folded "
             f"into quantized weights; allowed: --tensor-parallel-size a multiple of "
-            f"{' and '.join(map(str, widths))}, an unquantized checkpoint, or a plan without "
-            f"parallel blocks"
+            f"{' and '.join(map(str, widths))} and blocks of whole layers, an unquantized "
+            f"checkpoint, or a plan without parallel blocks"
         )

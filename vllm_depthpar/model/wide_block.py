@@ -24,7 +24,8 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm_depthpar.model.attention import HeadNorm
 from vllm_depthpar.model.blocks import BlockDecoderLayer, Weights
 from vllm_depthpar.model.fold import fold_gain_, shard_of
-from vllm_depthpar.vllm_compat import logger, on_weights_loaded
+from vllm_depthpar.plan.model_shape import half_of
+from vllm_depthpar.vllm_compat import logger
 
 # The norm whose gain is folded into a projection.
 _NORM_BEFORE = {
@@ -65,25 +66,44 @@ class WideDecoderLayer(BlockDecoderLayer):
 
     norms_are_alike = True
 
-    def __init__(self, vllm_config: VllmConfig, prefix: str, block: tuple[int, ...]) -> None:
-        self.members = len(block)
-        super().__init__(
-            vllm_config, prefix, config=widened(vllm_config.model_config.hf_config, self.members)
-        )
-        self._block = block
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        prefix: str,
+        attention: tuple[int, ...],
+        mlp: tuple[int, ...],
+    ) -> None:
+        """Build the block.
+
+        Args:
+            attention, mlp: the layers of the checkpoint whose attentions and MLPs it runs.
+        """
+        config = widened(vllm_config.model_config.hf_config, len(attention), len(mlp))
+        super().__init__(vllm_config, prefix, config, bool(attention), bool(mlp))
+        self._layers = {"self_attn": attention, "mlp": mlp}
+        # The norm whose gain is folded into a projection, of those that are there.
+        self._norms = {
+            name: norm for name, norm in _NORM_BEFORE.items() if self._layers[_half(name)]
+        }
         self._held: dict[Part, torch.Tensor] = {}
-        attention = self.self_attn
-        # TP that is no multiple of the members deals out KV heads, and copies none.
-        for name, heads in (("q_norm", attention.num_heads), ("k_norm", attention.num_kv_heads)):
-            if norm := getattr(attention, name, None):
-                setattr(attention, name, HeadNorm(norm, heads))
-        for name in _SHARD_IDS:
+        if attention:
+            self._give_heads_their_gains()
+        for name in self._projections():
             linear = self.get_submodule(name)
             linear.weight.weight_loader = _load_part
             if linear.bias is not None and isinstance(linear, ColumnParallelLinear):
                 linear.bias.weight_loader = _load_part
         self._parts = frozenset(self._expected())
-        on_weights_loaded(attention.attn, self.let_go)
+
+    def _give_heads_their_gains(self) -> None:
+        attention = self.self_attn
+        # TP that is no multiple of the members deals out KV heads, and copies none.
+        for name, heads in (("q_norm", attention.num_heads), ("k_norm", attention.num_kv_heads)):
+            if norm := getattr(attention, name, None):
+                setattr(attention, name, HeadNorm(norm, heads))
+
+    def _projections(self) -> list[str]:
+        return [name for name in _SHARD_IDS if self._layers[_half(name)]]
 
     def load_weights(self, weights: Weights) -> set[str]:
         """Take ("member.parameter", full tensor) pairs, of right shapes.
@@ -114,7 +134,11 @@ class WideDecoderLayer(BlockDecoderLayer):
         if not self._held:
             return []
         parts = self._parts - self._held.keys()
-        return sorted((self._block[part.member], part.parameter) for part in parts)
+        return sorted((self._layer_of(part), part.parameter) for part in parts)
+
+    def _layer_of(self, part: Part) -> int:
+        """Which layer of the checkpoint a tensor is of."""
+        return self._layers[_half(part.parameter)][part.member]
 
     def keep(self) -> None:
         """Hold what has come beyond the call that brought it: its memory may be used again."""
@@ -129,18 +153,19 @@ class WideDecoderLayer(BlockDecoderLayer):
                 missing[0][1],
                 missing[0][0],
                 len(missing) - 1,
-                ", ".join(map(str, self._block)),
+                ", ".join(map(str, sorted({*self._layers["self_attn"], *self._layers["mlp"]}))),
             )
         self._held = {}
 
     def _load(self, parts: dict[Part, torch.Tensor]) -> None:
         # Of parameters that all members share, or that vLLM's own loaders take: what they become.
-        whole = {f"{norm}.weight": torch.ones(self.hidden_size) for norm in _NORM_BEFORE.values()}
+        norms = self._norms.values()
+        whole = {f"{norm}.weight": torch.ones(self.hidden_size) for norm in norms}
         head_gains: dict[str, list[torch.Tensor]] = {}
         for part in sorted(parts, key=lambda part: part.member):
             name, _, leaf = part.parameter.rpartition(".")
             module, tensor = self.get_submodule(name), parts[part]
-            if name in _NORM_BEFORE.values():
+            if name in norms:
                 continue
             if isinstance(module, HeadNorm):
                 head_gains.setdefault(part.parameter, []).append(tensor)
@@ -150,8 +175,8 @@ class WideDecoderLayer(BlockDecoderLayer):
                 whole[part.parameter] = whole.get(part.parameter, zeros) + tensor
             elif (place := _place(module, part, tensor)) is not None:
                 gain = None
-                if leaf == "weight" and name in _NORM_BEFORE:
-                    gain = parts[Part(f"{_NORM_BEFORE[name]}.weight", None, part.member)]
+                if leaf == "weight" and name in self._norms:
+                    gain = parts[Part(f"{self._norms[name]}.weight", None, part.member)]
                 param = self.get_parameter(part.parameter)
                 param.weight_loader(param, tensor, *place, gain)
         for name, gains in head_gains.items():
@@ -163,24 +188,29 @@ class WideDecoderLayer(BlockDecoderLayer):
     def _of_this_rank(self, gains: list[torch.Tensor], heads: int) -> torch.Tensor:
         """One row for each of this rank's heads: the gain, (head_dim,), of the member it is of."""
         qkv = self.self_attn.qkv_proj
-        each = heads * qkv.tp_size // self.members
+        each = heads * qkv.tp_size // len(gains)
         rows = torch.stack(gains).repeat_interleave(each, 0)
         return rows[qkv.tp_rank * heads :][:heads]
 
     def _expected(self) -> Iterator[Part]:
         names: list[tuple[str, tuple[object, ...]]] = [
-            (f"{norm}.weight", (None,)) for norm in _NORM_BEFORE.values()
+            (f"{norm}.weight", (None,)) for norm in self._norms.values()
         ]
-        for projection, shard_ids in _SHARD_IDS.items():
+        for projection in self._projections():
             for leaf, _ in self.get_submodule(projection).named_parameters():
-                names.append((f"{projection}.{leaf}", shard_ids))
+                names.append((f"{projection}.{leaf}", _SHARD_IDS[projection]))
         for name, module in self.named_modules():
             if isinstance(module, HeadNorm):
                 names.append((f"{name}.weight", (None,)))
         for name, shard_ids in names:
             for shard_id in shard_ids:
-                for member in range(self.members):
+                for member in range(len(self._layers[_half(name)])):
                     yield Part(name, shard_id, member)
+
+
+def _half(parameter: str) -> str:
+    """Which half of a layer a parameter or a module is of, by its name."""
+    return "self_attn" if half_of(f"{parameter}.") == "attention" else "mlp"
 
 
 def _load_part(
@@ -234,15 +264,19 @@ def _rows_of(linear: ColumnParallelLinear, shard_id: object) -> tuple[int, int]:
     return int(str(shard_id)) * size, size
 
 
-def widened(config: PreTrainedConfig, members: int) -> PreTrainedConfig:
-    """The config of one decoder layer as wide as `members` layers of `config`."""
+def widened(config: PreTrainedConfig, attentions: int, mlps: int) -> PreTrainedConfig:
+    """Make the config of one decoder layer as wide as so many attentions and MLPs of `config`.
+
+    Of a half that it does not have, the sizes of one layer.
+    """
+    attentions, mlps = attentions or 1, mlps or 1
     wide = copy.copy(config)
     wide.head_dim = getattr(config, "head_dim", None) or (
         config.hidden_size // config.num_attention_heads
     )
-    wide.num_key_value_heads = members * (
+    wide.num_key_value_heads = attentions * (
         getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     )
-    wide.num_attention_heads = members * config.num_attention_heads
-    wide.intermediate_size = members * config.intermediate_size
+    wide.num_attention_heads = attentions * config.num_attention_heads
+    wide.intermediate_size = mlps * config.intermediate_size
     return wide

@@ -7,7 +7,7 @@ from typing import Any
 
 from vllm_depthpar.plan.model_shape import ModelShape, all_reduces, hidden_all_reduces
 from vllm_depthpar.plan.plan import Plan, resolve
-from vllm_depthpar.plan.spec import MODES, STANDARD
+from vllm_depthpar.plan.spec import HALVES, MODES, STANDARD
 
 # A run of layers that stay alone, by their mode.
 _MARKS = {STANDARD: "│", "ladder": "├", "drop_sync": "┆", "parallel_residual": "╞"}
@@ -24,11 +24,11 @@ def effects(plan: Plan, shape: ModelShape, tp: int = 1) -> dict[str, Any]:
         "digest": plan.digest,
         "name": plan.name,
         "tp": tp,
-        "tp_fits": all(shape.fits(len(block), tp) for block in plan.blocks),
+        "tp_fits": shape.fits_plan(plan, tp),
         "tps_that_fit": shape.fitting_tps(plan),
         "skipped": list(plan.skipped),
         "depth": {"before": plan.layers, "after": plan.depth},
-        **{mode: plan.to_spec().get(mode, []) for mode in MODES},
+        **{key: plan.to_spec().get(key, []) for key in (*MODES, *HALVES.values())},
         "all_reduces": {"before": all_reduces(plain), "after": all_reduces(plan)},
         "hidden_all_reduces": hidden_all_reduces(plan),
         "weight_bytes_per_rank": {
@@ -90,10 +90,12 @@ def _column(plan: Plan) -> list[str]:
         if gap:
             close()
             lines.append(f"  ┊ {_span(gap)}   skipped")
-        if len(block) > 1:
+        if len(block) > 1 or not plan.is_whole(position):
             close()
+            mark = "╪" if len(block) > 1 else "╎"
+            notes = [words(mode)] * (mode != STANDARD) + _without(plan, position)
             side_by_side = " ║ ".join(str(layer) for layer in block)
-            lines.append(f"  ╪ {side_by_side}" + (f"   {words(mode)}" if mode != STANDARD else ""))
+            lines.append(f"  {mark} {side_by_side}" + (f"   {', '.join(notes)}" if notes else ""))
         else:
             if run and (block[0] != run[-1] + 1 or mode != mode_of_run):
                 close()
@@ -105,6 +107,16 @@ def _column(plan: Plan) -> list[str]:
     if tail:
         lines.append(f"  ┊ {_span(tail)}   skipped")
     return lines
+
+
+def _without(plan: Plan, position: int) -> list[str]:
+    """What the halves are that a block lacks."""
+    block, notes = plan.blocks[position], []
+    for half, key in HALVES.items():
+        if layers := [layer for layer in block if layer in getattr(plan, key)]:
+            of = f" of {', '.join(map(str, layers))}" if len(layers) < len(block) else ""
+            notes.append(f"no {'MLP' if half == 'mlp' else half}{of}")
+    return notes
 
 
 def words(mode: str) -> str:

@@ -112,7 +112,8 @@ def check_windows(plan: Plan, config: Mapping[str, Any]) -> None:
         UserError: layers that run side by side see different numbers of tokens.
     """
     of = windows(config)
-    for block in plan.blocks:
+    for at in range(plan.depth):
+        block = plan.attention(at)
         for layer in block[1:]:
             if of[layer] != of[block[0]]:
                 raise UserError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.plan.families import family_of
 from vllm_depthpar.plan.plan import Plan
+from vllm_depthpar.plan.spec import HALVES
 
 # Of one number, by the name that config.json and vLLM have for its type.
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -66,25 +67,42 @@ class ModelShape:
                 f"config.json lacks the key {error}; allowed: a checkpoint's config.json"
             ) from None
 
-    def fits(self, width: int, tp: int) -> bool:
+    def fits(self, width: int, tp: int, mlp: int | None = None) -> bool:
         """Whether a block of `width` layers can be cut into `tp` shards.
 
         Query heads are dealt out evenly; KV heads too, or each is held by several ranks.
+
+        Args:
+            mlp: how many MLPs it has (`width`).
         """
         heads, kv_heads = width * self.heads, width * self.kv_heads
         return (
             heads % tp == 0
             and (kv_heads % tp == 0 or tp % kv_heads == 0)
-            and width * self.intermediate % tp == 0
+            and (width if mlp is None else mlp) * self.intermediate % tp == 0
+        )
+
+    def fits_plan(self, plan: Plan, tp: int) -> bool:
+        """Whether every block of a plan can be cut into `tp` shards."""
+        return all(self.fits_block(plan, at, tp) for at in range(plan.depth))
+
+    def fits_block(self, plan: Plan, position: int, tp: int) -> bool:
+        """Whether one block of a plan can be cut into `tp` shards."""
+        attention, mlp = len(plan.attention(position)), len(plan.mlp(position))
+        return (not attention or self.fits(attention, tp, mlp=0)) and (
+            not mlp or mlp * self.intermediate % tp == 0
         )
 
     def fitting_tps(self, plan: Plan, limit: int = 64) -> list[int]:
         """Tensor-parallel sizes up to `limit` that every block of the plan can be cut into."""
-        widths = {len(block) for block in plan.blocks}
-        return [tp for tp in range(1, limit + 1) if all(self.fits(w, tp) for w in widths)]
+        return [tp for tp in range(1, limit + 1) if self.fits_plan(plan, tp)]
 
-    def layer_tensors(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of one decoder layer's tensors, by their names in it."""
+    def layer_tensors(self, without: Collection[str] = ()) -> dict[str, tuple[int, ...]]:
+        """The shapes of one decoder layer's tensors, by their names in it.
+
+        Args:
+            without: halves that it does not have, of `spec.HALVES`.
+        """
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         projections = {
             "self_attn.q_proj": (q, self.hidden, self.qkv_bias),
@@ -105,7 +123,7 @@ class ModelShape:
         if self.qk_norm:
             for norm in ("q_norm", "k_norm"):
                 tensors[f"self_attn.{norm}.weight"] = (self.head_dim,)
-        return tensors
+        return {name: tensor for name, tensor in tensors.items() if half_of(name) not in without}
 
     def layer_parameters(self) -> int:
         """Parameters of one decoder layer, its norms included."""
@@ -114,34 +132,41 @@ class ModelShape:
     def weight_bytes(self, plan: Plan, tp: int = 1) -> int:
         """Bytes of weights on one rank (norms and biases counted as if they were cut, too)."""
         embeddings = self.vocab * self.hidden * (1 if self.tied else 2)
-        layers = len(plan.kept) * self.layer_parameters()
+        layers = sum(
+            prod(tensor)
+            for layer in plan.kept
+            for tensor in self.layer_tensors(missing_halves(plan, layer)).values()
+        )
         return (embeddings + layers) * self.dtype_bytes // tp + self.hidden * self.dtype_bytes
 
     def kv_bytes_per_token(self, plan: Plan, tp: int = 1) -> int:
         """Bytes of KV cache one token takes on one rank."""
-        heads = sum(max(1, len(block) * self.kv_heads // tp) for block in plan.blocks)
+        widths = [len(plan.attention(at)) for at in range(plan.depth)]
+        heads = sum(max(1, width * self.kv_heads // tp) for width in widths if width)
         return 2 * heads * self.head_dim * self.dtype_bytes
 
 
-def all_reduces(plan: Plan) -> int:
-    """All-reduces of one forward pass at TP > 1.
+def half_of(tensor: str) -> str:
+    """Say which half of a layer a tensor belongs to, by its name in the layer."""
+    return "attention" if tensor.startswith(("self_attn.", "input_layernorm.")) else "mlp"
 
-    Two a block and one for the embedding; but where the sync point between them is dropped, where
-    both read the same stream, and in a ladder block that no other follows, attention and MLP are
-    summed on each rank first and reduced once.
-    """
-    once = sum(
-        plan.reduces_once(at) or (plan.is_ladder(at) and not plan.is_ladder(at + 1))
-        for at in range(plan.depth)
-    )
-    return 2 * plan.depth + 1 - once
+
+def missing_halves(plan: Plan, layer: int) -> list[str]:
+    """List the halves that a layer of a plan runs without."""
+    return [half for half, key in HALVES.items() if layer in getattr(plan, key)]
+
+
+def all_reduces(plan: Plan) -> int:
+    """Count the all-reduces of one forward pass at TP > 1: the blocks', and the embedding's."""
+    return 1 + sum(plan.reductions(at) for at in range(plan.depth))
 
 
 def hidden_all_reduces(plan: Plan) -> int:
     """Those of `all_reduces` that run while the next module computes (arXiv 2501.06589).
 
-    The MLP's of any block with two that a ladder block follows; the attention's of such a ladder
-    block.
+    The MLP's of any block that a ladder block follows, unless it reduces once or has none; the
+    attention's of such a ladder block.
     """
     followed = [at for at in range(plan.depth) if plan.is_ladder(at + 1)]
-    return sum((not plan.reduces_once(at)) + plan.is_ladder(at) for at in followed)
+    mlps = sum(not plan.reduces_once(at) and bool(plan.mlp(at)) for at in followed)
+    return mlps + sum(plan.is_ladder(at) for at in followed)

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vllm_depthpar.errors import UserError
-from vllm_depthpar.plan.spec import MODES, STANDARD, Skip, Spec, parse, shortened
+from vllm_depthpar.plan.spec import HALVES, MODES, STANDARD, Halves, Skip, Spec, parse, shortened
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Plan:
             A block of parallel residual computes x + A(x) + F(x): one all-reduce.
             A drop-sync block on R ranks, A_r and F_r a rank's terms of A and F, computes
             x + sum_r (A_r(x) + F_r(x + A_r(x))): one all-reduce, and at R = 1 a standard block.
+        drop_attention, drop_mlp: layers that run without that half: its term is left out of the
+            sums of its block.
         tp: the tensor-parallel size that the plan was made for, if it was made for one.
     """
 
@@ -45,6 +48,8 @@ class Plan:
     ladder: frozenset[int] = frozenset()
     drop_sync: frozenset[int] = frozenset()
     parallel_residual: frozenset[int] = frozenset()
+    drop_attention: frozenset[int] = frozenset()
+    drop_mlp: frozenset[int] = frozenset()
     tp: int | None = None
 
     @property
@@ -71,7 +76,32 @@ class Plan:
     def is_identity(self) -> bool:
         """True when the plan runs every layer alone and in order, as plain vLLM does."""
         alone = tuple((layer,) for layer in range(self.layers))
-        return self.blocks == alone and not any(getattr(self, mode) for mode in MODES)
+        changed = any(getattr(self, key) for key in (*MODES, *HALVES.values()))
+        return self.blocks == alone and not changed
+
+    def attention(self, position: int) -> tuple[int, ...]:
+        """List the layers of a block that run their attention."""
+        return tuple(layer for layer in self.blocks[position] if layer not in self.drop_attention)
+
+    def mlp(self, position: int) -> tuple[int, ...]:
+        """List the layers of a block that run their MLP."""
+        return tuple(layer for layer in self.blocks[position] if layer not in self.drop_mlp)
+
+    def is_whole(self, position: int) -> bool:
+        """Whether every layer of a block has both halves."""
+        return self.attention(position) == self.mlp(position)
+
+    def reductions(self, position: int) -> int:
+        """Count the all-reduces of a block at TP > 1.
+
+        One for its attentions and one for its MLPs; but where the sync point between them is
+        dropped, where both read the same stream, and in a ladder block that no other follows, both
+        are summed on each rank first and reduced once.
+        """
+        once = self.is_ladder(position) and not self.is_ladder(position + 1)
+        if once or self.reduces_once(position):
+            return 1
+        return bool(self.attention(position)) + bool(self.mlp(position))
 
     def mode(self, position: int) -> str:
         """Say how a block runs: one of `MODES`, or `STANDARD`; this past the last, too."""
@@ -102,6 +132,7 @@ class Plan:
         return (
             bool(more)
             or self.mode(position) != STANDARD
+            or not self.is_whole(position)
             or (begin, self.end(position)) != (first, first + 1)
         )
 
@@ -113,6 +144,9 @@ class Plan:
         for mode in MODES:
             if positions := getattr(self, mode):
                 notes.append(f"{len(positions)} {mode.replace('_', ' ')}")
+        for half, key in HALVES.items():
+            if layers := getattr(self, key):
+                notes.append(f"{len(layers)} without {'MLP' if half == 'mlp' else half}")
         if self.skipped:
             notes.append(f"{len(self.skipped)} skipped")
         return f"{self.layers} layers as {self.depth} blocks" + (
@@ -133,6 +167,9 @@ class Plan:
         for mode in MODES:
             if positions := getattr(self, mode):
                 spec[mode] = sorted(layer for at in positions for layer in self.blocks[at])
+        for key in HALVES.values():
+            if layers := getattr(self, key):
+                spec[key] = sorted(layers)
         if self.tp is not None:
             spec["tp"] = self.tp
         return spec
@@ -160,9 +197,17 @@ def resolve(spec: object, layers: int) -> Plan:
             f"allowed: {layers}"
         )
     blocks = _blocks(parsed, layers)
+    dropped = {key: _dropped(half, key, parsed, blocks, layers) for half, key in HALVES.items()}
+    if both := sorted(dropped["drop_attention"] & dropped["drop_mlp"]):
+        raise UserError(
+            f"plan key 'drop_mlp': layer {both[0]} has no attention, either; allowed: to skip it"
+        )
     of_mode = {mode: _blocks_named(mode, getattr(parsed, mode), blocks, layers) for mode in MODES}
-    _check_one_mode(of_mode, blocks)
-    return Plan(layers, blocks, **of_mode, tp=parsed.tp)
+    if dropped["drop_attention"] == {layer for block in blocks for layer in block}:
+        raise UserError("plan key 'drop_attention': no attention is left; allowed: to keep one")
+    plan = Plan(layers, blocks, **of_mode, **dropped, tp=parsed.tp)
+    _check_modes(plan, of_mode)
+    return plan
 
 
 def _blocks(spec: Spec, layers: int) -> tuple[tuple[int, ...], ...]:
@@ -208,21 +253,51 @@ def _blocks_named(
     return frozenset(position for position, block in enumerate(blocks) if named.issuperset(block))
 
 
-def _check_one_mode(
-    of_mode: dict[str, frozenset[int]], blocks: tuple[tuple[int, ...], ...]
-) -> None:
+def _check_modes(plan: Plan, of_mode: dict[str, frozenset[int]]) -> None:
+    """Refuse blocks of two modes, and modes of blocks that are not whole."""
     taken: dict[int, str] = {}
     for mode, positions in of_mode.items():
         for position in sorted(positions):
+            block = shortened(list(plan.blocks[position]))
             if position in taken:
                 raise UserError(
-                    f"plan key {mode!r}: the block {shortened(list(blocks[position]))} is under "
-                    f"{taken[position]!r}, too; allowed: one mode a block"
+                    f"plan key {mode!r}: the block {block} is under {taken[position]!r}, too; "
+                    f"allowed: one mode a block"
+                )
+            if not plan.is_whole(position):
+                raise UserError(
+                    f"plan key {mode!r}: the block {block} lacks a half of a layer; allowed: "
+                    f"blocks of whole layers"
                 )
             taken[position] = mode
 
 
-def _checked_blocks(blocks: list[list[int]], layers: int) -> tuple[tuple[int, ...], ...]:
+def _dropped(
+    half: str, key: str, spec: Spec, blocks: tuple[tuple[int, ...], ...], layers: int
+) -> frozenset[int]:
+    """Layers whose half a spec leaves out, by its key or by blocks that name halves."""
+    kept = {layer for block in blocks for layer in block}
+    named = getattr(spec, key) or []
+    for layer in named:
+        if layer >= layers:
+            raise UserError(
+                f"plan key {key!r}: layer {layer} is out of range; allowed: 0 to {layers - 1}"
+            )
+        if layer not in kept:
+            raise UserError(f"plan key {key!r}: layer {layer} is skipped; allowed: layers that run")
+    halves = [block for block in spec.blocks or () if isinstance(block, Halves)]
+    missing = {
+        layer
+        for block in halves
+        for layer in {*block.attention, *block.mlp} - set(getattr(block, half))
+    }
+    return frozenset(missing.union(named))
+
+
+def _checked_blocks(
+    given: Sequence[list[int] | Halves], layers: int
+) -> tuple[tuple[int, ...], ...]:
+    blocks = [_members(block) if isinstance(block, Halves) else block for block in given]
     seen: set[int] = set()
     for block in blocks:
         if not block:
@@ -236,6 +311,18 @@ def _checked_blocks(blocks: list[list[int]], layers: int) -> tuple[tuple[int, ..
                 raise UserError(f"plan key 'blocks': layer {layer} is used twice; allowed: once")
             seen.add(layer)
     return tuple(tuple(block) for block in blocks)
+
+
+def _members(block: Halves) -> list[int]:
+    """The layers of which a block has a half or both, in the order of its attentions."""
+    for half in ("attention", "mlp"):
+        layers = getattr(block, half)
+        if len(set(layers)) < len(layers):
+            raise UserError(
+                f"plan key 'blocks': {half} {shortened(layers)} names a layer twice; allowed: once"
+            )
+    rest = [layer for layer in block.mlp if layer not in block.attention]
+    return [*block.attention, *rest]
 
 
 def _kept_by_skipping(skip: Skip, layers: int) -> tuple[int, ...]:

@@ -38,15 +38,28 @@ class Skip(BaseModel):
     )
 
 
+class Halves(BaseModel):
+    """A block whose attentions and MLPs are those of different layers; either may be none."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    attention: list[LayerIndex] = Field(
+        description="a list of layer indices: the attentions that run side by side"
+    )
+    mlp: list[LayerIndex] = Field(
+        description="a list of layer indices: the MLPs that run side by side after them"
+    )
+
+
 class Spec(BaseModel):
     """What a user writes. `resolve` gives it meaning."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    blocks: list[list[LayerIndex]] | None = Field(
+    blocks: list[list[LayerIndex] | Halves] | None = Field(
         default=None,
         min_length=1,
         description="a list of lists of layer indices: the blocks in the order they run; "
-        "layers that are not named are skipped",
+        'layers that are not named are skipped; {"attention": [...], "mlp": [...]} for a block '
+        "whose halves differ",
     )
     pair: tuple[LayerIndex, LayerIndex] | None = Field(
         default=None,
@@ -73,6 +86,12 @@ class Spec(BaseModel):
         description="in which layers attention and MLP read the same stream: a number (that many, "
         "the last), a list of layer indices, or 'all'",
     )
+    drop_attention: list[LayerIndex] | None = Field(
+        default=None, description="a list of layer indices: layers without their attention"
+    )
+    drop_mlp: list[LayerIndex] | None = Field(
+        default=None, description="a list of layer indices: layers without their MLP"
+    )
     tp: Annotated[StrictInt, Field(ge=1)] | None = Field(
         default=None, description="the tensor-parallel size that the plan was made for, 1 or more"
     )
@@ -86,7 +105,9 @@ NULL = "null is no plan; allowed: a mapping, 'auto' or 'identity'"
 STANDARD = "standard"
 # How else a block can run, as the keys that name its layers; one mode a block.
 MODES = ("ladder", "drop_sync", "parallel_residual")
-_METHODS = ("blocks", "pair", "skip", *MODES)
+# The halves of a layer, and the keys that leave them out.
+HALVES = {"attention": "drop_attention", "mlp": "drop_mlp"}
+_METHODS = ("blocks", "pair", "skip", *MODES, *HALVES.values())
 _ADAPTER: TypeAdapter[Any] = TypeAdapter(Spec | Literal["auto", "identity"])
 
 
@@ -184,7 +205,9 @@ def _explain(error: ValidationError) -> str:
     fields, path = Spec.model_fields, [part for part in first["loc"] if isinstance(part, str)]
     if path[:1] == ["skip"] and len(path) > 1:
         fields = Skip.model_fields
-    if path[0] in MODES:
+    if path[0] == "blocks" and first["type"] == "extra_forbidden":
+        fields, path = Halves.model_fields, ["blocks", path[-1]]
+    elif path[0] in ("blocks", *MODES):
         path = path[:1]  # without pydantic's name for the form that it tried
     key, leaf = ".".join(path), path[-1]
     if first["type"] == "extra_forbidden":

@@ -69,14 +69,17 @@ def step_time(
     check(shape, plan, deployment.tp)
     device, link, tp = deployment.device, deployment.link, deployment.tp
     work = _Work(shape, deployment, workload)
-    widths = Counter(len(block) for block in plan.blocks)
-    attention = {width: _parts(work.attention(width)) for width in widths}
-    mlp = {width: _parts(work.mlp(width)) for width in widths}
+    attentions = Counter(len(plan.attention(at)) for at in range(plan.depth))
+    mlps = Counter(len(plan.mlp(at)) for at in range(plan.depth))
+    attention = {width: _parts(work.attention(width)) for width in attentions if width}
+    mlp = {width: _parts(work.mlp(width)) for width in mlps if width}
     memory, compute = (
         head
-        + sum(count * (attention[width][of] + mlp[width][of]) for width, count in widths.items())
+        + sum(attentions[width] * parts[of] for width, parts in attention.items())
+        + sum(mlps[width] * parts[of] for width, parts in mlp.items())
         for of, head in enumerate(_parts([work.head()]))
     )
+    halves = attentions.total() - attentions[0] + mlps.total() - mlps[0]
     communication = 0.0
     if tp > 1 and link is not None:
         size = workload.rows * shape.hidden * shape.dtype_bytes
@@ -94,7 +97,7 @@ def step_time(
     return StepTime(
         memory=memory,
         compute=compute,
-        fixed=device.step_seconds + plan.depth * device.layer_seconds,
+        fixed=device.step_seconds + halves * device.layer_seconds / 2,
         communication=communication,
     )
 
@@ -124,7 +127,7 @@ def check(shape: ModelShape, plan: Plan, tp: int) -> None:
         raise UserError(
             f"the plan is for {plan.layers} layers; allowed: {shape.layers}, as the model has"
         )
-    if not all(shape.fits(width, tp) for width in {len(block) for block in plan.blocks}):
+    if not shape.fits_plan(plan, tp):
         sizes = ", ".join(map(str, shape.fitting_tps(plan)))
         raise UserError(
             f"{plan.name} can't be cut into {tp} tensor-parallel ranks; allowed: {sizes}"
@@ -209,18 +212,20 @@ class _Reduction:
         """Seconds of a forward pass's all-reduces that nothing hides.
 
         Args:
-            attention: seconds of a block's attention, by the width of the block; `mlp`: likewise.
+            attention: seconds of a block's attention, by how many it has; `mlp`: likewise.
         """
         busy = self.busy(plain)
         total = busy + self._left()  # the embedding's
-        for at, block in enumerate(plan.blocks):
+        for at in range(plan.depth):
             ladder, before_ladder = plan.is_ladder(at), plan.is_ladder(at + 1)
             if plan.reduces_once(at) or (ladder and not before_ladder):
                 total += busy + self._left()  # of attention and MLP together
                 continue
-            behind_mlp = mlp[len(block)] if ladder else 0.0
-            behind_attention = attention[len(plan.blocks[at + 1])] if before_ladder else 0.0
-            total += 2 * busy + self._left(behind_mlp) + self._left(behind_attention)
+            if plan.attention(at):
+                total += busy + self._left(mlp[len(plan.mlp(at))] if ladder else 0.0)
+            if plan.mlp(at):
+                behind = attention[len(plan.attention(at + 1))] if before_ladder else 0.0
+                total += busy + self._left(behind)
         return total
 
     def _left(self, behind: float = 0.0) -> float:

@@ -66,7 +66,7 @@ def refit(
                     for layer in layers[depth:end]:
                         state.target = layer(state.target, **state.context)
             depth = end
-        if end is not None and position in distillation.changed:
+        if end is not None and position in distillation.changed and block.feeding:
             distillation.own_downs([position])
             found[position] = _fit(block, states, distillation.autocast)
         for state in states:
@@ -101,7 +101,7 @@ def _fit(
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> float:
     """Fit one block, which computes in `autocast`; returns the ridge."""
-    downs = [layer.mlp.down_proj for layer in block.layers]
+    downs = [layer.mlp.down_proj for layer in block.feeding_layers]
     widths = [down.in_features for down in downs]
     size, hidden = sum(widths), downs[0].out_features
     like = downs[0].weight

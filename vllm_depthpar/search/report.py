@@ -11,7 +11,7 @@ from typing import Any
 from vllm_depthpar.evaluate.evaluator import Quality
 from vllm_depthpar.evaluate.suite import reported
 from vllm_depthpar.plan import Plan, drawing
-from vllm_depthpar.plan.spec import MODES
+from vllm_depthpar.plan.spec import HALVES, MODES
 from vllm_depthpar.search.baselines import kind
 from vllm_depthpar.search.run import Effort, Outcome
 from vllm_depthpar.search.search import Found
@@ -80,7 +80,7 @@ class SearchReport:
             "measured": [self._entry(one) for one in search.measured()],
             "alone": [
                 {"plan": space.plan((tile,)).name, "layers": list(tile.layers), "kl": value}
-                | {"skip": tile.skip, "mode": tile.mode}
+                | {"skip": tile.skip, "mode": tile.mode, "without": tile.without}
                 for tile, value in search.alone.items()
                 if tile.changes
             ],
@@ -184,4 +184,4 @@ def changed(plan: Plan) -> dict[str, Any]:
     if plan.skipped:
         found["skip"] = list(plan.skipped)
     spec = plan.to_spec()
-    return found | {mode: spec[mode] for mode in MODES if mode in spec}
+    return found | {mode: spec[mode] for mode in (*MODES, *HALVES.values()) if mode in spec}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.plan import Plan
 from vllm_depthpar.plan.model_shape import ModelShape
-from vllm_depthpar.plan.spec import MODES
+from vllm_depthpar.plan.spec import HALVES, MODES
 from vllm_depthpar.search.target import (
     Machine,
     check_all_reduces,
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from vllm_depthpar.evaluate.suite import Suite
     from vllm_depthpar.search.search import Found, Search
 
-METHODS = ("pair", "group", "skip", *MODES)
+METHODS = ("pair", "group", "skip", *MODES, *HALVES.values())
 
 # Of a text's windows, the share that a change alone is measured on is at least one in so many.
 _THIN = 4

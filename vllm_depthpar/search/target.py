@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.plan import Plan
 from vllm_depthpar.plan.model_shape import ModelShape
-from vllm_depthpar.plan.spec import STANDARD
 from vllm_depthpar.predict import cost_model
 from vllm_depthpar.predict.machines import Deployment, Workload
 from vllm_depthpar.search.tiling import Tile, best_of_each_length, to_plan
 
 # Units that a layer's time is divided into.
 _UNITS = 16
+_ALONE = Tile(0)
 _ONCE = ("drop_sync", "parallel_residual")
 
 
@@ -32,35 +32,30 @@ class Machine:
 
     def lengths(self, shape: ModelShape, tiles: Iterable[Tile]) -> dict[Tile, int]:
         """Predict each tile's time, in sixteenths of a layer's."""
-        layer = self._block_seconds(shape, 1, mode=STANDARD)
-        kinds = {(tile.width, tile.mode) for tile in tiles if not tile.skip}
+        layer = self._block_seconds(shape, _ALONE)
         units = {
-            (width, mode): round(_UNITS * self._block_seconds(shape, width, mode) / layer)
-            for width, mode in kinds
+            kind: round(_UNITS * self._block_seconds(shape, kind) / layer)
+            for kind in {replace(tile, start=0) for tile in tiles if not tile.skip}
         }
-        return {tile: 0 if tile.skip else units[tile.width, tile.mode] for tile in tiles}
+        return {tile: 0 if tile.skip else units[replace(tile, start=0)] for tile in tiles}
 
     def length_of(self, shape: ModelShape, speedup: float) -> int:
         """Compute the total length that a speed-up over plain vLLM allows."""
-        layer = self._block_seconds(shape, 1, mode=STANDARD)
+        layer = self._block_seconds(shape, _ALONE)
         whole = self._seconds(shape, to_plan((), shape.layers))
         rest = whole - shape.layers * layer
         plain = cost_model.plain_time(shape, self.deployment, self.workload).seconds
         return math.floor(_UNITS * (plain / speedup - rest) / layer)
 
-    def _block_seconds(self, shape: ModelShape, width: int, mode: str) -> float:
+    def _block_seconds(self, shape: ModelShape, kind: Tile) -> float:
         """What one more block of a kind costs, in a row of its kind."""
-        times = [
-            self._seconds(
-                replace(shape, layers=width * count),
-                to_plan(
-                    tuple(Tile(width * at, width, mode=mode) for at in range(count)),
-                    width * count,
-                ),
-            )
-            for count in (4, 8)
-        ]
-        return (times[1] - times[0]) / 4
+
+        def seconds(count: int) -> float:
+            row = tuple(replace(kind, start=kind.width * at) for at in range(count))
+            layers = kind.width * count
+            return self._seconds(replace(shape, layers=layers), to_plan(row, layers))
+
+        return (seconds(8) - seconds(4)) / 4
 
     def _seconds(self, shape: ModelShape, plan: Plan) -> float:
         return cost_model.step_time(shape, plan, self.deployment, self.workload).seconds
@@ -76,7 +71,9 @@ def reductions(tiles: Iterable[Tile]) -> dict[Tile, int]:
 
     The embedding's is no tile's, and that a row of ladder blocks ends with one fewer is left out.
     """
-    return {tile: 0 if tile.skip else 1 if tile.mode in _ONCE else 2 for tile in tiles}
+    return {
+        tile: 0 if tile.skip else 1 if tile.mode in _ONCE or tile.without else 2 for tile in tiles
+    }
 
 
 def reachable(layers: int, lengths: dict[Tile, int]) -> list[int]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_depthpar.plan import Plan
-from vllm_depthpar.plan.spec import MODES, STANDARD
+from vllm_depthpar.plan.spec import HALVES, MODES, STANDARD
 
 
 @dataclass(frozen=True, order=True)
@@ -24,12 +24,14 @@ class Tile:
         width: how many layers, 1 or more.
         skip: none of them runs.
         mode: of the block (see `vllm_depthpar.plan.Plan.mode`).
+        without: the half that the layer, alone, runs without; of `spec.HALVES`, or none.
     """
 
     start: int
     width: int = 1
     skip: bool = False
     mode: str = STANDARD
+    without: str = ""
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -39,7 +41,7 @@ class Tile:
     @property
     def changes(self) -> bool:
         """Whether this is anything else than one layer that runs as it always did."""
-        return self.width > 1 or self.skip or self.mode != STANDARD
+        return self.width > 1 or self.skip or self.mode != STANDARD or bool(self.without)
 
 
 Tiling = tuple[Tile, ...]
@@ -50,11 +52,15 @@ def to_plan(tiling: Tiling, layers: int) -> Plan:
     covered = {layer for tile in tiling for layer in tile.layers}
     row = sorted([*tiling, *(Tile(layer) for layer in range(layers) if layer not in covered)])
     run = [tile for tile in row if not tile.skip]
+    dropped: dict[str, Any] = {
+        key: frozenset(tile.start for tile in run if tile.without == half)
+        for half, key in HALVES.items()
+    }
     of_mode: dict[str, Any] = {
         mode: frozenset(position for position, tile in enumerate(run) if tile.mode == mode)
         for mode in MODES
     }
-    return Plan(layers, tuple(tile.layers for tile in run), **of_mode)
+    return Plan(layers, tuple(tile.layers for tile in run), **of_mode, **dropped)
 
 
 def candidates(layers: int, methods: Collection[str], group: int = 4) -> list[Tile]:
@@ -62,8 +68,9 @@ def candidates(layers: int, methods: Collection[str], group: int = 4) -> list[Ti
 
     Args:
         layers: number of layers N.
-        methods: any of "pair" (two side by side), "group" (three to `group`), "skip", and of the
-            modes of blocks, which combine with the widths that are allowed beside them.
+        methods: any of "pair" (two side by side), "group" (three to `group`), "skip", of the modes
+            of blocks, which combine with the widths that are allowed beside them, and of the keys
+            that drop a half, of layers that run alone.
         group: the widest group.
     """
     widths = [1]
@@ -80,6 +87,9 @@ def candidates(layers: int, methods: Collection[str], group: int = 4) -> list[Ti
     if "skip" in methods:
         # First and last always run, as in Unified Layer Skipping (arXiv 2404.06954).
         tiles += [Tile(start, skip=True) for start in range(1, layers - 1)]
+    for half, key in HALVES.items():
+        if key in methods:
+            tiles += [Tile(start, without=half) for start in range(layers)]
     return sorted(tiles)
 
 
