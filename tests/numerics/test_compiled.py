@@ -36,6 +36,10 @@ PLANS: dict[str, Any] = {
     "dropped sync points": {"pair": [2, 6], "drop_sync": "all"},
     # Alone, side by side in twos and threes, in another order, skipped; a ladder over some.
     "all mixed": {"blocks": [[0], [2, 1], [3], [4, 5, 7]], "ladder": [1, 2, 3]},
+    "halves": {
+        "blocks": [[0], {"attention": [1], "mlp": [1, 2]}, {"attention": [], "mlp": [3]}, [4, 5]],
+        "ladder": [4, 5],
+    },
     "every mode": {
         "blocks": [[0], [2, 1], [3], [4, 5, 7], [6]],
         "ladder": [3],
@@ -50,7 +54,7 @@ Combination = tuple[str, str, str]
 # Every kind of block, every placement and both dtypes; two ranks compile on the cores of one.
 ALWAYS: dict[str, dict[str, tuple[str, ...]]] = {
     "one rank": {
-        "float32": ("ladder of 4", "ladder, scattered", "ladder over pairs"),
+        "float32": ("ladder of 4", "ladder, scattered", "ladder over pairs", "halves"),
         "bfloat16": ("plain", "all mixed", "every mode"),
     },
     "one host": {"float32": ("ladder", "every mode")},

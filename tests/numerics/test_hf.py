@@ -40,6 +40,13 @@ PLANS: dict[str, Any] = {
     "ladder over some pairs": {"pair": [1, 5], "ladder": [3, 4, 5]},
     "ladder with skips": {"skip": {"speedup": 1.5}, "ladder": "all"},
     "ladder out of order, skipping": {"blocks": [[4, 1], [0], [5, 2]], "ladder": [0, 2, 5]},
+    "no attention in some": {"drop_attention": [1, 4]},
+    "no MLP in some": {"drop_mlp": [0, 5]},
+    "halves, before and after ladders": {"drop_attention": [1], "drop_mlp": [3], "ladder": [2, 4]},
+    "unequal halves": {
+        "blocks": [[0], {"attention": [2], "mlp": [1, 2]}, {"attention": [], "mlp": [4, 3]}, [5]]
+    },
+    "pairs with a half missing": {"pair": [0, 6], "drop_attention": [1, 2], "drop_mlp": [4, 5]},
     "all parallel residual": {"parallel_residual": "all"},
     "parallel residual of pairs": {"pair": [1, 5], "parallel_residual": [1, 2, 5]},
     "ladder around parallel residual": {"parallel_residual": [0, 3], "ladder": [1, 2, 4, 5]},

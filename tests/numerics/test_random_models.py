@@ -32,6 +32,12 @@ ONCE: list[Any] = [
     {"blocks": [[0, 3, 1], [4], [2, 5]], "parallel_residual": [0, 1, 3, 4], "ladder": [2, 5]},
     {"pair": [0, 4], "parallel_residual": "all"},
 ]
+# Missing halves: of layers alone and side by side, first and last, before and after ladders.
+HALF: list[Any] = [
+    {"drop_attention": [0, 3], "drop_mlp": [2, 5]},
+    {"drop_attention": [1], "drop_mlp": [3], "ladder": [0, 2, 4, 5]},
+    {"blocks": [{"attention": [], "mlp": [1, 0]}, {"attention": [2, 3], "mlp": [3]}, [4, 5]]},
+]
 # Every kind of block: TP 2 deals blocks of two out to the ranks, and cuts blocks of three where one
 # rank gets heads of two layers.
 FAMILY: list[Any] = [
@@ -55,6 +61,8 @@ RANDOM: dict[str, tuple[dict[str, Any], list[Any]]] = {
     ),
     "llama3 rope": ({"rope_scaling": LLAMA3_ROPE}, [{"pair": [1, 5]}]),
     "ladders": ({"attention_bias": True, "mlp_bias": True}, LADDERS),
+    "halves": ({"attention_bias": True, "mlp_bias": True}, HALF),
+    "Qwen3, halves": ({"model_type": "qwen3"}, HALF[2:]),
     "reduced once": ({"attention_bias": True, "mlp_bias": True}, ONCE),
     **{name: (shape, FAMILY) for name, shape in FAMILIES.items()},
     # 3 heads: TP 2 cuts no layer of it, but does cut a pair.
@@ -65,7 +73,7 @@ RANDOM: dict[str, tuple[dict[str, Any], list[Any]]] = {
 def test_ladders_between_two_hosts(tmp_path: Path) -> None:
     """With messages that are started and waited for apart, and plans without any ladder."""
     folder = write_llama(tmp_path, attention_bias=True, mlp_bias=True)
-    plans = [*LADDERS, *ONCE, {"pair": [1, 5]}]
+    plans = [*LADDERS, *ONCE, *HALF[1:], {"pair": [1, 5]}]
     cases = [Case(folder, plan, prompts(4, 40).tolist(), max_tokens=16) for plan in plans]
     for case, result in zip(cases, run(cases, ranks=2, hosts=True), strict=True):
         check(result, case, hf.load(folder, case.plan, ranks=2))

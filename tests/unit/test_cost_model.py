@@ -48,6 +48,8 @@ SPECS: list[Any] = [
     {"ladder": "all"},
     {"pair": [0, 8], "ladder": "all"},
     {"blocks": [[0], [1, 2], [5], [7]], "ladder": [1, 2]},
+    {"drop_attention": [1, 2], "drop_mlp": [5]},
+    {"blocks": [[0], {"attention": [1], "mlp": [1, 2]}, {"attention": [], "mlp": [3]}, [4, 5]]},
     {"drop_sync": "all"},
     {"pair": [0, 8], "parallel_residual": "all"},
     {"drop_sync": [0, 2], "parallel_residual": [5], "ladder": [3, 4, 6, 7]},

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.plan import MAX_SPEC_BYTES, Plan, json_schema, read_spec, resolve
 from vllm_depthpar.plan.model_shape import all_reduces, hidden_all_reduces
-from vllm_depthpar.plan.spec import MODES
+from vllm_depthpar.plan.spec import HALVES, MODES
 
 FORMS: list[tuple[Any, int, list[list[int]]]] = [
     ("identity", 3, [[0], [1], [2]]),
@@ -87,6 +87,52 @@ def test_modes_of_one_plan() -> None:
     assert hidden_all_reduces(plan) == 2
     assert plan.to_spec()["tp"] == 3
     assert plan.digest != resolve(spec, 10).digest
+
+
+# (spec, blocks, the attentions and the MLPs of each), of six layers
+HALF_FORMS: list[tuple[Any, list[list[int]], list[list[int]], list[list[int]]]] = [
+    (
+        {"drop_attention": [1, 2]},
+        [[0], [1], [2], [3], [4], [5]],
+        [[0], [], [], [3], [4], [5]],
+        [[0], [1], [2], [3], [4], [5]],
+    ),
+    (
+        {"pair": [0, 4], "drop_mlp": [1, 5]},
+        [[0, 1], [2, 3], [4], [5]],
+        [[0, 1], [2, 3], [4], [5]],
+        [[0], [2, 3], [4], []],
+    ),
+    (
+        {"blocks": [[0], {"attention": [2], "mlp": [1, 2]}, {"attention": [], "mlp": [4, 3]}]},
+        [[0], [2, 1], [4, 3]],
+        [[0], [2], []],
+        [[0], [2, 1], [4, 3]],
+    ),
+    (
+        {"skip": {"speedup": 2}, "drop_attention": [5], "drop_mlp": [0]},
+        [[0], [3], [5]],
+        [[0], [3], []],
+        [[], [3], [5]],
+    ),
+]
+
+
+@pytest.mark.parametrize(("spec", "blocks", "attentions", "mlps"), HALF_FORMS)
+def test_half_form(
+    spec: Any, blocks: list[list[int]], attentions: list[list[int]], mlps: list[list[int]]
+) -> None:
+    plan = resolve(spec, 6)
+    assert [list(block) for block in plan.blocks] == blocks
+    assert [list(plan.attention(at)) for at in range(plan.depth)] == attentions
+    assert [list(plan.mlp(at)) for at in range(plan.depth)] == mlps
+    assert resolve(plan.to_spec(), 6) == plan
+    assert all(isinstance(block, list) for block in plan.to_spec()["blocks"])
+    assert all_reduces(plan) == 1 + sum(map(bool, attentions)) + sum(map(bool, mlps))
+    assert not plan.is_identity
+    changed = [not plan.is_whole(at) for at in range(plan.depth)]
+    assert all(plan.is_changed(at) for at in range(plan.depth) if changed[at])
+    assert changed == [one != other for one, other in zip(attentions, mlps, strict=True)]
 
 
 def test_ladder_after_a_block_that_reduces_once() -> None:
@@ -387,6 +433,33 @@ ERRORS: list[tuple[Any, str]] = [
     ({"dropsync": "all"}, "'dropsync' is unknown; did you mean 'drop_sync'?"),
     ({"drop_sync": 3, "tp": 0}, "'tp': 0 is wrong; allowed: the tensor-parallel size that"),
     ({"tp": 3}, "empty; it needs one of the keys"),
+    # halves
+    ({"drop_attention": 3}, "'drop_attention': 3 is wrong; allowed: a list of layer indices"),
+    ({"drop_mlp": [30]}, "'drop_mlp': layer 30 is out of range; allowed: 0 to 29"),
+    ({"drop_mlp": [1], "skip": {"speedup": 2}}, "'drop_mlp': layer 1 is skipped; allowed: layers"),
+    (
+        {"drop_attention": [1], "drop_mlp": [1]},
+        "layer 1 has no attention, either; allowed: to skip",
+    ),
+    ({"drop_attention": list(range(30))}, "no attention is left; allowed: to keep one"),
+    (
+        {"drop_mlp": [1], "ladder": "all"},
+        "'ladder': the block [1] lacks a half of a layer; allowed",
+    ),
+    (
+        {"blocks": [{"atention": [1], "mlp": [2]}]},
+        "'blocks.atention' is unknown; did you mean 'att",
+    ),
+    ({"blocks": [{"attention": [1]}]}, "'blocks': {'attention': [1]} is wrong; allowed: a list of"),
+    (
+        {"blocks": [{"attention": [1, 1], "mlp": []}]},
+        "attention [1, 1] names a layer twice; allowed",
+    ),
+    ({"blocks": [[0], {"attention": [0], "mlp": [1]}]}, "'blocks': layer 0 is used twice; allowed"),
+    (
+        {"blocks": [[0], {"attention": [], "mlp": []}]},
+        "a block is empty; allowed: one layer or more",
+    ),
     ({"lader": "all"}, "'lader' is unknown; did you mean 'ladder'?"),
     # layers
     ({"pair": [0, 2], "layers": 28}, "'layers': 28 is not this checkpoint's number of layers; al"),
@@ -413,7 +486,9 @@ json_values = st.recursive(
     max_leaves=8,
 )
 spec_like = st.dictionaries(
-    st.sampled_from(["blocks", "pair", "group", "skip", *MODES, "tp", "layers", "speedup"]),
+    st.sampled_from(
+        ["blocks", "pair", "group", "skip", *MODES, *HALVES.values(), "tp", "layers", "speedup"]
+    ),
     json_values
     | st.lists(st.integers(-2, 32), max_size=3)
     | st.lists(st.lists(st.integers(-2, 32), max_size=3), max_size=3)

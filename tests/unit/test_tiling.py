@@ -53,6 +53,11 @@ def test_best_of_each_length_is_the_best(
         ((), "identity"),
         ((Tile(2, 2), Tile(4, 2)), {"pair": [2, 6]}),
         ((Tile(1, 3),), {"blocks": [[0], [1, 2, 3], [4], [5], [6], [7]]}),
+        (
+            (Tile(2, without="attention"), Tile(3, without="mlp")),
+            {"drop_attention": [2], "drop_mlp": [3]},
+        ),
+        ((Tile(2, 2, mode="drop_sync"),), {"pair": [2, 4], "drop_sync": [2, 3]}),
         ((Tile(3, skip=True),), {"blocks": [[0], [1], [2], [4], [5], [6], [7]]}),
         ((Tile(6, mode="ladder"), Tile(7, mode="ladder")), {"ladder": 2}),
         (
@@ -71,5 +76,10 @@ def test_candidates_are_what_the_methods_allow() -> None:
     # First and last layer always run.
     assert [tile.start for tile in candidates(6, ["skip"]) if tile.skip] == [1, 2, 3, 4]
     assert {tile.width for tile in candidates(6, ["group"], 4)} == {1, 3, 4}
+    assert [tile.start for tile in candidates(3, ["drop_mlp"]) if tile.without == "mlp"] == [
+        0,
+        1,
+        2,
+    ]
     both = [tile for tile in candidates(6, ["pair", "ladder"]) if tile.mode == "ladder"]
     assert {tile.width for tile in both} == {1, 2}
