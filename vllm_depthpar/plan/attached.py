@@ -36,7 +36,7 @@ def attach(model_config: ModelConfig, plan: Plan, source: str) -> None:
 
 
 def has_plan(model_config: ModelConfig) -> bool:
-    """Whether `attach` was called for this model."""
+    """Say whether `attach` was called for this model."""
     return getattr(model_config.hf_config, "depthpar_base_layers", None) is not None
 
 

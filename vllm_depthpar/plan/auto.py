@@ -44,7 +44,7 @@ PRESETS = (
 
 
 def auto_spec(shape: ModelShape, model_type: str = "llama") -> tuple[dict[str, object] | str, str]:
-    """The plan for a model nobody wrote one for, and one line on where it comes from.
+    """Choose the plan for a model nobody wrote one for, and say in one line where it comes from.
 
     Presets are of Llamas; models of other families share shapes with them. Rule for models with no
     preset: run one layer in four in pairs, in one span that ends two layers before the last.

@@ -14,7 +14,7 @@ _MARKS = {STANDARD: "│", "ladder": "├", "drop_sync": "┆", "parallel_residu
 
 
 def effects(plan: Plan, shape: ModelShape, tp: int = 1) -> dict[str, Any]:
-    """What a plan makes of a model, as JSON-ready numbers.
+    """Compute what a plan makes of a model, as JSON-ready numbers.
 
     Bytes are per rank at tensor-parallel size `tp`; all-reduces are per forward pass at TP > 1.
     """
@@ -43,7 +43,7 @@ def effects(plan: Plan, shape: ModelShape, tp: int = 1) -> dict[str, Any]:
 
 
 def draw(plan: Plan, shape: ModelShape, tp: int = 1, source: str = "") -> str:
-    """The blocks top to bottom, side by side where layers run side by side, and the facts."""
+    """Draw the blocks top to bottom, side by side where layers run side by side, and the facts."""
     known = effects(plan, shape, tp)
     lines = [f"plan {plan.digest}: {plan.name}" + (f" (from {source})" if source else ""), ""]
     lines += _column(plan)
@@ -70,7 +70,7 @@ def _change(pair: dict[str, int], form: Callable[[int], str]) -> str:
 
 
 def _column(plan: Plan) -> list[str]:
-    """One line per block; runs of layers that stay alone, and of skipped layers, on one line."""
+    """Draw a line per block; runs of layers that stay alone, and of skipped ones, on one line."""
     lines: list[str] = []
     run: list[int] = []
     mode_of_run = STANDARD

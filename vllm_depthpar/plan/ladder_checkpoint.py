@@ -16,7 +16,7 @@ KEY = "ladder_layers"
 
 
 def ladder_of(config: Mapping[str, Any]) -> int | list[int] | None:
-    """What the plan key `ladder` has to say for a checkpoint to run as it was trained.
+    """Find what the plan key `ladder` has to say for a checkpoint to run as it was trained.
 
     Args:
         config: a parsed config.json, of any model.

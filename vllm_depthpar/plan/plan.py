@@ -108,15 +108,15 @@ class Plan:
         return next((mode for mode in MODES if position in getattr(self, mode)), STANDARD)
 
     def reduces_once(self, position: int) -> bool:
-        """Whether a block has one all-reduce, of attention and MLP together."""
+        """Say whether a block has one all-reduce, of attention and MLP together."""
         return position in self.drop_sync or position in self.parallel_residual
 
     def is_ladder(self, position: int) -> bool:
-        """Whether the block at `position` is a ladder block; False for positions past the last."""
+        """Say whether a block is a ladder block; False for positions past the last."""
         return position in self.ladder
 
     def end(self, position: int) -> int | None:
-        """How many of the checkpoint's layers the stream after a block stands for.
+        """Count the checkpoint's layers that the stream after a block stands for.
 
         Those that ran and the skipped ones between them and the next: the first d layers, or None
         if the layers that ran so far and those to come are interleaved.
@@ -127,7 +127,7 @@ class Plan:
         return end if max(done) < end else None
 
     def is_changed(self, position: int) -> bool:
-        """Whether a block is anything else than one standard layer in its own place."""
+        """Say whether a block is anything else than one standard layer in its own place."""
         (first, *more), begin = self.blocks[position], self.end(position - 1) if position else 0
         return (
             bool(more)
@@ -159,7 +159,7 @@ class Plan:
         return hashlib.sha256(json.dumps(self.to_spec()).encode()).hexdigest()[:12]
 
     def to_spec(self) -> dict[str, Any]:
-        """The plan as JSON-ready data; `resolve` gives the same plan back."""
+        """Write the plan as JSON-ready data; `resolve` gives the same plan back."""
         spec: dict[str, Any] = {
             "layers": self.layers,
             "blocks": [list(block) for block in self.blocks],
@@ -225,7 +225,7 @@ def _blocks_named(
     blocks: tuple[tuple[int, ...], ...],
     layers: int,
 ) -> frozenset[int]:
-    """Positions of the blocks whose layers a key's value names."""
+    """Find the positions of the blocks whose layers a key's value names."""
     if isinstance(choice, int):
         if choice > layers:
             raise UserError(f"plan key {key!r}: {choice} is too many; allowed: 1 to {layers}")
@@ -326,7 +326,7 @@ def _members(block: Halves) -> list[int]:
 
 
 def _kept_by_skipping(skip: Skip, layers: int) -> tuple[int, ...]:
-    """The layers that Unified Layer Skipping keeps (arXiv 2404.06954, section 3)."""
+    """List the layers that Unified Layer Skipping keeps (arXiv 2404.06954, section 3)."""
     if skip.speedup > layers / 2:
         raise UserError(
             f"plan key 'skip.speedup': {skip.speedup:g} keeps fewer than two layers; "

@@ -26,7 +26,7 @@ def choose(
     environ: str | None = None,
     override_name: str = "--hf-overrides",
 ) -> tuple[Plan, str]:
-    """The plan to serve a checkpoint with.
+    """Choose the plan to serve a checkpoint with.
 
     Args:
         config: the checkpoint's config.json, parsed.

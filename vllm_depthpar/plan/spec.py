@@ -187,7 +187,7 @@ def _read(name: str, origin: str) -> str:
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON Schema of a spec."""
+    """Make the JSON Schema of a spec."""
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "vllm-depthpar plan",
@@ -199,7 +199,7 @@ _KEYS = tuple(Spec.model_fields)
 
 
 def _explain(error: ValidationError) -> str:
-    """The first of pydantic's complaints as one line of ours."""
+    """Say the first of pydantic's complaints as one line of ours."""
     # An unknown key often makes a required one look missing: say the cause, not the effect.
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     fields, path = Spec.model_fields, [part for part in first["loc"] if isinstance(part, str)]
