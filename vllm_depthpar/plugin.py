@@ -127,7 +127,7 @@ def _one_line(previous: ExceptHook) -> ExceptHook:
 
 
 def _explain(error: BaseException) -> str | None:
-    """One line for an error that wrong input caused; None for any other.
+    """Explain in one line an error that wrong input caused; None for any other.
 
     vLLM's own checks of the same command line (model, port, options) are reported likewise when
     the command asks for this plugin; plain vLLM keeps its own reports.

@@ -41,7 +41,7 @@ class Qwen3Attention(LlamaAttention):
 
 
 def attention_of(family: Family) -> type[LlamaAttention]:
-    """The class of a family's attention."""
+    """Choose the class of a family's attention."""
     if family.qk_norm:
         return Qwen3Attention
     return Qwen2Attention if family.qkv_bias else LlamaAttention
@@ -63,5 +63,5 @@ class HeadNorm(RMSNorm):
         self.weight = nn.Parameter(torch.ones(heads, norm.hidden_size))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The norm of x, (tokens, heads, head_dim)."""
+        """Normalize x, (tokens, heads, head_dim)."""
         return super().forward(x) * self.weight

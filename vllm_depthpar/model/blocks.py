@@ -176,7 +176,7 @@ class BlockDecoderLayer(LlamaDecoderLayer):
 def _norm(
     norm: RMSNorm, term: torch.Tensor | None, stream: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The norm of stream + term, and stream + term; either may be missing."""
+    """Compute the norm of stream + term, and stream + term; either may be missing."""
     if term is None:
         return norm(stream), stream
     if stream is None:

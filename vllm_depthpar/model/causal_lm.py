@@ -115,7 +115,7 @@ class DepthParForCausalLM(LlamaForCausalLM):
         return DepthParModel(vllm_config=vllm_config, prefix=prefix)
 
     def is_unused_checkpoint_weight(self, name: str) -> bool:
-        """True for weights that the plan does not run: files that hold nothing else are not
+        """Say whether the plan does not run a weight: files that hold nothing else are not
         read."""
         place, plan = split_name(name), self.model.plan
         if place is None:

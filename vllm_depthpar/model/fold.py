@@ -14,7 +14,7 @@ _CHUNK = 1 << 18
 
 
 def shard_of(member: int, size: int, rank: int, per_rank: int) -> tuple[slice, slice] | None:
-    """The part of one layer's dimension that falls on a rank of the wide layer.
+    """Find the part of one layer's dimension that falls on a rank of the wide layer.
 
     The wide dimension is the members' dimensions one after the other, cut into equal
     contiguous shards.

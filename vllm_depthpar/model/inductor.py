@@ -24,7 +24,7 @@ _CACHE_TAG = "depthpar-mutations-in-order"
 
 
 def needs_mending() -> bool:
-    """Whether this PyTorch has the fault."""
+    """Say whether this PyTorch has the fault."""
     major, minor, *_ = torch.__version__.split(".")
     return (int(major), int(minor)) < MENDED_SINCE
 

@@ -48,7 +48,7 @@ def kept() -> Iterator[None]:
 
 
 def found() -> str | None:
-    """What a worker left, once."""
+    """Read what a worker left, once."""
     with contextlib.suppress(OSError, KeyError):
         path = Path(os.environ[ENV])
         words = path.read_text()

@@ -66,7 +66,7 @@ def check_load_format(load_format: str) -> None:
 def keyed_by_plan(
     connector: str, extra: Mapping[str, Any], plan: Plan, copies_kv_heads: bool = False
 ) -> Config:
-    """What a KV connector is told, so that it never finds another plan's KV cache.
+    """Name the plan in a KV connector's config, so that it never finds another plan's KV cache.
 
     The identity's is left as it is: it is plain vLLM's, and nothing else can be in a store that
     refuses all other plans.
@@ -133,12 +133,15 @@ def _keyed_child(child: Mapping[str, Any], digest: str) -> Config:
 
 
 def connector_named(name: str | None, module: str | None) -> str:
-    """A connector as errors name it; one of a module of the user's is none of vLLM's."""
+    """Name a connector as errors do; one of a module of the user's is none of vLLM's."""
     return f"{module}.{name}" if module else str(name)
 
 
 def _keyed_tiers(config: Config, name: str) -> Config:
-    """The offloading connector: memory of this engine, and tiers behind it that may outlive it."""
+    """Key the offloading connector's tiers.
+
+    Its memory is this engine's; the tiers behind it may outlive the engine.
+    """
     spec = config.get("spec_name", "CPUOffloadingSpec")
     if spec not in _SPECS:
         raise UserError(

@@ -129,8 +129,8 @@ class WideDecoderLayer(BlockDecoderLayer):
         return loaded
 
     def missing(self) -> list[tuple[int, str]]:
-        """What has to come before what has come is loaded, as (layer of the checkpoint, parameter);
-        nothing if nothing has come."""
+        """List what has to come before what has come is loaded, as (layer of the checkpoint,
+        parameter); nothing if nothing has come."""
         if not self._held:
             return []
         parts = self._parts - self._held.keys()
@@ -186,7 +186,7 @@ class WideDecoderLayer(BlockDecoderLayer):
             getattr(param, "weight_loader", default_weight_loader)(param, tensor)
 
     def _of_this_rank(self, gains: list[torch.Tensor], heads: int) -> torch.Tensor:
-        """One row for each of this rank's heads: the gain, (head_dim,), of the member it is of."""
+        """Stack a row for each head of this rank: the gain, (head_dim,), of the member it is of."""
         qkv = self.self_attn.qkv_proj
         each = heads * qkv.tp_size // len(gains)
         rows = torch.stack(gains).repeat_interleave(each, 0)
@@ -241,8 +241,8 @@ def _load_part(
 
 
 def _place(linear: LinearBase, part: Part, tensor: torch.Tensor) -> tuple[int, slice, slice] | None:
-    """The dimension, source and target of `_load_part` for what this rank holds of a tensor; None
-    if it holds nothing of it."""
+    """Find the dimension, source and target of `_load_part` for what this rank holds of a tensor;
+    None if it holds nothing of it."""
     if isinstance(linear, ColumnParallelLinear):
         dim, (offset, size) = 0, _rows_of(linear, part.shard_id)
     else:
@@ -255,7 +255,7 @@ def _place(linear: LinearBase, part: Part, tensor: torch.Tensor) -> tuple[int, s
 
 
 def _rows_of(linear: ColumnParallelLinear, shard_id: object) -> tuple[int, int]:
-    """Where a merged projection keeps one of its parts: (first row, rows) on this rank."""
+    """Find where a merged projection keeps one of its parts: (first row, rows) on this rank."""
     if isinstance(linear, QKVParallelLinear):
         q = linear.num_heads * linear.head_size
         kv = linear.num_kv_heads * linear.head_size
