@@ -116,7 +116,7 @@ class ParallelBlock(GradientCheckpointingLayer):
         return (x, y) if self.before_ladder else x
 
     def attend(self, stream: Tensor, **context: Any) -> Tensor:
-        """The sum of A_i(stream) over the block's layers; shapes as in `forward`."""
+        """Sum A_i(stream) over the block's layers; shapes as in `forward`."""
         return _total(
             layer.self_attn(layer.input_layernorm(stream), **context)[0]
             for layer in map(self._member, self.attending)
@@ -132,7 +132,7 @@ class ParallelBlock(GradientCheckpointingLayer):
         return self.members[str(index)]
 
     def _without_sync(self, x: Tensor, **context: Any) -> Tensor:
-        """The sum over ranks of a_r and f_r."""
+        """Sum a_r and f_r over the ranks."""
         total, attention = torch.zeros_like(x), [torch.zeros_like(x)] * self.ranks
         for member, layer in enumerate(self.layers):
             output = layer.self_attn.o_proj
@@ -154,12 +154,12 @@ class ParallelBlock(GradientCheckpointingLayer):
         return total
 
     def _rank_of_bias(self, member: int) -> int:
-        """The rank that adds a layer's output bias: vLLM's layers do it on their first."""
+        """Find the rank that adds a layer's output bias: vLLM's layers do it on their first."""
         members = len(self.layers)
         return member * self.ranks // members if self.ranks % members == 0 else 0
 
     def _shares(self, member: int, size: int) -> Iterator[tuple[int, slice]]:
-        """The ranks that have a part of a layer's dimension of a size, and which part."""
+        """List the ranks that have a part of a layer's dimension of a size, and which part."""
         per_rank, rest = divmod(len(self.layers) * size, self.ranks)
         if rest:
             raise UserError(
@@ -185,7 +185,7 @@ class ParallelBlock(GradientCheckpointingLayer):
 
 @contextmanager
 def _inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
-    """What a module is given meanwhile; it computes all the same."""
+    """Record what a module is given meanwhile; it computes all the same."""
     seen: list[Tensor] = []
     hook = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     try:
@@ -195,7 +195,7 @@ def _inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def _columns(linear: nn.Module, inputs: Tensor, mine: slice) -> Tensor:
-    """What a rank computes of a projection that is cut along its inputs; without the bias."""
+    """Compute a rank's part of a projection that is cut along its inputs; without the bias."""
     if isinstance(linear, nn.Linear):
         return nn.functional.linear(inputs[..., mine], linear.weight[:, mine])
     # An adapter around one: it is linear, so what it makes of the others' zeros is its bias.
@@ -205,7 +205,7 @@ def _columns(linear: nn.Module, inputs: Tensor, mine: slice) -> Tensor:
 
 
 def _rows(linear: nn.Module, inputs: Tensor, mine: slice) -> Tensor:
-    """What a rank computes of a projection that is cut along its outputs."""
+    """Compute a rank's part of a projection that is cut along its outputs."""
     if isinstance(linear, nn.Linear):
         bias = None if linear.bias is None else linear.bias[mine]
         return nn.functional.linear(inputs, linear.weight[mine], bias)
@@ -264,7 +264,7 @@ def load_unmodified(
 
 
 def outline(path: str | PathLike[str], plan: Plan, device: torch.device) -> PreTrainedModel:
-    """A checkpoint's model, restructured and without its weights: those are on the device "meta".
+    """Make a checkpoint's model, restructured, without its weights: they are on the device "meta".
 
     Args:
         path: folder of the checkpoint.
@@ -283,7 +283,7 @@ def outline(path: str | PathLike[str], plan: Plan, device: torch.device) -> PreT
 
 
 def _model_type(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """transformers' class for a checkpoint of one of our families."""
+    """Find transformers' class for a checkpoint of one of our families."""
     found: type[PreTrainedModel] = getattr(
         transformers, family_of(config.to_dict()).architectures[0]
     )
@@ -300,7 +300,10 @@ def config_of(path: str | PathLike[str]) -> PreTrainedConfig:
 
 
 def _check_windows(config: PreTrainedConfig) -> None:
-    """transformers gives each block the mask of the layer that was in its place."""
+    """Refuse layers of different windows of attention.
+
+    transformers gives each block the mask of the layer that was in its place.
+    """
     if len(set(windows(config.to_dict()))) > 1:
         raise UserError(
             "the layers differ in their windows of attention; allowed: to serve the model, or "
@@ -384,7 +387,7 @@ def restructure(model: PreTrainedModel, plan: Plan, ranks: int | None = None) ->
 
 
 def context(model: PreTrainedModel, stream: Tensor) -> dict[str, Any]:
-    """What every layer's forward takes beside the stream, for whole texts without padding.
+    """Make what every layer's forward takes beside the stream, for whole texts without padding.
 
     Args:
         model: restructured or not.
@@ -400,12 +403,12 @@ def context(model: PreTrainedModel, stream: Tensor) -> dict[str, Any]:
 
 
 def checkpoint_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
-    """A restructured model's tensors under the names they had in the checkpoint."""
+    """Collect a restructured model's tensors under the names they had in the checkpoint."""
     return checkpoint_names(model.state_dict())
 
 
 def checkpoint_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a restructured model, renamed to what they are called in the checkpoint."""
+    """Rename tensors of a restructured model to what they are called in the checkpoint."""
     return {
         re.sub(r"^model\.layers\.\d+\.members\.", "model.layers.", name): tensor
         for name, tensor in tensors.items()
