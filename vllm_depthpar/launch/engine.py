@@ -73,7 +73,7 @@ class Worker:
         theirs.close()
 
     def receive(self) -> Any:
-        """The next object that the process sends; an exception is raised.
+        """Receive the next object that the process sends; an exception is raised.
 
         Raises:
             EngineError: the process ended instead.
@@ -96,7 +96,7 @@ class Worker:
         return self.receive()
 
     def log_text(self) -> str:
-        """All that the process has written so far."""
+        """Read all that the process has written so far."""
         return Path(self._log.name).read_text(errors="replace")
 
     def signal(self, number: signal.Signals) -> None:
@@ -118,14 +118,14 @@ class Worker:
 
 
 def start_process(target: Callable[..., None], *args: object) -> BaseProcess:
-    """A new process, started, that runs `target(*args)`."""
+    """Start a new process that runs `target(*args)`."""
     process = multiprocessing.get_context("spawn").Process(target=target, args=args)
     process.start()
     return process
 
 
 def call(target: Callable[..., Any], *args: object, progress: bool = False) -> Any:
-    """What `target(*args)` returns, called in a new process for plain vLLM.
+    """Call `target(*args)` in a new process for plain vLLM; returns its result.
 
     Args:
         target: a function of a module; it imports vLLM itself.
@@ -146,8 +146,8 @@ def call(target: Callable[..., Any], *args: object, progress: bool = False) -> A
 
 
 def make_engine(model: str, flags: Sequence[str]) -> LLM:
-    """vLLM's engine on a checkpoint, in this process: prompts are token ids, nothing is cached
-    from one to the next.
+    """Make vLLM's engine on a checkpoint, in this process: prompts are token ids, nothing is
+    cached from one to the next.
 
     Args:
         flags: as of ``vllm serve``, those of the engine.
@@ -178,7 +178,7 @@ def _engine_parser() -> Any:
 
 
 def flags_of(options: Mapping[str, object]) -> list[str]:
-    """The flags of ``vllm serve`` for options by their names in Python: {"dtype": "float32",
+    """Write the flags of ``vllm serve`` for options by their names in Python: {"dtype": "float32",
     "enforce_eager": True}. None and False leave a flag out; a dictionary is JSON."""
     flags = []
     for name, value in options.items():

@@ -30,11 +30,11 @@ class ProcessGroup:
         )
 
     def signal(self, number: signal.Signals) -> None:
-        """Signal every process of it; harmless when none is left."""
+        """Signal every process of the group; harmless when none is left."""
         with suppress(ProcessLookupError):
             os.killpg(self.leader, number)
 
     def release(self) -> None:
-        """Let it be; harmless the second time."""
+        """Let the group be; harmless the second time."""
         if self._guard.poll() is None:
             self._guard.communicate(b"\n")

@@ -63,7 +63,7 @@ class Server:
         self._group = ProcessGroup(self.process.pid)
 
     def wait(self, timeout: float = 300) -> None:
-        """Return when the server answers; RuntimeError if it ends or takes `timeout` seconds."""
+        """Wait until the server answers; RuntimeError if it ends or takes `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while not self.healthy():
             if (code := self.process.poll()) is not None:
@@ -73,7 +73,7 @@ class Server:
             time.sleep(0.25)
 
     def healthy(self) -> bool:
-        """Whether the server answers requests now."""
+        """Say whether the server answers requests now."""
         try:
             with self._get("/health") as reply:
                 return bool(reply.status == 200) and self.process.poll() is None
@@ -81,7 +81,7 @@ class Server:
             return False
 
     def model(self) -> dict[str, Any]:
-        """What it says of the model that it serves: `id`, `max_model_len`, ..."""
+        """Ask the server about the model that it serves: `id`, `max_model_len`, ..."""
         with self._get("/v1/models") as reply:
             served: dict[str, Any] = json.load(reply)["data"][0]
         return served
@@ -103,7 +103,7 @@ class Server:
         self._group.release()
 
     def log_text(self) -> str:
-        """All that the server has written so far."""
+        """Read all that the server has written so far."""
         return self.log.read_text(errors="replace")
 
     def _last_lines(self) -> str:
@@ -114,7 +114,7 @@ class Server:
 def start_vllm_serve(
     args: Sequence[str], env: Mapping[str, str], log: Path
 ) -> subprocess.Popen[bytes]:
-    """``vllm serve *args``, the leader of a session of its own; its output is appended to `log`."""
+    """Start ``vllm serve *args`` as the leader of a session; its output is appended to `log`."""
     with open(log, "ab") as output:
         return subprocess.Popen(
             [str(Path(sys.executable).with_name("vllm")), "serve", *args],
@@ -150,14 +150,14 @@ def serve(
 
 
 def open_url(url: str, timeout: float) -> Any:
-    """As `urllib.request.urlopen`, without the environment's proxies: they would be asked for
-    localhost."""
+    """Open a URL as `urllib.request.urlopen` does, without the environment's proxies: they would be
+    asked for localhost."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     return opener.open(url, timeout=timeout)
 
 
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 that nothing listens on at this moment."""
+    """Find a TCP port of 127.0.0.1 that nothing listens on at this moment."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         return int(probe.getsockname()[1])

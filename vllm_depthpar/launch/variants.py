@@ -49,14 +49,14 @@ class Variant:
 
 
 def usual(config: Mapping[str, Any]) -> list[str]:
-    """The labels to compare if none are given, for a checkpoint with this config.json."""
+    """List the labels to compare if none are given, for a checkpoint with this config.json."""
     if config.get(precedence.KEY) is not None:
         return [CARRIED]
     return ["auto"] if ladder_of(config) else [PLAIN, "auto"]
 
 
 def variants(model: str, labels: Iterable[str], option: str = "--plan") -> list[Variant]:
-    """The plans that `labels` mean for the checkpoint `model`, each label once.
+    """List the plans that `labels` mean for the checkpoint `model`, each label once.
 
     Args:
         model: folder or hub name.
