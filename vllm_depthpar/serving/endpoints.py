@@ -82,7 +82,7 @@ def get_plan(
     batch: Annotated[int, Query(ge=1, description="sequences that decode")] = 1,
     context: Annotated[int, Query(ge=0, description="tokens that each has in its cache")] = 1024,
 ) -> PlanAnswer:
-    """The resolved plan, drawn, and its predicted speed-up for a machine that is known."""
+    """Show the resolved plan, drawn, and its predicted speed-up for a machine that is known."""
     config = _served(request)
     plan, shape = plan_of(config.model_config), base_shape(config.model_config)
     tp = config.parallel_config.tensor_parallel_size
@@ -107,7 +107,7 @@ def get_plan(
 
 @router.get("/stats")
 def get_stats(request: Request) -> Stats:
-    """What `/metrics` says of the plan and of the engines' forward passes, as JSON."""
+    """Show what `/metrics` says of the plan and of the engines' forward passes, as JSON."""
     _served(request)
     return stats_of(collector.collect())
 
@@ -138,7 +138,7 @@ def _predict(
 
 
 def _served(request: Request) -> VllmConfig:
-    """The config of a restructured model."""
+    """Read the config of a restructured model."""
     config: VllmConfig | None = request.app.state.depthpar
     if config is None or source_of(config.model_config) is None:
         raise HTTPException(HTTPStatus.NOT_FOUND, "the model that is served has no plan")
