@@ -19,7 +19,7 @@ _INSTRUCTIONS = {"amx_bf16", "avx512_bf16"}
 
 
 def usable_dtype(name: str) -> torch.dtype:
-    """A dtype by torch's name for it. "auto" is what the environment's `ENV` says; without it
+    """Find a dtype by torch's name for it. "auto" is what the environment's `ENV` says; without it
     bfloat16 where the hardware multiplies it, else float32.
 
     Raises:
@@ -36,7 +36,7 @@ def usable_dtype(name: str) -> torch.dtype:
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether the hardware has instructions for it."""
+    """Say whether the hardware has instructions that multiply bfloat16."""
     if torch.cuda.is_available():
         return True
     text = _CPU_INFO.read_text() if _CPU_INFO.exists() else ""

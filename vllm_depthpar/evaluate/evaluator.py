@@ -112,7 +112,7 @@ class Evaluator:
         windows: Windows,
         on_progress: Callable[[float], None] = lambda _: None,
     ) -> list[Quality]:
-        """The quality of each plan on a text.
+        """Measure the quality of each plan on a text.
 
         Args:
             plans: plans for this model, or rows of blocks that no plan can say.
@@ -149,7 +149,7 @@ class Evaluator:
         return found_all
 
     def _journal(self, windows: Windows) -> Journal | _Notes:
-        """The journal of a text, read once."""
+        """Read the journal of a text, once."""
         setting = [windows.digest, windows.counted, list(windows.tokens.shape)]
         key = str(setting)
         if key not in self._journals:
@@ -165,7 +165,7 @@ class Evaluator:
     def _measure_batch(
         self, rows: list[Row], tokens: Tensor, counted: int
     ) -> dict[Row, list[list[float]]]:
-        """For each row, the sums of `Quality.nll` and of `Quality.kl`, window by window."""
+        """Measure the sums of `Quality.nll` and of `Quality.kl` of each row, window by window."""
         tokens = tokens.to(self._model.device)
         targets = tokens[:, -counted:]
         stream = self._model.model.embed_tokens(tokens)
@@ -222,7 +222,7 @@ class Evaluator:
 
 
 def _common(one: Row, other: Row) -> int:
-    """How many blocks two rows start with alike."""
+    """Count the blocks that two rows start with alike."""
     count = 0
     for left, right in zip(one, other, strict=False):
         if left != right:
@@ -238,7 +238,7 @@ class _Notes(dict[str, Any]):
 
 
 def _mean(layers: list[GradientCheckpointingLayer]) -> GradientCheckpointingLayer:
-    """A new layer whose weights are the mean of the layers'."""
+    """Make a new layer whose weights are the mean of the layers'."""
     merged = copy.deepcopy(layers[0])
     others = [dict(layer.named_parameters()) for layer in layers]
     with torch.no_grad():

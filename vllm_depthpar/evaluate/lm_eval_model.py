@@ -49,7 +49,7 @@ class ServedLM(LocalCompletionsAPI):
         add_special_tokens: bool | None = None,
         **_: Any,
     ) -> Any:
-        """Token ids, with the BOS token if the tokenizer adds one and the text has none yet.
+        """Encode a text, with the BOS token if the tokenizer adds one and the text has none yet.
 
         That is what lm-eval's models for transformers and vLLM do, and published numbers have;
         its client for completions would leave BOS out.

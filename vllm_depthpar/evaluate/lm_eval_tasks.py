@@ -57,7 +57,7 @@ class TaskSettings:
 
 
 def load_tasks(names: Sequence[str]) -> dict[str, Any]:
-    """Tasks with their data, ready for `run_tasks`.
+    """Load tasks with their data, ready for `run_tasks`.
 
     Args:
         names: names that lm-eval knows (tasks, groups, tags), and paths of YAML files. What the
@@ -162,7 +162,7 @@ def run_tasks(
 
 
 def task_table(report: Mapping[str, Any]) -> str:
-    """A report as a Markdown table: a row for each metric, a column for each plan."""
+    """Make a Markdown table of a report: a row for each metric, a column for each plan."""
     plans = report["plans"]
     lines = []
     for task, about in report["tasks"].items():
@@ -174,7 +174,7 @@ def task_table(report: Mapping[str, Any]) -> str:
 
 
 def check_server_args(arguments: Sequence[str]) -> tuple[str, ...]:
-    """Flags for `vllm serve` that may stand beside a plan's.
+    """Check that flags for `vllm serve` may stand beside a plan's; returns them.
 
     Raises:
         UserError: one of them is `RESERVED_FLAGS`.
@@ -191,7 +191,7 @@ def check_server_args(arguments: Sequence[str]) -> tuple[str, ...]:
 def _evaluate(
     model: str, variant: Variant, tasks: Mapping[str, Any], settings: TaskSettings, cache: Path
 ) -> tuple[dict[str, Any], int]:
-    """What lm-eval found, and how many requests a server was asked."""
+    """Evaluate a plan; returns what lm-eval found, and how many requests a server was asked."""
     import aiohttp
     import numpy
     from lm_eval import evaluate
@@ -238,7 +238,7 @@ def _start(
 
 
 def _prepare(tasks: Mapping[str, Any], settings: TaskSettings) -> None:
-    """What lm-eval's `simple_evaluate` does to tasks before it calls `evaluate`."""
+    """Do to tasks what lm-eval's `simple_evaluate` does before it calls `evaluate`."""
     for task in tasks["tasks"].values():
         own = task.get_config("num_fewshot")
         wanted = own if settings.num_fewshot is None or own == 0 else settings.num_fewshot
@@ -247,14 +247,14 @@ def _prepare(tasks: Mapping[str, Any], settings: TaskSettings) -> None:
 
 
 def _cache_key(model: str, variant: Variant, settings: TaskSettings) -> str:
-    """Names the answers that can stand for each other. Their prompts are lm-eval's part."""
+    """Name the answers that can stand for each other. Their prompts are lm-eval's part."""
     versions = [metadata.version(name) for name in ("lm_eval", "vllm", "transformers")]
     parts = [__version__, *versions, fingerprint(model), variant.digest, *settings.server_args]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
 
 def _describe(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """What is the same for all plans, of each task and group."""
+    """Say what is the same for all plans, of each task and group."""
     return {
         name: {
             "version": found["versions"].get(name),
@@ -267,7 +267,7 @@ def _describe(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _metrics(result: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
-    """{metric: {"value", "stderr"}} out of lm-eval's {"acc,none": ..., "acc_stderr,none": ...}."""
+    """Make {metric: {"value", "stderr"}} of lm-eval's {"acc,none": ..., "acc_stderr,none": ...}."""
     metrics = {}
     for key, value in result.items():
         name, comma, filtered = key.partition(",")
@@ -279,7 +279,7 @@ def _metrics(result: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
 
 
 def _number(value: object) -> float | None:
-    """A number that JSON has; lm-eval says "N/A" where there is none."""
+    """Read a number that JSON has; lm-eval says "N/A" where there is none."""
     if isinstance(value, (int, float)) and math.isfinite(value):
         return float(value)
     return None

@@ -15,7 +15,7 @@ Span = tuple[int, int]
 
 
 def shuffle(span: Span) -> Row:
-    """The layers in a random order, the same one for a span each time."""
+    """Put the layers into a random order, the same one for a span each time."""
     layers = list(range(*span))
     # A span of two or more has another order than its own.
     random_order = random.Random(f"{span}")
@@ -25,38 +25,38 @@ def shuffle(span: Span) -> Row:
 
 
 def prune(_: Span) -> Row:
-    """Nothing in their place."""
+    """Leave the layers out."""
     return ()
 
 
 def merge(span: Span) -> Row:
-    """One layer whose weights are the mean of theirs."""
+    """Merge the layers into one whose weights are the mean of theirs."""
     return (Block(tuple(range(*span)), merged=True),)
 
 
 def parallel(span: Span) -> Row:
-    """All of them side by side."""
+    """Run all layers side by side."""
     return (Block(tuple(range(*span))),)
 
 
 def pairs(span: Span) -> Row:
-    """Two by two side by side; of an odd span the last one alone."""
+    """Run the layers two by two side by side; of an odd span the last one alone."""
     start, end = span
     return tuple(Block(tuple(range(at, min(at + 2, end)))) for at in range(start, end, 2))
 
 
 def ladder(span: Span) -> Row:
-    """Each as a ladder block."""
+    """Run each layer as a ladder block."""
     return tuple(Block((layer,), mode="ladder") for layer in range(*span))
 
 
 def parallel_residual(span: Span) -> Row:
-    """Attention and MLP of each side by side."""
+    """Run attention and MLP of each layer side by side."""
     return tuple(Block((layer,), mode="parallel_residual") for layer in range(*span))
 
 
 def drop_sync(span: Span) -> Row:
-    """Each without its attention's all-reduce."""
+    """Run each layer without its attention's all-reduce."""
     return tuple(Block((layer,), mode="drop_sync") for layer in range(*span))
 
 
@@ -67,7 +67,7 @@ TRANSFORMATIONS: dict[str, Callable[[Span], Row]] = {
 
 
 def spans(layers: int, grid: int = 1) -> Iterator[Span]:
-    """Every span (start, end), end exclusive, of two layers or more whose ends are on the grid."""
+    """List the spans (start, end), end exclusive, of two layers or more with ends on the grid."""
     points = sorted({*range(0, layers, grid), layers})
     for index, start in enumerate(points):
         for end in points[index + 1 :]:
@@ -76,7 +76,7 @@ def spans(layers: int, grid: int = 1) -> Iterator[Span]:
 
 
 def row_with(layers: int, span: Span, transformation: Callable[[Span], Row]) -> Row:
-    """The whole model with a span transformed."""
+    """Make the row of the whole model with a span transformed."""
     start, end = span
     before = tuple(Block((layer,)) for layer in range(start))
     after = tuple(Block((layer,)) for layer in range(end, layers))

@@ -71,7 +71,7 @@ class Suite:
 
 
 def _ignore(_: float) -> None:
-    """No bar to draw."""
+    """Draw no bar."""
 
 
 def divergence(qualities: Qualities) -> float:
