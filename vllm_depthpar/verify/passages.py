@@ -41,7 +41,7 @@ _RANDOM_LENGTHS = (1, 17, 33, 64, 100, 129, 160, LONGEST)
 
 
 def token_ids(tokenizer: Any, most: int) -> list[list[int]]:
-    """The passages as tokens, and all of them as one more.
+    """Encode the passages as tokens, and all of them as one more.
 
     Args:
         tokenizer: transformers'; it begins each passage as it begins any text.
@@ -52,6 +52,6 @@ def token_ids(tokenizer: Any, most: int) -> list[list[int]]:
 
 
 def random_ids(vocab: int, most: int) -> list[list[int]]:
-    """Seeded random tokens in their place, for a model without a tokenizer."""
+    """Draw seeded random tokens in their place, for a model without a tokenizer."""
     numbers = random.Random(0)
     return [numbers.choices(range(vocab), k=min(most, length)) for length in _RANDOM_LENGTHS]

@@ -104,7 +104,7 @@ Compared = dict[str, tuple[Difference, Difference]]
 def difference(
     ours: Sequence[float], reference: Sequence[float], best: Sequence[float] = ()
 ) -> Difference:
-    """How far one model's log-probabilities of some tokens are from the reference's.
+    """Measure how far one model's log-probabilities of some tokens are from the reference's.
 
     Args:
         ours, reference: one for each token, at least one.
@@ -122,7 +122,7 @@ def _largest(values: Sequence[float]) -> float:
 def explained(
     control: Difference, control_in_bf16: Difference, plan_in_bf16: Difference
 ) -> Difference:
-    """What rounding explains of a plan's difference (see the module).
+    """Compute what rounding explains of a plan's difference (see the module).
 
     Args:
         control: vLLM's, of the unmodified model.
@@ -134,7 +134,7 @@ def explained(
 
 
 def allowed(explained: Difference) -> Difference:
-    """The largest difference that is taken for rounding."""
+    """Compute the largest difference that is taken for rounding."""
     mean, worst = (
         factor * max(value, floor)
         for factor, value, floor in zip(
@@ -145,7 +145,7 @@ def allowed(explained: Difference) -> Difference:
 
 
 def allowed_of_control(in_bf16: Difference, dtype: str, quantized: str) -> Difference:
-    """The largest difference that vLLM's own model may have.
+    """Compute the largest difference that vLLM's own model may have.
 
     Args:
         in_bf16: of the unmodified reference when it runs in bfloat16.
@@ -158,7 +158,7 @@ def allowed_of_control(in_bf16: Difference, dtype: str, quantized: str) -> Diffe
 
 
 def fault(found: Difference, allowed: Difference) -> str | None:
-    """What of a difference is not allowed, in words; None if all is. NaN is not."""
+    """Say what of a difference is not allowed, in words; None if all is. NaN is not."""
     for name in ("mean", "worst", "gap"):
         value, most = getattr(found, name), getattr(allowed, name)
         if not value <= most:
@@ -174,7 +174,7 @@ def fault(found: Difference, allowed: Difference) -> str | None:
 def compare(
     answers: Sequence[Answer], exact: Sequence[Score], in_bf16: Sequence[Score]
 ) -> Compared:
-    """The differences of an engine's answers from the reference.
+    """Measure the differences of an engine's answers from the reference.
 
     Args:
         exact, in_bf16: the reference's scores of the answers' texts, in fp32 and in bfloat16.
@@ -198,7 +198,7 @@ def compare(
 
 
 def judge(differences: Sequence[Compared], dtype: str, quantized: str) -> list[dict[str, Any]]:
-    """What to make of differences.
+    """Say what to make of differences.
 
     Args:
         differences: the control's first.

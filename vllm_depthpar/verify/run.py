@@ -123,7 +123,7 @@ def verify(model: str, labels: Sequence[str], settings: VerifySettings) -> dict[
 
 
 def _entries(model: str, config: Mapping[str, Any], labels: Sequence[str], tp: int) -> list[Entry]:
-    """The control, and the plans.
+    """List the control, and the plans.
 
     The control is vLLM's own model; where that can't be, every layer of the checkpoint alone. It
     may be cut into fewer ranks than a plan, whose blocks have more heads.
@@ -152,7 +152,7 @@ def _entries(model: str, config: Mapping[str, Any], labels: Sequence[str], tp: i
 
 
 def _prompts(model: str, config: Mapping[str, Any]) -> list[list[int]]:
-    """Token ids of the passages, as long as the model has positions for them and what it adds."""
+    """Encode the passages, as long as the model has positions for them and what it adds."""
     most = config.get("max_position_embeddings", math.inf) - TOKENS
     if most < 2:
         raise UserError(f"{most + TOKENS} positions are too few; allowed: {TOKENS + 2} or more")
@@ -174,7 +174,7 @@ def _serve(
     prompts: Sequence[Sequence[int]],
     on_gpu: bool,
 ) -> Served:
-    """What an engine answers, in a process of its own that has ended.
+    """Serve the prompts with an engine in a process of its own, which has ended on return.
 
     Raises:
         UserError: it did not answer.
@@ -212,7 +212,7 @@ def ask(
     prompts: Sequence[Sequence[int]],
     tokens: int,
 ) -> None:
-    """An engine's process: sends `Served` for all prompts at once and then the longest alone.
+    """Run an engine's process: send `Served` for all prompts at once and then the longest alone.
 
     Args:
         tokens: how many to generate, greedily, after each.

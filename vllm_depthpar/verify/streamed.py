@@ -106,7 +106,7 @@ class StreamedModel:
         return scores
 
     def _score(self, head: nn.Module, hidden: Tensor, text: Sequence[int]) -> Score:
-        """Of a text, from the last norm's output, (tokens, hidden)."""
+        """Score a text, from the last norm's output, (tokens, hidden)."""
         targets = torch.tensor(text[1:], dtype=torch.int64, device=self._device)
         chosen: list[float] = []
         best: list[float] = []
@@ -138,7 +138,7 @@ class StreamedModel:
         module.load_state_dict(state, assign=True)
 
     def _read(self, prefix: str) -> dict[str, Tensor]:
-        """All tensors whose names begin so."""
+        """Read all tensors whose names begin so."""
         names = [name for name in self._files if name.startswith(prefix)]
         found = {}
         for file in {self._files[name] for name in names}:
@@ -150,7 +150,7 @@ class StreamedModel:
 
 
 def _dequantizer(folder: Path) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
-    """What makes of a layer's tensors, by their full names, those of the unquantized layer."""
+    """Find what makes of a layer's tensors, by full names, those of the unquantized layer."""
     quantization = json.loads((folder / "config.json").read_text()).get("quantization_config")
     if quantization is None:
         return lambda tensors: tensors
