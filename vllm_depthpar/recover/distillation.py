@@ -76,7 +76,7 @@ class Distillation(nn.Module):
         self.first = 0 if everything else min(self.changed, default=plan.depth)
 
     def autocast(self) -> torch.autocast:
-        """What every forward pass runs in."""
+        """Make the context that every forward pass runs in."""
         return torch.autocast(self.teacher.device.type, torch.bfloat16, enabled=self.bfloat16)
 
     def unfreeze(self, what: str, rank: int = 16, seed: int = 0) -> None:
@@ -110,7 +110,7 @@ class Distillation(nn.Module):
         return [mine[name] for name in wanted]
 
     def own_downs(self, positions: Iterable[int]) -> dict[str, nn.Parameter]:
-        """`own` the down projections of the blocks at these positions: by their names."""
+        """Give the student its own down projections of the blocks at `positions`, by name."""
         names = [name for name in self._of_blocks(positions) if name.endswith("down_proj.weight")]
         return dict(zip(names, self.own(names), strict=True))
 
@@ -123,7 +123,7 @@ class Distillation(nn.Module):
         ]
 
     def _by_name(self) -> dict[str, nn.Parameter]:
-        """The student's, by their names in the checkpoint."""
+        """List the student's parameters by their names in the checkpoint."""
         found: dict[str, Any] = hf.checkpoint_names(dict(self.student.named_parameters()))
         return found
 
@@ -163,7 +163,7 @@ class Distillation(nn.Module):
             parameter.data += delta
 
     def changes(self) -> dict[str, Tensor]:
-        """The student's tensors that are not the teacher's, by their names in the checkpoint."""
+        """List the student's tensors that are not the teacher's, by the checkpoint's names."""
         shared = self._shared()
         return {
             name: tensor for name, tensor in self._by_name().items() if id(tensor) not in shared
@@ -180,7 +180,7 @@ class Distillation(nn.Module):
         return list(self.teacher.model.layers)
 
     def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
-        """The loss on a batch of windows.
+        """Compute the loss on a batch of windows.
 
         Args:
             input_ids: (batch, tokens).
@@ -196,7 +196,7 @@ class Distillation(nn.Module):
         return {"loss": kl if distil else nll, "kl": kl.detach(), "nll": nll.detach()}
 
     def _losses(self, input_ids: Tensor, taught: bool) -> tuple[Tensor, Tensor]:
-        """KL (0 if not `taught`) and negative log-likelihood, means over all predictions."""
+        """Compute KL (0 if not `taught`) and negative log-likelihood, means of all predictions."""
         with torch.no_grad():
             stream: Stream = self.teacher.model.embed_tokens(input_ids)
             context = hf.context(self.teacher, cast(Tensor, stream))
@@ -220,21 +220,21 @@ class Distillation(nn.Module):
         return losses
 
     def _teach(self, stream: Stream, context: dict[str, Any]) -> Tensor:
-        """The teacher's normalized last hidden states, (batch, tokens, hidden), from what the
-        shared blocks made of the stream: each of them is the layer of its own number."""
+        """Compute the teacher's normalized last hidden states, (batch, tokens, hidden), from what
+        the shared blocks made of the stream: each of them is the layer of its own number."""
         x = stream[0] if isinstance(stream, tuple) else stream
         for layer in self.teacher_layers[self.first :]:
             x = layer(x, **context)
         return cast(Tensor, self.teacher.model.norm(x))
 
     def train(self, mode: bool = True) -> Distillation:
-        """As of every module, but the teacher never trains."""
+        """Switch training on or off as every module does, but the teacher never trains."""
         super().train(mode)
         self.teacher.eval()
         return self
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """What is trained, all else is the checkpoint's: what transformers' Trainer saves."""
+        """List what is trained, all else is the checkpoint's: what transformers' Trainer saves."""
         return {
             name: parameter.detach()
             for name, parameter in self.named_parameters()
@@ -260,7 +260,7 @@ class _HeadLoss(torch.autograd.Function):
         labels: Tensor,
         distil: bool,
     ) -> tuple[Tensor, Tensor]:
-        """Means over the rows; the first has gradients if `distil`, else the second.
+        """Compute means over the rows; the first has gradients if `distil`, else the second.
 
         hidden, target: (rows, hidden); weights: (vocabulary, hidden); labels: (rows,).
         """
@@ -297,7 +297,7 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outward: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of the objective's mean."""
+        """Hand out gradients of the objective's mean."""
         scale = outward[0 if ctx.distil else 1]
         hidden_grad, weight_grad = ctx.saved_tensors
         return (

@@ -135,7 +135,7 @@ def _fit(
 
 @contextmanager
 def _inputs_of(modules: list[nn.Linear]) -> Iterator[dict[nn.Linear, Tensor]]:
-    """What the modules were last called with, while this context lasts."""
+    """Record what the modules were last called with, while this context lasts."""
     inputs: dict[nn.Linear, Tensor] = {}
     hooks = [
         module.register_forward_pre_hook(lambda module, given: inputs.update({module: given[0]}))

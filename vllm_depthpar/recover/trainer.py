@@ -65,7 +65,7 @@ class TrainingSettings:
 
 
 def this_process() -> PartialState:
-    """This process among those that `accelerate launch` or torchrun started."""
+    """Find this process among those that `accelerate launch` or torchrun started."""
     # Without being told, processes without GPUs would not know of each other.
     return PartialState(cpu=not torch.cuda.is_available())
 
@@ -115,7 +115,7 @@ class Recovery:
         self.curve: list[dict[str, Any]] = []
 
     def _once(self, name: str, make: Callable[[], object]) -> Any:
-        """What is in a file of the folder; if there is none, what `make` gives on the main process.
+        """Read a file of the folder; if there is none, write what `make` gives on the main process.
 
         Every process gets it as JSON.
         """
@@ -126,11 +126,11 @@ class Recovery:
         return json.loads(path.read_text())
 
     def measure(self) -> dict[str, dict[str, float]]:
-        """The student's perplexity on every held-out text, and its KL from the teacher."""
+        """Measure the student's perplexity on every held-out text, and its KL from the teacher."""
         return {windows.name: quality(self._distillation, windows) for windows in self._held_out}
 
     def refit(self) -> dict[int, float]:
-        """`refit`, or what a call before this one made of it; returns the ridges."""
+        """Run `refit`, or read what a call before this one made of it; returns the ridges."""
         path = self._folder / "refit.safetensors"
 
         def fit() -> dict[int, float]:
@@ -151,7 +151,7 @@ class Recovery:
         return ridges
 
     def train(self, tokens: int | None, until: float | None) -> dict[str, Any]:
-        """Distil.
+        """Train the student.
 
         Args:
             tokens: how many to learn from; more than there are repeats them. None: all once.
@@ -228,7 +228,7 @@ class Recovery:
         return self._settings.batch * self._training.shape[1]
 
     def _steps(self, tokens: int | None, until: float | None) -> int:
-        """How many steps to take."""
+        """Count the steps to take."""
         if until is None:
             wanted = self._training.numel() if tokens is None else tokens
             return math.ceil(wanted / self._tokens_of_a_step)
@@ -240,7 +240,7 @@ class Recovery:
         return max(0, math.floor(_MARGIN * left / per_step))
 
     def _seconds_of_a_step(self) -> float:
-        """The faster of two steps that change nothing."""
+        """Time a step: the faster of two that change nothing."""
         self._prepare()
         settings, device = self._settings, self._process.device
         part = self._training[: settings.micro_batch].to(device)
@@ -257,7 +257,7 @@ class Recovery:
 
 @torch.no_grad()
 def quality(distillation: Distillation, windows: Windows) -> dict[str, float]:
-    """Perplexity and mean KL divergence (nats per token) of the student on a text.
+    """Measure perplexity and mean KL divergence (nats per token) of the student on a text.
 
     All tokens of a window but its first are counted.
     """
@@ -274,7 +274,7 @@ def quality(distillation: Distillation, windows: Windows) -> dict[str, float]:
 
 
 def _last_complete(folder: Path) -> str | None:
-    """The newest checkpoint that was written to its end: its state is what Trainer writes last."""
+    """Find the newest checkpoint written to its end: its state is what Trainer writes last."""
     for state in sorted(
         folder.glob("checkpoint-*/trainer_state.json"),
         key=lambda path: int(path.parent.name.split("-")[1]),
@@ -296,7 +296,7 @@ class _Trainer(Trainer):
         self._recovery = recovery
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Measure, write down, show."""
+        """Measure the student, and log and show what was found."""
         found = self._recovery.measure()
         self.log({"quality": found})
         self.control: Any = self.callback_handler.on_evaluate(
@@ -313,7 +313,7 @@ class _Progress(ProgressCallback):
         self._tokens = tokens
 
     def on_log(self, *_: Any, **__: Any) -> None:
-        """Nothing: `on_evaluate` shows more."""
+        """Show nothing: `on_evaluate` shows more."""
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Show what was measured."""
