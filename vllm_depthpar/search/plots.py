@@ -19,7 +19,7 @@ def front(
     best: Sequence[tuple[Plan, float]],
     speedup: Callable[[Plan], float | None] | None = None,
 ) -> None:
-    """Divergence against depth, and against predicted speed-up if there is one: a PNG.
+    """Plot divergence against depth, and against predicted speed-up if there is one: a PNG.
 
     Args:
         known: every measured plan: its kind, itself, its divergence in nats per token.

@@ -122,16 +122,16 @@ class Space:
         return None
 
     def of_method(self, method: str) -> frozenset[Tile]:
-        """The tiles that one method alone may use."""
+        """List the tiles that one method alone may use."""
         return frozenset(candidates(self.shape.layers, [method], self.group)) & self.lengths.keys()
 
     def plan(self, tiling: Tiling) -> Plan:
-        """The plan that a tiling is, made for this tensor-parallel size where that matters."""
+        """Make the plan that a tiling is, for this tensor-parallel size where that matters."""
         plan = to_plan(tiling, self.shape.layers)
         return replace(plan, tp=self.tp) if plan.drop_sync and self.tp > 1 else plan
 
     def speedup(self, plan: Plan) -> float | None:
-        """A plan's predicted speed-up over plain vLLM; None where no machine is known."""
+        """Predict a plan's speed-up over plain vLLM; None where no machine is known."""
         return self.machine.speedup(self.shape, plan) if self.machine else None
 
 
@@ -169,22 +169,22 @@ class Outcome:
     seconds: float = 0.0
 
     def quality(self, tiling: Tiling) -> dict[str, Quality]:
-        """The quality of a plan that was measured."""
+        """Read the quality of a plan that was measured."""
         return self.suite.measure([self.space.plan(tiling)])[0]
 
     def increase(self, one: Found) -> float:
-        """By how much a plan raises the loss, nats per token."""
+        """Compute by how much a plan raises the loss, nats per token."""
         from vllm_depthpar.evaluate.suite import loss
 
         return loss(self.quality(one.tiling)) - loss(self.unmodified)
 
     def within_loss(self) -> Found:
-        """The shortest plan known to keep the loss within the goal's limit."""
+        """Find the shortest plan known to keep the loss within the goal's limit."""
         limit = self.space.goal.loss_limit
         return next(one for one in self.search.front() if self.increase(one) <= limit)
 
     def best(self) -> Found:
-        """The plan that was asked for.
+        """Find the plan that was asked for.
 
         Raises:
             UserError: none that was measured reaches the goal.
@@ -218,7 +218,7 @@ class Outcome:
 
 
 def run(space: Space, suite: Suite, effort: Effort, started: float | None = None) -> Outcome:
-    """Search: every tile alone, what is published, then rounds.
+    """Search for plans: every tile alone, what is published, then rounds.
 
     Args:
         started: of `time.monotonic`: when the minutes began to count.

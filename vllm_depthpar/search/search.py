@@ -78,7 +78,10 @@ class Search:
         self.known: dict[Tiling, float] = {}
 
     def measure_tiles(self) -> None:
-        """Step 1. A wide block of another mode is taken to cost what both cost."""
+        """Measure every tile alone, step 1.
+
+        A wide block of another mode is taken to cost what both cost.
+        """
         tiles = [tile for tile in self._length if tile.changes]
         known = {
             tile: [Tile(tile.start, tile.width), *(Tile(at, mode=tile.mode) for at in tile.layers)]
@@ -94,7 +97,7 @@ class Search:
             self.alone[tile] = sum(self.alone[part] for part in parts)
 
     def round(self, target: int, proposals: int) -> int:
-        """Steps 2 and 3, once; returns how many new plans were measured."""
+        """Propose plans and measure them, steps 2 and 3, once; returns how many were new."""
         return self.add(self.propose(target, proposals))
 
     def add(self, tilings: Iterable[Tiling]) -> int:
@@ -105,7 +108,7 @@ class Search:
         return len(new)
 
     def propose(self, target: int, proposals: int) -> list[Tiling]:
-        """Plans to measure next.
+        """Choose the plans to measure next.
 
         Args:
             target: the length that matters most.
@@ -149,7 +152,7 @@ class Search:
                 self._choose(chosen, tiling)
 
     def _leading(self, ceiling: int) -> list[frozenset[Tile]]:
-        """The method that the best known plan of a length keeps to, if it keeps to one.
+        """Find the method that the best known plan of a length keeps to, if it keeps to one.
 
         Among all tiles draws and neighbours of its kind are few: it would search less well than
         alone.
@@ -162,7 +165,7 @@ class Search:
             chosen[tiling] = None
 
     def _neighbours(self, costs: Mapping[Tile, float], ceiling: int) -> list[Tiling]:
-        """The best known plans of this length with one tile exchanged, the most promising first."""
+        """Exchange one tile of the best known plans of this length, the most promising first."""
         known = [tiling for tiling in self._known_of(ceiling) if costs.keys() >= set(tiling)]
         found = set()
         for good in sorted(known, key=self.known.__getitem__)[:_GOOD]:
@@ -177,32 +180,32 @@ class Search:
         return sorted(found, key=lambda one: (sum(costs[tile] for tile in one), one))
 
     def _known_of(self, ceiling: int) -> list[Tiling]:
-        """The measured plans that `_fits` takes."""
+        """List the measured plans that `_fits` takes."""
         return [tiling for tiling in self.known if self._fits(self.length(tiling), ceiling)]
 
     def _fits(self, length: int, ceiling: int) -> bool:
-        """Of at most this length, and not a layer shorter."""
+        """Say whether a length is at most the ceiling, and not a layer shorter."""
         return ceiling - self.layer < length <= ceiling
 
     def _best(self, costs: Mapping[Tile, float], ceiling: int) -> Tiling:
-        """The cheapest tiling of at most this length, and not a layer shorter; () if none is."""
+        """Find the cheapest tiling of at most this length, not a layer shorter; () if none is."""
         of_length = best_of_each_length(self._layers, costs, self._length)
         found = [of_length[at] for at in of_length if self._fits(at, ceiling)]
         return min(found)[1] if found else ()
 
     def length(self, tiling: Tiling) -> int:
-        """A plan's length."""
+        """Compute a plan's length."""
         covered = sum(tile.width for tile in tiling)
         # A tensor-parallel size may not allow single layers; tilings then cover every layer.
         rest = (self._layers - covered) * self._length.get(Tile(0), 0)
         return rest + sum(self._length[tile] for tile in tiling)
 
     def measured(self) -> list[Found]:
-        """Every plan that is known."""
+        """List every plan that is known."""
         return [Found(tiling, self.length(tiling), value) for tiling, value in self.known.items()]
 
     def front(self) -> list[Found]:
-        """The measured plans that no other is both shorter (or as short) and better than."""
+        """List the measured plans that no other is both shorter (or as short) and better than."""
         found = [*self.measured(), Found((), self.length(()), 0.0)]
         front: list[Found] = []
         for one in sorted(found, key=lambda one: (one.length, one.divergence)):

@@ -59,11 +59,11 @@ class Surrogate:
         self._root = vectors * np.sqrt(np.maximum(eigenvalues, 0))
 
     def mean(self) -> dict[Tile, float]:
-        """The expected cost of every tile."""
+        """List the expected cost of every tile."""
         return self._named(self._mean)
 
     def sample(self, random: np.random.Generator) -> dict[Tile, float]:
-        """Costs drawn from the posterior (Thompson sampling)."""
+        """Draw costs from the posterior (Thompson sampling)."""
         return self._named(self._mean + self._root @ random.standard_normal(len(self._tiles)))
 
     def _named(self, costs: npt.NDArray[np.float64]) -> dict[Tile, float]:

@@ -62,12 +62,12 @@ class Machine:
 
 
 def depths(tiles: Iterable[Tile]) -> dict[Tile, int]:
-    """Each tile's length where lengths count blocks."""
+    """Compute each tile's length where lengths count blocks."""
     return {tile: int(not tile.skip) for tile in tiles}
 
 
 def reductions(tiles: Iterable[Tile]) -> dict[Tile, int]:
-    """Each tile's length where lengths count all-reduces of a forward pass at TP > 1.
+    """Compute each tile's length where lengths count all-reduces of a forward pass at TP > 1.
 
     The embedding's is no tile's, and that a row of ladder blocks ends with one fewer is left out.
     """
@@ -77,12 +77,12 @@ def reductions(tiles: Iterable[Tile]) -> dict[Tile, int]:
 
 
 def reachable(layers: int, lengths: dict[Tile, int]) -> list[int]:
-    """Total lengths that some plan has, ascending."""
+    """List the total lengths that some plan has, ascending."""
     return sorted(best_of_each_length(layers, dict.fromkeys(lengths, 0.0), lengths))
 
 
 def check_depth(depth: int, layers: int, lengths: dict[Tile, int], methods: Sequence[str]) -> int:
-    """A depth that can be reached.
+    """Check that a depth can be reached; returns it.
 
     Raises:
         UserError: it can't; names the nearest.
@@ -103,7 +103,7 @@ def check_depth(depth: int, layers: int, lengths: dict[Tile, int], methods: Sequ
 def check_all_reduces(
     most: int, layers: int, lengths: dict[Tile, int], methods: Sequence[str]
 ) -> int:
-    """The length of plans with at most so many all-reduces a forward pass.
+    """Compute the length of plans with at most so many all-reduces a forward pass.
 
     Raises:
         UserError: no plan has so few, or plain vLLM does.
@@ -124,7 +124,7 @@ def check_speedup(
     lengths: dict[Tile, int],
     methods: Sequence[str],
 ) -> int:
-    """The length that a speed-up needs.
+    """Compute the length that a speed-up needs.
 
     Raises:
         UserError: no plan is that fast; names the most that is predicted.

@@ -64,7 +64,7 @@ def to_plan(tiling: Tiling, layers: int) -> Plan:
 
 
 def candidates(layers: int, methods: Collection[str], group: int = 4) -> list[Tile]:
-    """Every tile that the methods allow.
+    """List every tile that the methods allow.
 
     Args:
         layers: number of layers N.
@@ -96,7 +96,7 @@ def candidates(layers: int, methods: Collection[str], group: int = 4) -> list[Ti
 def best_of_each_length(
     layers: int, cost: Mapping[Tile, float], length: Mapping[Tile, int]
 ) -> dict[int, tuple[float, Tiling]]:
-    """The cheapest tiling of each total length.
+    """Find the cheapest tiling of each total length.
 
     Args:
         layers: number of layers to cover.
