@@ -148,7 +148,7 @@ def _run(args: argparse.Namespace) -> str:
 
 
 def _settings(args: argparse.Namespace) -> BenchSettings:
-    """The settings that were asked for; raises as `engine_flags`."""
+    """Read the settings that were asked for; raises as `engine_flags`."""
     flags = engine_flags(args.engine_args)
     given = {field.name: getattr(args, field.name) for field in fields(BenchSettings)}
     return BenchSettings(**{**given, "engine_args": flags})
@@ -157,8 +157,8 @@ def _settings(args: argparse.Namespace) -> BenchSettings:
 def _predicted(
     chosen: Sequence[Variant], settings: BenchSettings, config: dict[str, Any], on_gpu: bool
 ) -> dict[str, dict[str, float]]:
-    """{load's key: {variant: speed-up of decoding over plain vLLM}} as `depthpar predict` has it,
-    if this machine was measured for it; between GPUs it would have to know the link."""
+    """Predict {load's key: {variant: speed-up of decoding over plain vLLM}} as `depthpar predict`
+    does, if this machine was measured for it; between GPUs it would have to know the link."""
     try:
         device = device_named(THIS)
     except UserError:
@@ -199,7 +199,7 @@ def _draw(record: dict[str, Any], loads: Sequence[Load], path: Path) -> None:
 
 
 def _plans(text: str) -> list[str]:
-    """Plans between commas, of which those inside of JSON are none."""
+    """Cut a text at the commas between plans, of which those inside of JSON are none."""
     found, depth = [""], 0
     for letter in text:
         depth += (letter in "[{") - (letter in "]}")
@@ -211,7 +211,7 @@ def _plans(text: str) -> list[str]:
 
 
 def _several(single: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
-    """A type for argparse: values between commas, each once."""
+    """Make a type for argparse: values between commas, each once."""
 
     def several(text: str) -> tuple[T, ...]:
         return tuple(dict.fromkeys(single(one.strip()) for one in text.split(",")))

@@ -97,7 +97,7 @@ def _client(server: Server) -> OpenAI:
 
 
 def _answer(server: Server) -> Iterator[str]:
-    """The server's answer to QUESTION, piece by piece as it comes."""
+    """Read the server's answer to QUESTION, piece by piece as it comes."""
     stream = _client(server).chat.completions.create(
         model=bundled.NAME,
         messages=[{"role": "user", "content": QUESTION}],
@@ -110,7 +110,7 @@ def _answer(server: Server) -> Iterator[str]:
 
 
 def _tokens_per_second(server: Server) -> float:
-    """Tokens per second of one whole request for TOKENS tokens, its short prompt included."""
+    """Time one whole request for TOKENS tokens, its short prompt included: tokens per second."""
     start = time.perf_counter()
     _client(server).completions.create(
         model=bundled.NAME,
@@ -123,7 +123,7 @@ def _tokens_per_second(server: Server) -> float:
 
 
 def _round(servers: dict[str, Server], number: int) -> dict[str, float]:
-    """Tokens per second of each server, one after the other, alone."""
+    """Measure each server, one after the other, alone: tokens per second."""
     rates = {}
     for name, server in in_turn(list(servers.items()), number):
         with awake(server):

@@ -105,8 +105,9 @@ def _run(args: argparse.Namespace) -> str:
 
 
 def measure_texts(args: argparse.Namespace, plans: Sequence[Variant]) -> dict[str, Any]:
-    """The texts' report, JSON-ready: what was measured with what, and for each plan and text the
-    perplexity and the KL divergence from the unmodified model, nats per token."""
+    """Measure plans on the texts. The report is JSON-ready: what was measured with what, and for
+    each plan and text the perplexity and the KL divergence from the unmodified model, nats per
+    token."""
     from vllm_depthpar.evaluate.suite import Suite, open_model, read_texts, reported
 
     layers = ModelShape.from_config(read_config(args.model)).layers
@@ -129,7 +130,7 @@ def measure_texts(args: argparse.Namespace, plans: Sequence[Variant]) -> dict[st
 
 
 def _ranks(given: int | None, plans: Sequence[Plan]) -> int:
-    """The tensor-parallel size whose models to measure.
+    """Choose the tensor-parallel size whose models to measure.
 
     Raises:
         UserError: the plans were made for several.
@@ -144,7 +145,7 @@ def _ranks(given: int | None, plans: Sequence[Plan]) -> int:
 
 
 def text_table(report: dict[str, Any]) -> str:
-    """A texts' report as a Markdown table, a row for each plan."""
+    """Make a Markdown table of a texts' report, a row for each plan."""
     rows = [([plan["label"], str(plan["depth"])], plan["results"]) for plan in report["plans"]]
     counted = "; ".join(
         f"{text['text']}: {text['tokens_counted']} tokens counted, in {text['windows']} windows of "

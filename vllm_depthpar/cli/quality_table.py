@@ -10,7 +10,7 @@ Figures = Mapping[str, Mapping[str, float]]
 
 
 def quality_table(header: Sequence[str], rows: Sequence[tuple[Sequence[str], Figures]]) -> str:
-    """A Markdown table.
+    """Make a Markdown table of perplexities and divergences.
 
     Args:
         header: of the first columns.

@@ -204,7 +204,7 @@ def _check(args: argparse.Namespace, processes: int) -> Plan:
 
 
 def _texts(args: argparse.Namespace) -> tuple[list[Windows], list[Windows]]:
-    """What to learn from and what to measure on."""
+    """Read the texts to learn from and those to measure on."""
     from vllm_depthpar.evaluate import own_text
     from vllm_depthpar.evaluate.suite import read_texts
 

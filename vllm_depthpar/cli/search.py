@@ -103,7 +103,7 @@ def _methods(text: str) -> list[str]:
 
 
 def _machine(args: argparse.Namespace) -> Machine | None:
-    """Where plans will run; None if nothing asks for it."""
+    """Find the machine that plans will run on; None if nothing asks for it."""
     if args.speedup is None and not (args.device or args.link):
         return None
     if args.tp > 1 and not args.link:
@@ -114,7 +114,7 @@ def _machine(args: argparse.Namespace) -> Machine | None:
 
 
 def _texts(args: argparse.Namespace) -> list[Windows]:
-    """The texts to calibrate on: the user's, the model's own, or both in equal parts."""
+    """Read the texts to calibrate on: the user's, the model's own, or both in equal parts."""
     from vllm_depthpar.evaluate.suite import read_texts
 
     own = args.own_text

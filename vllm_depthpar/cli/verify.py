@@ -107,5 +107,5 @@ def _table(record: dict[str, Any]) -> str:
 
 
 def _in_units(mean: float, explained: float, unit: float) -> list[str]:
-    """Multiples of the control's difference; none where it has none."""
+    """Write differences as multiples of the control's; empty where it has none."""
     return [f"{value / unit:.2f}x" if unit > 0 else "" for value in (mean, explained)]
