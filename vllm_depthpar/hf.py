@@ -123,7 +123,7 @@ class ParallelBlock(GradientCheckpointingLayer):
         )
 
     def feed(self, stream: Tensor) -> Tensor:
-        """The sum of F_i(stream) over the block's layers; shapes as in `forward`."""
+        """Sum F_i(stream) over the block's layers; shapes as in `forward`."""
         return _total(
             layer.mlp(layer.post_attention_layernorm(stream)) for layer in self.feeding_layers
         )

@@ -110,7 +110,7 @@ def _column(plan: Plan) -> list[str]:
 
 
 def _without(plan: Plan, position: int) -> list[str]:
-    """What the halves are that a block lacks."""
+    """Name the halves that a block lacks."""
     block, notes = plan.blocks[position], []
     for half, key in HALVES.items():
         if layers := [layer for layer in block if layer in getattr(plan, key)]:

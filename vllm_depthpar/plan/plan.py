@@ -314,7 +314,7 @@ def _checked_blocks(
 
 
 def _members(block: Halves) -> list[int]:
-    """The layers of which a block has a half or both, in the order of its attentions."""
+    """List the layers of which a block has a half or both, in the order of its attentions."""
     for half in ("attention", "mlp"):
         layers = getattr(block, half)
         if len(set(layers)) < len(layers):

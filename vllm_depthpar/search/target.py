@@ -48,7 +48,7 @@ class Machine:
         return math.floor(_UNITS * (plain / speedup - rest) / layer)
 
     def _block_seconds(self, shape: ModelShape, kind: Tile) -> float:
-        """What one more block of a kind costs, in a row of its kind."""
+        """Predict the seconds that one more block of a kind takes, in a row of its kind."""
 
         def seconds(count: int) -> float:
             row = tuple(replace(kind, start=kind.width * at) for at in range(count))
