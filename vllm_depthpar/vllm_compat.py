@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import wraps
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import distributed
+from torch import distributed, nn
 from vllm import envs
 from vllm.config import (
     CompilationMode,
@@ -212,20 +213,109 @@ def kv_cache_bytes(vllm_config: VllmConfig) -> int:
     return int(dtype.itemsize)
 
 
-def rows_of_this_step() -> tuple[int, int] | None:
-    """Sequences in the batch of the forward pass that runs, and the most new tokens of one.
+class Watcher(Protocol):
+    """What is told of a model's forward passes."""
 
-    None where vLLM runs the model for itself: to profile memory, to compile, to capture graphs.
+    def begin(self, tokens: Collection[int]) -> None:
+        """Note that a pass begins.
 
-    Relies on: a layer's attention metadata has `query_start_loc` and `max_query_len`, as those of
-    vLLM's CPU backend.
+        Args:
+            tokens: new ones of each sequence in the batch.
+        """
+
+    def end(self) -> None:
+        """Note that all of it was given to the device."""
+
+
+# The attribute of a model that names its watcher.
+_WATCHER = "depthpar_watcher"
+# That of the model whose step runs in this process, and the step's tokens.
+_step: tuple[Watcher, Collection[int]] | None = None
+# What vLLM calls the requests by which it warms up: "_warmup_0_", "_v2_mixed_warmup_decode", ...
+_WARM_UP = re.compile(r"_\w*warmup")
+
+
+def watch_passes(model: nn.Module, watcher: Watcher, v2: bool) -> None:
+    """Tell a watcher of a model's forward passes that serve requests, however they are run; not of
+    those by which vLLM profiles memory, compiles, warms up and captures graphs.
+
+    Relies on: a runner calls its `model` for one forward pass in an `execute_model`, which gets
+    what the scheduler made; vLLM's own passes come another way, or with `dummy_run=True`, or with
+    requests named as `_WARM_UP`. What replays a CUDA graph of a whole pass, and calls no model, is
+    `_model_forward` in vLLM's first runner, `ModelCudaGraphManager.run_fullgraph` in its second.
+
+    Args:
+        v2: whether it is the second that runs (`VllmConfig.use_v2_model_runner`).
     """
-    context = get_forward_context() if is_forward_context_available() else None
-    if context is None or not isinstance(context.attn_metadata, dict):
-        return None
-    for metadata in context.attn_metadata.values():
-        return len(metadata.query_start_loc) - 1, int(metadata.max_query_len)
-    return None
+    setattr(model, _WATCHER, watcher)
+    model.register_forward_pre_hook(_begin)
+    model.register_forward_hook(_end)
+    # A worker has them already; other processes, which import this module too, do without.
+    if v2:
+        from vllm.v1.worker.gpu.cudagraph_utils import ModelCudaGraphManager
+        from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+        _wrap(ModelCudaGraphManager, "run_fullgraph", _telling_of_replays)
+    else:
+        from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+        _wrap(GPUModelRunner, "_model_forward", _telling_of_replays)
+    _wrap(GPUModelRunner, "execute_model", _telling_of_steps)
+
+
+def _wrap(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
+    """Replace a method by one that tells, once."""
+    method = getattr(owner, name)
+    if not hasattr(method, _WATCHER):
+        telling = wrapper(method)
+        setattr(telling, _WATCHER, None)
+        setattr(owner, name, telling)
+
+
+def _telling_of_steps(execute_model: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(execute_model)
+    def execute(self: Any, scheduler_output: Any, *args: Any, **options: Any) -> Any:
+        global _step
+        watcher = getattr(self.model, _WATCHER, None)
+        tokens = scheduler_output.num_scheduled_tokens
+        own = options.get("dummy_run") or _WARM_UP.match(next(iter(tokens), ""))
+        if watcher is None or own:
+            return execute_model(self, scheduler_output, *args, **options)
+        _step = watcher, tokens.values()
+        try:
+            return execute_model(self, scheduler_output, *args, **options)
+        finally:
+            _step = None
+
+    return execute
+
+
+def _telling_of_replays(run: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(run)
+    def replay(self: Any, *args: Any, **options: Any) -> Any:
+        # The first runner's is called for every pass, in a context that says of which kind it is.
+        if is_forward_context_available() and (
+            get_forward_context().cudagraph_runtime_mode != CUDAGraphMode.FULL
+        ):
+            return run(self, *args, **options)
+        _begin()
+        output = run(self, *args, **options)
+        _end()
+        return output
+
+    return replay
+
+
+def _begin(*_: Any) -> None:
+    # Where torch.compile is given the whole model, hooks included, this is a constant to it.
+    if not torch.compiler.is_compiling() and _step is not None:
+        watcher, tokens = _step
+        watcher.begin(tokens)
+
+
+def _end(*_: Any) -> None:
+    if not torch.compiler.is_compiling() and _step is not None:
+        _step[0].end()
 
 
 def group_named(name: str) -> GroupCoordinator:

@@ -28,8 +28,14 @@ QUEUED = "vllm:request_queue_time_seconds"
 GENERATED = "vllm:generation_tokens_total"
 FORWARD = "vllm:depthpar_forward_seconds"
 ALL_REDUCE = "vllm:depthpar_all_reduce_seconds_total"
+# Of the passes that those were in; of others none is timed.
+AROUND = "vllm:depthpar_all_reduce_forward_seconds_total"
 
-ON_CPUS = "Timed on CPU servers only: on GPUs there is nothing to see here."
+NOT_IN_GRAPHS = (
+    "No data from GPUs whose passes are CUDA graphs: no Python runs for an all-reduce in a graph,"
+    " and an event in it would be recorded at every replay. There with --enforce-eager, and in"
+    " passes of more tokens than the largest graph."
+)
 
 
 def gauge(series: str, *labels: str, how: str = "sum", by: str = "job") -> str:
@@ -259,12 +265,12 @@ ROWS = {
             {
                 f"{{{{job}}}} {kind}": rate(ALL_REDUCE, 'phase="decode"', f'kind="{kind}"')
                 + " / "
-                + rate(f"{FORWARD}_sum", 'phase="decode"')
+                + rate(AROUND, 'phase="decode"')
                 for kind in ("exposed", "hidden")
             },
             unit="percentunit",
-            description="Exposed: rank 0 sends, waits or adds. Hidden: it computes between start"
-            f" and wait, an upper bound. {ON_CPUS}",
+            description="Exposed: rank 0 sends, waits or adds. Hidden: one is on its way while it"
+            f" computes; on a CPU an upper bound. {NOT_IN_GRAPHS}",
         ),
         Panel(
             "Mean exposed time of one all-reduce",
@@ -274,7 +280,7 @@ ROWS = {
                 + rate("vllm:depthpar_all_reduces_total", by="job, phase")
             },
             unit="s",
-            description=ON_CPUS,
+            description=NOT_IN_GRAPHS,
         ),
         Panel(
             "Decoding step, p50 and p99",
@@ -283,7 +289,8 @@ ROWS = {
                 for q in (0.5, 0.99)
             },
             unit="s",
-            description=ON_CPUS,
+            description="One forward pass of rank 0, without sampling; on a GPU between events"
+            " around it, CUDA graphs included. Quantiles are interpolated.",
         ),
     ],
     "Two deployments: $candidate beside $baseline": [

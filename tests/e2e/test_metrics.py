@@ -10,14 +10,12 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import httpx
 import jsonschema
 import pytest
 import schemathesis
-import torch
 from forked_serve import forked_servers
 from hypothesis import given, settings
 from models import write_llama, write_tokenizer
@@ -27,14 +25,11 @@ from prometheus_client.samples import Sample
 from schemathesis import Case
 from schemathesis.core.result import Ok
 from schemathesis.specs.openapi.checks import positive_data_acceptance
-from vllm.config import VllmConfig
-from vllm.forward_context import set_forward_context
 
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.launch.server import Server, serve
 from vllm_depthpar.metrics import metric_files
-from vllm_depthpar.metrics.all_reduce_timer import Stopwatch
-from vllm_depthpar.metrics.forward_timer import Meter, bucket_of, layers_by_kind
+from vllm_depthpar.metrics.forward_timer import layers_by_kind
 from vllm_depthpar.metrics.metric_files import Metric, MetricFiles
 from vllm_depthpar.plan import precedence, resolve
 from vllm_depthpar.plan.drawing import draw
@@ -161,6 +156,10 @@ def test_counters_count_the_requests(run: Run) -> None:
         )
     )
     assert 0 < exposed <= exposed + hidden < whole
+    assert value(after, "all_reduce_forward_seconds_total", **timed) == pytest.approx(
+        value(after, "forward_seconds_sum", **timed, batch_size="1")
+    )
+    assert value(after, "forwards_dropped_total") == 0
     # Over shared memory, which some CPUs have, nothing runs behind anything.
     assert (hidden == 0) == ("gain no speed here" in run.server.log_text())
     complete(run.server, ["three prompts", "of one request", "start together"], 24)
@@ -203,7 +202,8 @@ def test_stats_endpoint_says_what_the_metrics_say(run: Run) -> None:
         labels = {"phase": "decode", "batch_size": entry["batch_size"]}
         assert entry["count"] == value(found, "forward_seconds_count", **labels)
         assert entry["seconds"] == pytest.approx(value(found, "forward_seconds_sum", **labels))
-    assert decode["all_reduces"]["count"] == value(found, "all_reduces_total", phase="decode")
+    for key, name in (("count", "all_reduces"), ("forward_seconds", "all_reduce_forward_seconds")):
+        assert decode["all_reduces"][key] == value(found, f"{name}_total", phase="decode")
 
 
 def test_key_is_asked_for(run: Run) -> None:
@@ -300,7 +300,10 @@ def test_files_are_prometheus_clients(tmp_path: Path) -> None:
             files.set_gauge(Metric(name, "help"), 3)
         files.set_gauge(Metric("layers", "help"), 7, kind="single")
         seconds = files.histogram(
-            Metric("forward_seconds", "help"), (0.1, 1.0), phase="decode", batch_size="3-4"
+            Metric("forward_seconds", "help", "histogram"),
+            (0.1, 1.0),
+            phase="decode",
+            batch_size="3-4",
         )
         for observed in (0.05, 0.1, 0.5, 4.0):
             seconds.observe(observed)
@@ -325,43 +328,6 @@ EXACT_GAUGES = (
     "kv_bytes_per_token_saved",
     "timed_every",
 )
-
-
-def test_every_third_forward_pass_is_timed(tmp_path: Path) -> None:
-    """On one rank: no all-reduces. Passes without sequences, vLLM's warm-up, don't count."""
-    labels = {"model_name": "m", "engine": "0"}
-    meter = Meter(MetricFiles(tmp_path, "worker", labels), every=3, ranks=1, decode_tokens=1)
-    model = torch.nn.Identity()
-    model.register_forward_pre_hook(meter.begin)
-    model.register_forward_hook(meter.end)
-    batch = SimpleNamespace(query_start_loc=torch.arange(5), max_query_len=1)
-    for metadata in [None, None, *[{"layer": batch}] * 7]:
-        with set_forward_context(metadata, VllmConfig()):
-            model(torch.ones(4))
-    merged = MultiProcessCollector(None, path=str(tmp_path)).collect()
-    found = [sample for metric in merged for sample in metric.samples]
-    assert value(found, "forward_seconds_count", phase="decode", batch_size="3-4") == 3
-    assert {s.name.removeprefix("vllm:depthpar_").partition("_")[0] for s in found} == {"forward"}
-
-
-def test_stopwatch_times_only_while_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = iter([10.0, 11.0, 15.0, 16.0, 16.0, 18.0, 19.0, 20.0])
-    monkeypatch.setattr("vllm_depthpar.metrics.all_reduce_timer.perf_counter", lambda: next(now))
-    stopwatch = Stopwatch()
-    start: Any = stopwatch.apart(lambda term: lambda: term)
-    assert start("untimed")() == "untimed"
-    assert stopwatch.count == 0
-    stopwatch.begin()
-    finish_first = start("first")  # takes 1 s; 4 s of computation
-    finish_second = start("second")  # 1 s
-    assert finish_first() == "first"  # 2 s, then 1 s of computation
-    assert finish_second() == "second"  # 1 s
-    assert (stopwatch.count, stopwatch.exposed, stopwatch.hidden) == (2, 5.0, 5.0)
-
-
-def test_batch_sizes_are_powers_of_two() -> None:
-    sizes = [bucket_of(n) for n in (1, 2, 3, 4, 5, 8, 9, 16, 256)]
-    assert sizes == ["1", "2", "3-4", "3-4", "5-8", "5-8", "9-16", "9-16", "129-256"]
 
 
 def test_a_wrong_interval_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

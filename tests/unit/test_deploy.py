@@ -15,7 +15,8 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from vllm_depthpar.metrics.metric_files import PREFIX
+from vllm_depthpar.metrics import forward_timer
+from vllm_depthpar.metrics.metric_files import PREFIX, Metric
 from vllm_depthpar.plan import read_spec, resolve
 
 ROOT = Path(__file__).parents[2]
@@ -51,11 +52,9 @@ def series(kind: str, name: str) -> Iterator[str]:
 
 
 def our_series() -> set[str]:
-    text = source("vllm_depthpar", "metrics/forward_timer.py")
-    names = dict(re.findall(r'^([A-Z_]+) = Metric\(\s*"(\w+)"', text, re.MULTILINE))
-    made = re.findall(r"(gauge|counter|histogram)\(\s*([A-Z_]+)\b", text)
-    assert {constant for _, constant in made} == set(names)
-    return {one for kind, constant in made for one in series(kind, PREFIX + names[constant])}
+    metrics = [found for found in vars(forward_timer).values() if isinstance(found, Metric)]
+    assert len(metrics) > 10
+    return {one for metric in metrics for one in series(metric.kind, PREFIX + metric.name)}
 
 
 def vllm_series() -> set[str]:

@@ -1,30 +1,31 @@
 """What the worker of the first tensor-parallel rank publishes of its model and of its speed.
 
 Gauges of the plan, once; and of every n-th forward pass (`DEPTHPAR_METRICS`) its time and that of
-its all-reduces. Times are taken on CPUs only, where a forward pass is over when it returns: on GPUs
-Python runs ahead of the device, and in CUDA graphs it does not run at all.
+its all-reduces. On a GPU Python runs ahead of the device: there a pass is timed by events before
+and after what it enqueues, also where that is one CUDA graph. They are read when a later pass
+begins, by which time they are most likely over; nothing ever waits for them.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import replace
-from time import perf_counter
-from typing import Any
+from collections import deque
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 
-import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group
 
 from vllm_depthpar.metrics import metric_files
-from vllm_depthpar.metrics.all_reduce_timer import stopwatch
+from vllm_depthpar.metrics.all_reduce_timer import AllReduceTimer, time_with
+from vllm_depthpar.metrics.clocks import Clock, Mark, clock_for
 from vllm_depthpar.metrics.metric_files import Counter, Histogram, Metric, MetricFiles
 from vllm_depthpar.plan import Plan
 from vllm_depthpar.plan.attached import base_shape, plan_of, source_of
 from vllm_depthpar.plan.drawing import effects
 from vllm_depthpar.plan.spec import MODES, STANDARD
-from vllm_depthpar.vllm_compat import kv_cache_bytes, rows_of_this_step
+from vllm_depthpar.vllm_compat import kv_cache_bytes, watch_passes
 
 PLAN_INFO = Metric("plan_info", "The plan that is served, in labels; always 1.")
 EFFECTIVE_DEPTH = Metric("effective_depth", "Blocks that run one after the other.")
@@ -48,15 +49,32 @@ FORWARD_SECONDS = Metric(
     "forward_seconds",
     "Time of the timed forward passes, by phase and by the number of sequences in the batch. "
     "Decode: one new token of every sequence; prefill: prompt tokens among them.",
+    "histogram",
+)
+FORWARDS_DROPPED = Metric(
+    "forwards_dropped",
+    "Forward passes that were to be timed and were not, since too many before them had not ended.",
+    "counter",
 )
 ALL_REDUCES = Metric(
-    "all_reduces", "All-reduces timed, in the forward passes of forward_seconds, on rank 0."
+    "all_reduces",
+    "All-reduces timed, in the forward passes of forward_seconds, on rank 0.",
+    "counter",
 )
 ALL_REDUCE_SECONDS = Metric(
     "all_reduce_seconds",
-    "Time in them. Exposed: the rank was in it, sending, waiting or adding. Hidden: it computed "
-    "between start and wait, the most that can have been hidden.",
+    "Time in them. Exposed: the rank was in it, sending, waiting or adding. Hidden: it was on its "
+    "way while the rank computed; on a CPU the most that can have been so.",
+    "counter",
 )
+ALL_REDUCE_FORWARD_SECONDS = Metric(
+    "all_reduce_forward_seconds",
+    "Time of the forward passes that they were in; of others, as of CUDA graphs, none is timed.",
+    "counter",
+)
+
+# Passes that were timed and are not over, at most; vLLM is two ahead of a GPU.
+PENDING = 16
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 
@@ -79,15 +97,14 @@ def watch(model: nn.Module, vllm_config: VllmConfig) -> None:
     # A process may hold several engines, one after the other.
     owner = f"{os.getpid()}-{vllm_config.instance_id}"
     files = MetricFiles(folder, owner, labels)
-    timed = vllm_config.device_config.device_type == "cpu"
-    _publish(files, vllm_config, metric_files.every() if timed else 0)
-    if timed:
+    clock = clock_for(vllm_config.device_config.device_type)
+    _publish(files, vllm_config, metric_files.every() if clock else 0)
+    if clock:
         speculative = vllm_config.speculative_config
         drafts = speculative.num_speculative_tokens if speculative is not None else 0
         ranks = vllm_config.parallel_config.tensor_parallel_size
-        meter = Meter(files, metric_files.every(), ranks, decode_tokens=1 + drafts)
-        model.register_forward_pre_hook(meter.begin)
-        model.register_forward_hook(meter.end)
+        meter = Meter(files, clock, metric_files.every(), ranks, decode_tokens=1 + drafts)
+        watch_passes(model, meter, vllm_config.use_v2_model_runner)
 
 
 def _publish(files: MetricFiles, vllm_config: VllmConfig, every: int) -> None:
@@ -145,54 +162,89 @@ def bucket_of(sequences: int) -> str:
     return str(high) if low >= high else f"{low}-{high}"
 
 
+@dataclass
+class TimedPass:
+    """A forward pass that is timed.
+
+    Attributes:
+        phase, batch_size: its labels.
+        all_reduces: their timer; None on one rank, which has none.
+        begun, ended: when.
+    """
+
+    phase: str
+    batch_size: str
+    all_reduces: AllReduceTimer | None
+    begun: Mark = None
+    ended: Mark = None
+
+
 class Meter:
-    """Times every n-th forward pass of a model on a CPU.
+    """Times every n-th forward pass of a model.
 
     Args:
+        clock: of the device that computes.
         every: n.
         ranks: tensor-parallel size; one rank has no all-reduces to time.
         decode_tokens: new tokens of a sequence in a decoding step, at most.
     """
 
-    def __init__(self, files: MetricFiles, every: int, ranks: int, decode_tokens: int) -> None:
+    def __init__(
+        self, files: MetricFiles, clock: Clock, every: int, ranks: int, decode_tokens: int
+    ) -> None:
         self._files = files
+        self._clock = clock
         self._every = every
         self._ranks = ranks
         self._decode_tokens = decode_tokens
         self._passes = 0
-        self._begun: float | None = None  # of a pass that is timed
+        self._running: TimedPass | None = None
+        self._pending: deque[TimedPass] = deque()
         self._forward: dict[tuple[str, str], Histogram] = {}
-        self._reductions: dict[str, tuple[Counter, Counter, Counter]] = {}
+        self._reductions: dict[str, tuple[Counter, ...]] = {}
+        self._dropped = files.counter(FORWARDS_DROPPED)
 
-    def begin(self, model: nn.Module, inputs: Any) -> None:
-        """Hook: a forward pass begins."""
-        if torch.compiler.is_compiling():
-            return
-        if self._passes % self._every == 0:
-            self._begun = perf_counter()
-            if self._ranks > 1:
-                stopwatch.begin()
-        # Not one of the passes that vLLM warms up with, which have no sequences.
-        self._passes += rows_of_this_step() is not None
+    def begin(self, tokens: Collection[int]) -> None:
+        """Begin to time a pass, if it is its turn.
 
-    def end(self, model: nn.Module, inputs: Any, output: Any) -> None:
-        """Hook: it is over."""
-        if torch.compiler.is_compiling() or self._begun is None:
+        Args:
+            tokens: new ones of each sequence in the batch.
+        """
+        self._publish()
+        self._running = None
+        time_with(None)
+        turn = self._passes % self._every == 0
+        self._passes += 1
+        if not turn:
             return
-        seconds = perf_counter() - self._begun
-        self._begun = None
-        stopwatch.running = False
-        rows = rows_of_this_step()
-        if rows is None:
+        if len(self._pending) == PENDING:
+            self._dropped.add(1)
             return
-        sequences, longest = rows
-        phase = "decode" if longest <= self._decode_tokens else "prefill"
-        self._histogram(phase, bucket_of(sequences)).observe(seconds)
-        if stopwatch.count:
-            count, exposed, hidden = self._counters(phase)
-            count.add(stopwatch.count)
-            exposed.add(stopwatch.exposed)
-            hidden.add(stopwatch.hidden)
+        phase = "decode" if max(tokens) <= self._decode_tokens else "prefill"
+        timer = AllReduceTimer(self._clock) if self._ranks > 1 else None
+        time_with(timer)
+        self._running = TimedPass(phase, bucket_of(len(tokens)), timer, self._clock.mark())
+
+    def end(self) -> None:
+        """All of the pass was given to the device."""
+        if self._running is None:
+            return
+        self._running.ended = self._clock.mark()
+        time_with(None)
+        self._pending.append(self._running)
+        self._running = None
+        self._publish()
+
+    def _publish(self) -> None:
+        """Publish the passes that are over."""
+        while self._pending and self._clock.is_over(self._pending[0].ended):
+            one = self._pending.popleft()
+            seconds = self._clock.seconds(one.begun, one.ended)
+            self._histogram(one.phase, one.batch_size).observe(seconds)
+            if one.all_reduces is not None and one.all_reduces.count:
+                amounts = one.all_reduces.count, *one.all_reduces.seconds(), seconds
+                for counter, amount in zip(self._counters(one.phase), amounts, strict=True):
+                    counter.add(amount)
 
     def _histogram(self, phase: str, batch_size: str) -> Histogram:
         key = phase, batch_size
@@ -202,12 +254,13 @@ class Meter:
             )
         return self._forward[key]
 
-    def _counters(self, phase: str) -> tuple[Counter, Counter, Counter]:
+    def _counters(self, phase: str) -> tuple[Counter, ...]:
         if phase not in self._reductions:
             counter = self._files.counter
             self._reductions[phase] = (
                 counter(ALL_REDUCES, phase=phase),
                 counter(ALL_REDUCE_SECONDS, phase=phase, kind="exposed"),
                 counter(ALL_REDUCE_SECONDS, phase=phase, kind="hidden"),
+                counter(ALL_REDUCE_FORWARD_SECONDS, phase=phase),
             )
         return self._reductions[phase]

@@ -46,10 +46,17 @@ PREFIX = "vllm:depthpar_"
 
 
 class Metric(NamedTuple):
-    """A metric's name, without prefix and without the `_total` of counters, and its help text."""
+    """What is published under one name.
+
+    Attributes:
+        name: without prefix, and without the `_total` of counters.
+        help: for people.
+        kind: "gauge", "counter" or "histogram".
+    """
 
     name: str
     help: str
+    kind: str = "gauge"
 
 
 def every() -> int:
@@ -126,32 +133,28 @@ class MetricFiles:
 
     def set_gauge(self, metric: Metric, value: float, **labels: str) -> None:
         """Write a value; where several engines' have the same labels, the newest counts."""
-        name = PREFIX + metric.name
-        file, key = self._place("gauge_mostrecent", metric, name, labels)
+        file, key = self._place(metric, PREFIX + metric.name, labels)
         file.write_value(key, value, time.time())
 
     def counter(self, metric: Metric, **labels: str) -> Counter:
         """A counter, which is there from now on."""
-        return Counter(*self._place("counter", metric, f"{PREFIX}{metric.name}_total", labels))
+        return Counter(*self._place(metric, f"{PREFIX}{metric.name}_total", labels))
 
     def histogram(self, metric: Metric, bounds: Sequence[float], **labels: str) -> Histogram:
         """A histogram of buckets up to and including each of `bounds`, ascending."""
         name = PREFIX + metric.name
         edges = (*bounds, inf)
         buckets = [
-            Counter(
-                *self._place(
-                    "histogram", metric, f"{name}_bucket", {**labels, "le": floatToGoString(edge)}
-                )
-            )
+            Counter(*self._place(metric, f"{name}_bucket", {**labels, "le": floatToGoString(edge)}))
             for edge in edges
         ]
-        total = Counter(*self._place("histogram", metric, f"{name}_sum", labels))
+        total = Counter(*self._place(metric, f"{name}_sum", labels))
         return Histogram(edges, buckets, total)
 
     def _place(
-        self, kind: str, metric: Metric, sample: str, labels: Mapping[str, str]
+        self, metric: Metric, sample: str, labels: Mapping[str, str]
     ) -> tuple[MmapedDict, str]:
+        kind = "gauge_mostrecent" if metric.kind == "gauge" else metric.kind
         if kind not in self._files:
             self._files[kind] = MmapedDict(str(self._folder / f"{kind}_{self._owner}.db"))
         labels = {**self._labels, **labels}

@@ -32,7 +32,7 @@ from torch.library import Library
 from vllm.distributed import get_tp_group
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from vllm_depthpar.metrics.all_reduce_timer import Finish, stopwatch
+from vllm_depthpar.metrics.all_reduce_timer import exposed, lands, takes_off
 from vllm_depthpar.model.tcp_exchange import Exchange, connect
 from vllm_depthpar.vllm_compat import (
     GroupCoordinator,
@@ -49,6 +49,9 @@ from vllm_depthpar.vllm_compat import (
 SMALL_BYTES = 1 << 18
 # Of our messages; Gloo keeps those with other tags, and its collectives, apart.
 _TAG = 0xDE97
+
+# Waits for an all-reduce, and returns the sum.
+Finish = Callable[[], Tensor]
 
 
 class InFlight(NamedTuple):
@@ -108,9 +111,15 @@ class Reductions:
         return torch.ops.depthpar.wait_all_reduce(flight.partial, flight.ticket, behind)
 
 
-@stopwatch.whole
 def _through_vllm(partial: Tensor) -> Tensor:
-    return get_tp_group().all_reduce(partial)
+    return exposed(_whole, partial)
+
+
+def _whole(partial: Tensor) -> Tensor:
+    takes_off()
+    total = get_tp_group().all_reduce(partial)
+    lands()
+    return total
 
 
 # Between start and wait, by the address of the ticket.
@@ -120,7 +129,7 @@ _in_flight: dict[int, Finish] = {}
 def _start_all_reduce(partial: Tensor, group_name: str) -> Tensor:
     start = _start_on_cuda if partial.is_cuda else _start_on_cpu
     ticket = _ticket(partial)
-    _in_flight[ticket.data_ptr()] = start(partial, group_named(group_name))
+    _in_flight[ticket.data_ptr()] = exposed(start, partial, group_named(group_name))
     return ticket
 
 
@@ -128,7 +137,7 @@ def _wait_all_reduce(partial: Tensor, ticket: Tensor, behind: Tensor | None) -> 
     finish = _in_flight.pop(ticket.data_ptr(), None)
     if finish is None:
         raise RuntimeError("all-reduce waited for with a ticket that it was not started with")
-    return finish()
+    return exposed(finish)
 
 
 def _ticket(partial: Tensor) -> Tensor:
@@ -136,9 +145,19 @@ def _ticket(partial: Tensor) -> Tensor:
     return partial.new_empty(1, dtype=torch.uint8)
 
 
-@stopwatch.apart
 def _start_on_cpu(partial: Tensor, group: GroupCoordinator) -> Finish:
-    partial = partial.contiguous()
+    takes_off()
+    finish = _send_to_all(partial.contiguous(), group)
+
+    def land() -> Tensor:
+        total = finish()
+        lands()
+        return total
+
+    return land
+
+
+def _send_to_all(partial: Tensor, group: GroupCoordinator) -> Finish:
     ranks, me = group.world_size, group.rank_in_group
     exchange = _exchanges.get(group)
     small = exchange is not None and (ranks - 1) * partial.nbytes <= SMALL_BYTES
@@ -220,14 +239,14 @@ def _connect(group: GroupCoordinator) -> None:
 def _start_on_cuda(partial: Tensor, group: GroupCoordinator) -> Finish:
     if capturing_a_piece():
         # A graph of a piece must end with all its streams joined, and the wait may be in another.
-        total = communicator_all_reduce(group, partial)
+        total = _on_this_stream(partial, group)
         return lambda: total
     compute, side = torch.cuda.current_stream(), _side_stream(partial.device)
     # Also what makes reuse of the side stream's memory safe: whatever read an earlier sum was
     # enqueued before this point.
     side.wait_stream(compute)
     with torch.cuda.stream(side):
-        arrived = communicator_all_reduce(group, partial)
+        arrived = _on_this_stream(partial, group)
         done = side.record_event()
 
     def finish() -> Tensor:
@@ -235,6 +254,13 @@ def _start_on_cuda(partial: Tensor, group: GroupCoordinator) -> Finish:
         return arrived
 
     return finish
+
+
+def _on_this_stream(partial: Tensor, group: GroupCoordinator) -> Tensor:
+    takes_off()
+    total = communicator_all_reduce(group, partial)
+    lands()
+    return total
 
 
 _side_streams: dict[torch.device, torch.cuda.Stream] = {}

@@ -25,7 +25,10 @@ class AllReduces(BaseModel):
 
     count: int
     exposed_seconds: float = Field(description="the rank sent, waited or added")
-    hidden_seconds: float = Field(description="the rank computed meanwhile: at most so much hidden")
+    hidden_seconds: float = Field(
+        description="one was on its way while the rank computed; on a CPU at most so much"
+    )
+    forward_seconds: float = Field(description="of the forward passes that they were in")
 
 
 class Phase(BaseModel):
@@ -91,14 +94,18 @@ def _engine(engine: str, samples: list[Sample]) -> EngineStats:
             f"{seconds.labels['kind']}_seconds": seconds.value
             for seconds in named("all_reduce_seconds_total", phase=name)
         }
-        for counted in named("all_reduces_total", phase=name):
-            reductions["count"] = counted.value
+        counted = {
+            "count": "all_reduces_total",
+            "forward_seconds": "all_reduce_forward_seconds_total",  # the last to be there
+        }
+        for key, total in counted.items():
+            reductions.update((key, sample.value) for sample in named(total, phase=name))
         return {
             "forward_passes": [
                 {"batch_size": size, "count": counts[size], "seconds": sums[size]}
                 for size in sorted(counts, key=lambda size: int(size.partition("-")[0]))
             ],
-            "all_reduces": reductions or None,
+            "all_reduces": reductions if "forward_seconds" in reductions else None,
         }
 
     # Of a quantized model there is no weight_bytes_saved; all others are there.
