@@ -346,6 +346,25 @@ def reduces_over_shared_memory(group: GroupCoordinator) -> bool:
     return isinstance(getattr(communicator, "dist_module", None), _CPUSHMDistributed)
 
 
+def reduces_on_one_stream(group: GroupCoordinator) -> bool:
+    """Whether a GPU group may all-reduce with what refuses a second stream.
+
+    That is FlashInfer's all-reduce over PCIe, of VLLM_ALLREDUCE_USE_FLASHINFER_PCIE_IPC=1: the
+    counters of its one workspace take its calls for totally ordered, and it raises if they are not
+    all on the stream of the first.
+
+    VLLM_USE_NCCL_SYMM_MEM=1 is no such case. The calls of one communicator have to be ordered,
+    which events do across two streams; its buffers come from PyTorch's allocator, which reuses a
+    block on the stream only that it was made on; and all ranks register new memory in the order of
+    their calls, which is the program's.
+
+    Relies on: `CudaCommunicator.fi_pcie_ipc_ar_comm` is None where it was not asked for, and is
+    `disabled` where it cannot be.
+    """
+    over_pcie = getattr(group.device_communicator, "fi_pcie_ipc_ar_comm", None)
+    return over_pcie is not None and not over_pcie.disabled
+
+
 def has_shared_memory_all_reduce() -> bool:
     """Whether vLLM's CPU kernels for this processor have it: those for AVX2 alone have not.
 

@@ -220,6 +220,21 @@ def test_gpu_all_reduces_of_vllms_are_exposed(
     assert (timer.count, *timer.seconds()) == (1, ALL_REDUCE, 0.0)
 
 
+def test_one_stream_is_enough_for_flashinfer_over_pcie(
+    device: simulated_cuda.Device, two_gpus: SimpleNamespace
+) -> None:
+    """Its workspace refuses a second stream: a ladder's all-reduces stay on the first."""
+    over_pcie = SimpleNamespace(disabled=False)
+    two_gpus.device_communicator.fi_pcie_ipc_ar_comm = over_pcie
+    found = Reductions()
+    assert not found.overlap
+    assert "VLLM_ALLREDUCE_USE_FLASHINFER_PCIE_IPC=1" in str(found.hindrance)
+    assert beside(device, 8.0) == (ALL_REDUCE, 0.0)
+    assert device.compute.ends == 8 + ALL_REDUCE
+    over_pcie.disabled = True
+    assert Reductions().overlap
+
+
 def test_gpu_pass_with_a_ladder(
     device: simulated_cuda.Device, two_gpus: SimpleNamespace, tmp_path: Path
 ) -> None:

@@ -194,3 +194,16 @@ def test_what_is_relied_on_in_the_runners() -> None:
     assert 'f"_warmup_{i}_"' in source_of(warmup._warmup_kernels)
     mixed = inspect.signature(warmup.run_mixed_prefill_decode_warmup).parameters
     assert mixed["req_id_prefix"].default == "_v2_mixed_warmup"
+
+
+def test_flashinfer_over_pcie_is_where_it_is_looked_for() -> None:
+    from vllm.distributed.device_communicators import (
+        cuda_communicator,
+        flashinfer_pcie_ipc_all_reduce,
+    )
+
+    source = inspect.getsource(cuda_communicator.CudaCommunicator.__init__)
+    assert "self.fi_pcie_ipc_ar_comm: FlashInferPcieIpcAllReduce | None = None" in source
+    assert "self.disabled = False" in inspect.getsource(
+        flashinfer_pcie_ipc_all_reduce.FlashInferPcieIpcAllReduce
+    )

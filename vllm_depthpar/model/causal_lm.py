@@ -76,9 +76,7 @@ class DepthParModel(LlamaModel):
             logger.warning(
                 "plan %s: its ladder blocks gain no speed here: %s",
                 self.plan.digest,
-                "one rank has no all-reduce to hide"
-                if get_tensor_model_parallel_world_size() == 1
-                else "an all-reduce over shared memory runs on the threads that compute",
+                self.layers[0].reductions.hindrance,
             )
 
     def load_weights(self, weights: Weights) -> set[str]:

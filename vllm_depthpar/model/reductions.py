@@ -8,7 +8,7 @@ edges, and the wait on the start. torch.compile cannot move one past the other.
 Where they run:
 
 - CUDA: vLLM's own all-reduce for the group, on a side stream; events order it against the compute
-  stream, in CUDA graphs too.
+  stream, in CUDA graphs too. Where that all-reduce takes one stream only, at the start, as below.
 - CPU, several hosts: small terms go straight to every other rank
   (`vllm_depthpar.model.tcp_exchange`), one message time instead of a ring's 2 (n - 1); large ones
   through the group's Gloo, whose threads keep them moving.
@@ -41,6 +41,7 @@ from vllm_depthpar.vllm_compat import (
     execution_timeout,
     group_named,
     logger,
+    reduces_on_one_stream,
     reduces_over_shared_memory,
     this_host,
 )
@@ -71,13 +72,18 @@ class Reductions:
 
     At most two are in flight at a time, and none may be while `all_reduce` runs: vLLM's all-reduce
     kernels for small tensors share one set of flags between ranks.
+
+    Attributes:
+        hindrance: why none of them can run while something else computes, in words for people;
+            None where they can.
+        overlap: whether they can.
     """
 
     def __init__(self) -> None:
         group = get_tp_group()
         self._group_name = group.unique_name
-        # Whether an all-reduce can run while something else computes.
-        self.overlap = group.world_size > 1 and not reduces_over_shared_memory(group)
+        self.hindrance = _hindrance(group)
+        self.overlap = self.hindrance is None
         # Between CPU hosts ours is faster than vLLM's, even with nothing to overlap.
         self._ours = self.overlap and group.device.type == "cpu"
         if self._ours:
@@ -109,6 +115,19 @@ class Reductions:
         if not self.overlap:
             return flight.ticket
         return torch.ops.depthpar.wait_all_reduce(flight.partial, flight.ticket, behind)
+
+
+def _hindrance(group: GroupCoordinator) -> str | None:
+    if group.world_size == 1:
+        return "one rank has no all-reduce to hide"
+    if reduces_over_shared_memory(group):
+        return "an all-reduce over shared memory runs on the threads that compute"
+    if reduces_on_one_stream(group):
+        return (
+            "VLLM_ALLREDUCE_USE_FLASHINFER_PCIE_IPC=1 asks for an all-reduce that runs on one "
+            "stream only, that which computes"
+        )
+    return None
 
 
 def _through_vllm(partial: Tensor) -> Tensor:
