@@ -18,7 +18,7 @@ class Clock(Protocol):
         """Mark the moment in which everything enqueued so far is done; do not wait for it."""
 
     def is_over(self, mark: Mark) -> bool:
-        """Whether that moment has come."""
+        """Say whether that moment has come."""
 
     def seconds(self, begun: Mark, ended: Mark) -> float:
         """Return the time from one moment to another; both are over."""
@@ -32,7 +32,7 @@ class HostClock:
         return perf_counter()
 
     def is_over(self, mark: float) -> bool:
-        """Always."""
+        """Say that it is: always."""
         return True
 
     def seconds(self, begun: float, ended: float) -> float:
@@ -53,7 +53,7 @@ class CudaClock:
         return event
 
     def is_over(self, mark: torch.cuda.Event) -> bool:
-        """Whether the stream has come so far."""
+        """Say whether the stream has come so far."""
         return mark.query()
 
     def seconds(self, begun: torch.cuda.Event, ended: torch.cuda.Event) -> float:

@@ -13,12 +13,14 @@ from vllm_depthpar.metrics import metric_files
 
 
 def register() -> None:
-    """vLLM's entry point (group `vllm.general_plugins`), in every process. Idempotent."""
+    """Register the collector: vLLM's entry point (group `vllm.general_plugins`), in every process.
+    Idempotent."""
     REGISTRY.register(_collector)
 
 
 def collect() -> list[Metric]:
-    """This package's metrics of all engines whose workers run on this host; none without a plan."""
+    """Collect this package's metrics of all engines whose workers run on this host; none without a
+    plan."""
     folder = metric_files.folder()
     if folder is None:
         return []
@@ -34,11 +36,11 @@ class _Collector(Collector):
     """
 
     def describe(self) -> Iterable[Metric]:
-        """Nothing: names are not known before a worker has started."""
+        """Name nothing: names are not known before a worker has started."""
         return []
 
     def collect(self) -> Iterable[Metric]:
-        """The metrics; none in vLLM's multiprocess mode, whose own collector reads the same."""
+        """Collect them; none in vLLM's multiprocess mode, whose own collector reads the same."""
         return [] if metric_files.VLLM_FOLDER_ENV in os.environ else collect()
 
 

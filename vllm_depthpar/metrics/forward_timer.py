@@ -156,7 +156,7 @@ def layers_by_kind(plan: Plan) -> dict[str, int]:
 
 
 def bucket_of(sequences: int) -> str:
-    """The label of a batch's size: "1", "2", "3-4", "5-8", and so on by powers of two."""
+    """Label a batch's size: "1", "2", "3-4", "5-8", and so on by powers of two."""
     high = 1 << (sequences - 1).bit_length()
     low = high // 2 + 1
     return str(high) if low >= high else f"{low}-{high}"
@@ -226,7 +226,7 @@ class Meter:
         self._running = TimedPass(phase, bucket_of(len(tokens)), timer, self._clock.mark())
 
     def end(self) -> None:
-        """All of the pass was given to the device."""
+        """Note that all of the pass was given to the device."""
         if self._running is None:
             return
         self._running.ended = self._clock.mark()

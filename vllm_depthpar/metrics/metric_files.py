@@ -60,7 +60,7 @@ class Metric(NamedTuple):
 
 
 def every() -> int:
-    """Every how many forward passes one is timed; 0 for no metrics at all.
+    """Read every how many forward passes one is timed; 0 for no metrics at all.
 
     Raises:
         UserError: `DEPTHPAR_METRICS` is not such a number.
@@ -94,8 +94,8 @@ def prepare() -> None:
 
 
 def _remove_left(parent: Path) -> None:
-    """Folders of servers that were killed: their locks went with them. A process id would not do:
-    containers may share the memory and not the ids."""
+    """Remove folders of servers that were killed: their locks went with them. A process id would
+    not do: containers may share the memory and not the ids."""
     for path in parent.glob(f"{NAME}-*"):
         try:
             descriptor = os.open(path, os.O_RDONLY)
@@ -111,7 +111,7 @@ def _remove_left(parent: Path) -> None:
 
 
 def folder() -> Path | None:
-    """Where the files are; None where there are no metrics."""
+    """Find where the files are; None where there are no metrics."""
     path = os.environ.get(VLLM_FOLDER_ENV) or os.environ.get(FOLDER_ENV)
     return Path(path) if every() and path and Path(path).is_dir() else None
 
@@ -137,11 +137,11 @@ class MetricFiles:
         file.write_value(key, value, time.time())
 
     def counter(self, metric: Metric, **labels: str) -> Counter:
-        """A counter, which is there from now on."""
+        """Make a counter, which is there from now on."""
         return Counter(*self._place(metric, f"{PREFIX}{metric.name}_total", labels))
 
     def histogram(self, metric: Metric, bounds: Sequence[float], **labels: str) -> Histogram:
-        """A histogram of buckets up to and including each of `bounds`, ascending."""
+        """Make a histogram of buckets up to and including each of `bounds`, ascending."""
         name = PREFIX + metric.name
         edges = (*bounds, inf)
         buckets = [

@@ -68,7 +68,7 @@ class BlockAttention(_Sum, ComponentMetrics):
 
     @classmethod
     def get_parser(cls) -> ParserChain:
-        """What vLLM reads of a config."""
+        """Return what reads a config: vLLM's."""
         return AttentionMetrics.get_parser()
 
     @classmethod
@@ -105,7 +105,7 @@ class BlockFfn(_Sum, ComponentMetrics):
 
     @classmethod
     def get_parser(cls) -> ParserChain:
-        """What vLLM reads of a config."""
+        """Return what reads a config: vLLM's."""
         return FfnMetrics.get_parser()
 
     @classmethod
@@ -123,7 +123,7 @@ class BlockFfn(_Sum, ComponentMetrics):
 
 
 def _attentions(vllm_config: VllmConfig) -> Counter[tuple[int, int | None]]:
-    """How many blocks have so many attentions, with which window."""
+    """Count the blocks by how many attentions they have, and by their window."""
     model_config = vllm_config.model_config
     of = windows(base_config(model_config))
     if model_config.disable_sliding_window:
@@ -134,6 +134,6 @@ def _attentions(vllm_config: VllmConfig) -> Counter[tuple[int, int | None]]:
 
 
 def _mlps(vllm_config: VllmConfig) -> Counter[int]:
-    """How many blocks have so many MLPs."""
+    """Count the blocks by how many MLPs they have."""
     plan = plan_of(vllm_config.model_config)
     return Counter(len(plan.mlp(at)) for at in range(plan.depth) if plan.mlp(at))

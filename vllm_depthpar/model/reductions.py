@@ -90,7 +90,7 @@ class Reductions:
             _connect(group)
 
     def all_reduce(self, partial: Tensor) -> Tensor:
-        """The sum of all ranks' terms, any shape; `partial` may be overwritten."""
+        """Sum all ranks' terms, of any shape; `partial` may be overwritten."""
         if self._ours:
             return self.wait(self.start(partial))
         return _through_vllm(partial)
@@ -102,7 +102,7 @@ class Reductions:
         return InFlight(partial, torch.ops.depthpar.start_all_reduce(partial, self._group_name))
 
     def wait(self, flight: InFlight, behind: Tensor | None = None) -> Tensor:
-        """The sum.
+        """Wait for the sum.
 
         Args:
             flight: what `start` returned.
@@ -160,7 +160,7 @@ def _wait_all_reduce(partial: Tensor, ticket: Tensor, behind: Tensor | None) -> 
 
 
 def _ticket(partial: Tensor) -> Tensor:
-    """Nothing but an address that no other tensor has while it is held."""
+    """Make what is nothing but an address that no other tensor has while it is held."""
     return partial.new_empty(1, dtype=torch.uint8)
 
 

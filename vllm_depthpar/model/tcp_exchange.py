@@ -112,7 +112,7 @@ class Exchange:
         return self._started
 
     def wait(self, ticket: int) -> None:
-        """Return when that message is on its way and its answers are there.
+        """Wait until that message is on its way and its answers are there.
 
         Raises:
             RuntimeError: a connection broke, or the time is over.
@@ -180,7 +180,7 @@ def connect(rank: int, ranks: int, address: str, gather: Gather, timeout: float)
 def _connect_all(
     rank: int, places: list[tuple[str, int, bytes]], listener: socket.socket
 ) -> list[Peer]:
-    """Every rank calls those before it, and names itself with their token."""
+    """Call the ranks before this one, and name it with their token; be called by the others."""
     peers = []
     for other, (address, port, token) in enumerate(places[:rank]):
         connection = socket.create_connection((address, port), timeout=CONNECT_SECONDS)
