@@ -7,3 +7,9 @@ class UserError(Exception):
 
     Not a ValueError: pydantic, inside vLLM's config classes, would wrap those in its own report.
     """
+
+
+def shortened(value: object, limit: int = 60) -> str:
+    """Show a value in an error message, in at most so many characters."""
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."

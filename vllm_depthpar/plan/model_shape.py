@@ -8,6 +8,7 @@ from math import prod
 from typing import Any
 
 from vllm_depthpar.errors import UserError
+from vllm_depthpar.plan.config_keys import check_keys
 from vllm_depthpar.plan.families import family_of
 from vllm_depthpar.plan.plan import Plan
 from vllm_depthpar.plan.spec import HALVES
@@ -39,9 +40,10 @@ class ModelShape:
         """Read the sizes from a parsed config.json.
 
         Raises:
-            UserError: a needed key is missing, or see `families.family_of`.
+            UserError: a needed key is missing, or see `families.family_of` and `check_keys`.
         """
         family = family_of({"model_type": "llama", **config})
+        check_keys(config)
         attention_bias = bool(config.get("attention_bias", False))
         try:
             heads, hidden = config["num_attention_heads"], config["hidden_size"]
@@ -124,6 +126,12 @@ class ModelShape:
             for norm in ("q_norm", "k_norm"):
                 tensors[f"self_attn.{norm}.weight"] = (self.head_dim,)
         return {name: tensor for name, tensor in tensors.items() if half_of(name) not in without}
+
+    def other_tensors(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the tensors of no layer, by their names in the decoder; and the head's."""
+        matrix = (self.vocab, self.hidden)
+        tensors = {"embed_tokens.weight": matrix, "norm.weight": (self.hidden,)}
+        return tensors if self.tied else {**tensors, "lm_head.weight": matrix}
 
     def layer_parameters(self) -> int:
         """Parameters of one decoder layer, its norms included."""

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_depthpar.errors import UserError
-from vllm_depthpar.plan.spec import HALVES, MODES, STANDARD, Halves, Skip, Spec, parse, shortened
+from vllm_depthpar.errors import UserError, shortened
+from vllm_depthpar.plan.spec import HALVES, MODES, STANDARD, Halves, Skip, Spec, parse
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, TypeAdapter, ValidationError
 
-from vllm_depthpar.errors import UserError
+from vllm_depthpar.errors import UserError, shortened
+from vllm_depthpar.util.files import reason
 
 # A plan for the deepest published model is a few kilobytes; anything far above is not a plan.
 MAX_SPEC_BYTES = 1 << 20
@@ -157,17 +158,11 @@ def read_spec(text_or_path: str) -> object:
         raise UserError(f"{origin} is larger than a plan can be; allowed: {MAX_SPEC_BYTES} bytes")
     try:
         spec: object = json.loads(text)
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno} column {error.colno}: {error.msg}"
-    except RecursionError:
-        where = "nested too deeply"
-    except ValueError:
-        where = "a number is too long"
-    else:
-        if spec is None:
-            raise UserError(f"{origin}: {NULL}")
-        return spec
-    raise UserError(f"{origin} is malformed JSON ({where}); allowed: JSON")
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{origin} is malformed JSON ({reason(error)}); allowed: JSON") from None
+    if spec is None:
+        raise UserError(f"{origin}: {NULL}")
+    return spec
 
 
 def _read(name: str, origin: str) -> str:
@@ -177,13 +172,11 @@ def _read(name: str, origin: str) -> str:
     try:
         with Path(name).expanduser().open("rb") as file:
             return file.read(MAX_SPEC_BYTES + 1).decode()
-    except UnicodeDecodeError:
-        reason = "not UTF-8 text"
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
+    except (OSError, UnicodeDecodeError) as error:
+        why = reason(error)
     except (RuntimeError, ValueError):  # an unknown ~user, a NUL byte
-        reason = "not a path"
-    raise UserError(f"{origin} can't be read ({reason}); allowed: {allowed}")
+        why = "not a path"
+    raise UserError(f"{origin} can't be read ({why}); allowed: {allowed}")
 
 
 def json_schema() -> dict[str, Any]:
@@ -222,9 +215,3 @@ def _explain(error: ValidationError) -> str:
 
 def _names(names: Any) -> str:
     return ", ".join(repr(name) for name in sorted(names))
-
-
-def shortened(value: object, limit: int = 60) -> str:
-    """Show a value in an error message, in at most so many characters."""
-    text = repr(value)
-    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -1,0 +1,90 @@
+"""What the keys of a config.json may hold: checked once, before anybody computes with them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from vllm_depthpar.errors import UserError, shortened
+
+# Far above any model, and far below what takes the memory or the day of whoever loops over it.
+MOST_LAYERS = 10_000
+_MOST = 2**31 - 1
+
+Size = Annotated[int, Field(ge=1, le=_MOST)]
+_SIZE = f"an integer from 1 to {_MOST}"
+_SWITCH = "true or false"
+_MAPPING = "a mapping, or null"
+
+
+class ConfigKeys(BaseModel):
+    """The keys of a config.json that this package, or a model of its families, reads.
+
+    None must be there: who needs one says so.
+    """
+
+    model_config = ConfigDict(strict=True, frozen=True)
+    num_hidden_layers: int = Field(
+        1, ge=1, le=MOST_LAYERS, description=f"an integer from 1 to {MOST_LAYERS}"
+    )
+    hidden_size: Size = Field(1, description=_SIZE)
+    intermediate_size: Size = Field(1, description=_SIZE)
+    vocab_size: Size = Field(1, description=_SIZE)
+    num_attention_heads: Size = Field(1, description=_SIZE)
+    num_key_value_heads: Size | None = Field(None, description=f"{_SIZE}, or null")
+    head_dim: Size | None = Field(None, description=f"{_SIZE}, or null")
+    max_position_embeddings: Size = Field(1, description=_SIZE)
+    sliding_window: Size | None = Field(None, description=f"{_SIZE}, or null")
+    use_sliding_window: bool | None = Field(None, description=_SWITCH)
+    max_window_layers: int = Field(0, ge=0, description="an integer of 0 or more")
+    layer_types: list[Literal["full_attention", "sliding_attention"]] | None = Field(
+        None, description="a list of 'full_attention' and 'sliding_attention', or null"
+    )
+    tie_word_embeddings: bool | None = Field(None, description=_SWITCH)
+    attention_bias: bool | None = Field(None, description=_SWITCH)
+    mlp_bias: bool | None = Field(None, description=_SWITCH)
+    hidden_act: Literal["silu"] = Field("silu", description="'silu'")
+    rms_norm_eps: float = Field(1e-6, gt=0, allow_inf_nan=False, description="a number above 0")
+    rope_theta: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="a number above 0, or null"
+    )
+    rope_scaling: dict[str, Any] | None = Field(None, description=_MAPPING)
+    rope_parameters: dict[str, Any] | None = Field(None, description=_MAPPING)
+    quantization_config: dict[str, Any] | None = Field(None, description=_MAPPING)
+    dtype: str | None = Field(None, description="the name of a dtype, or null")
+    torch_dtype: str | None = Field(None, description="the name of a dtype, or null")
+    # A file that transformers reads in place of the one that vLLM does.
+    transformers_weights: None = Field(None, description="config.json without it")
+
+
+def check_keys(config: Mapping[str, Any]) -> None:
+    """Refuse a config.json that says what no model is.
+
+    Args:
+        config: parsed, of the checkpoint itself: with the layers that it has.
+
+    Raises:
+        UserError: one line that names the key, the value and what is allowed.
+    """
+    try:
+        keys = ConfigKeys.model_validate(dict(config))
+    except ValidationError as error:
+        key = str(error.errors()[0]["loc"][0])
+        allowed = ConfigKeys.model_fields[key].description
+        raise _wrong(config, key, str(allowed)) from None
+    heads, sizes = keys.num_attention_heads, {"hidden_size", "num_attention_heads"}
+    if keys.num_key_value_heads and heads % keys.num_key_value_heads:
+        raise _wrong(config, "num_key_value_heads", f"divisors of num_attention_heads, {heads}")
+    if not keys.head_dim and keys.model_fields_set >= sizes and keys.hidden_size % heads:
+        raise _wrong(config, "hidden_size", f"multiples of num_attention_heads, {heads}")
+    if keys.layer_types is not None and len(keys.layer_types) != keys.num_hidden_layers:
+        raise UserError(
+            f"config.json's key 'layer_types' is for {len(keys.layer_types)} layers; allowed: "
+            f"{keys.num_hidden_layers}, its num_hidden_layers"
+        )
+
+
+def _wrong(config: Mapping[str, Any], key: str, allowed: str) -> UserError:
+    return UserError(f"config.json's key {key!r} is {shortened(config[key])}; allowed: {allowed}")
