@@ -22,7 +22,7 @@ from vllm_depthpar.checkpoint.config import fingerprint, read_config
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.launch import hardware
 from vllm_depthpar.launch.variants import Variant
-from vllm_depthpar.util import progress
+from vllm_depthpar.util import files, progress
 from vllm_depthpar.util.provenance import origin
 
 # {variant's label: {load's key: {figure: value}}}
@@ -68,10 +68,13 @@ def open_record(
     record = json.loads(json.dumps(record))  # as it comes from a file
     if out is None or not out.exists():
         return record
+    known = files.read_json(out, allowed="a file of depthpar bench, or another --out")
     try:
-        known = json.loads(out.read_text())
-        old, _ = known["settings"], known["stages"][ENGINES]["rounds"]
-    except (OSError, ValueError, KeyError, TypeError):
+        old, seconds, stages = dict(known["settings"]), float(known["seconds"]), known["stages"]
+        rounds = [stages[stage][of] for stage in STAGES for of in ("starts", "rounds")]
+        if not all(isinstance(one, list) for one in rounds):
+            raise TypeError
+    except (ValueError, KeyError, TypeError):
         raise UserError(f"{out} is not a file of depthpar bench; allowed: another --out") from None
     for key, value in record["settings"].items():
         if old.get(key) != value:
@@ -79,7 +82,7 @@ def open_record(
                 f"{out} has rounds of other settings ({key}: {json.dumps(old.get(key))}, not "
                 f"{json.dumps(value)}); allowed: the same command, or another --out"
             )
-    return {**record, "seconds": known["seconds"], "stages": known["stages"]}
+    return {**record, "seconds": seconds, "stages": stages}
 
 
 def run(
