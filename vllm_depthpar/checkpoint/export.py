@@ -8,12 +8,20 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_depthpar.checkpoint.config import folder, read_config
-from vllm_depthpar.checkpoint.tensors import INDEX, Expected, split_name, stored
+from vllm_depthpar.checkpoint.tensors import (
+    INDEX,
+    WEIGHTS,
+    Expected,
+    opened,
+    split_name,
+    stored,
+)
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.plan import Plan, drawing, ladder_checkpoint
 from vllm_depthpar.plan.model_shape import ModelShape
@@ -29,13 +37,29 @@ _KEPT = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "USE_POLICY*", "NO
 
 
 def check_out(out: Path) -> None:
-    """Refuse a folder that holds something.
+    """Refuse a folder that holds something, or that can't be made.
 
     Raises:
-        UserError: it does.
+        UserError: it is one.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out} is there already; allowed: a folder that is new or empty")
+    files.check_place(out)
+
+
+@contextmanager
+def claimed(out: Path) -> Iterator[None]:
+    """Keep a folder that is to be made from other commands that would make it.
+
+    Raises:
+        UserError: see `check_out`; or another command is making it.
+    """
+    check_out(out)
+    busy = f"--out {out} is being made by another command; allowed: another folder"
+    place = out.resolve()
+    with files.only_one(place.with_name(f".{place.name}.lock"), busy):
+        check_out(out)  # the other may have ended since
+        yield
 
 
 def check_source(model: str, plan: Plan) -> None:
@@ -57,6 +81,8 @@ def export(
 ) -> None:
     """Write the folder. It has its name only when it is complete.
 
+    Of several commands that make one folder at the same time one writes all of it.
+
     Args:
         model: folder or hub name of the original checkpoint.
         plan: that it is served with.
@@ -67,24 +93,40 @@ def export(
     Raises:
         UserError: see `check_out` and `check_source`; or a change has no place.
     """
-    check_out(out)
+    with claimed(out):
+        write(model, plan, out, changes, recovery)
+
+
+def write(
+    model: str,
+    plan: Plan,
+    out: Path,
+    changes: Mapping[str, Tensor] | None = None,
+    recovery: Mapping[str, Any] | None = None,
+) -> None:
+    """`export` into a folder that is `claimed`."""
     source, config = folder(model), read_config(model)
-    shards = _shards(source, config, plan)
-    partial = out.with_name(f".{out.name}.partial")
+    shards, text = _shards(source, config, plan), card(model, source, config, plan, recovery)
+    place = out.resolve()
+    partial = place.with_name(f".{place.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-    partial.mkdir(parents=True)
-    _write_weights(source, partial, shards, changes or {})
-    for pattern in _KEPT:
-        for path in source.glob(pattern):
-            if path.name not in ("config.json", INDEX):
-                shutil.copyfile(path, partial / path.name)
-    files.write_json(partial / "config.json", exported_config(config, plan))
-    if recovery:
-        files.write_json(partial / "recovery.json", recovery)
-    (partial / "README.md").write_text(card(model, source, config, plan, recovery))
-    if out.exists():
-        out.rmdir()
-    partial.rename(out)
+    try:
+        with files.writing(out):
+            partial.mkdir(parents=True)
+            _write_weights(source, partial, shards, changes or {})
+            for pattern in _KEPT:
+                for path in source.glob(pattern):
+                    if path.name not in ("config.json", INDEX) and not path.is_dir():
+                        copy = files.inside(partial, path.name, str(source))
+                        copy.write_bytes(files.read_bytes(path, allowed="a file"))
+            files.write_json(partial / "config.json", exported_config(config, plan))
+            if recovery:
+                files.write_json(partial / "recovery.json", recovery)
+            files.write_bytes(partial / "README.md", text.encode())
+            # Of an empty folder this takes the place; one that was filled since stays.
+            partial.rename(place)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def exported_config(config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
@@ -116,21 +158,20 @@ def _write_weights(
     source: Path, out: Path, shards: Mapping[str, list[str]], changes: Mapping[str, Tensor]
 ) -> None:
     """Shard by shard, so that a large checkpoint is never in memory as a whole."""
-    from safetensors import safe_open
     from safetensors.torch import save_file
 
     total = 0
     for shard, names in shards.items():
-        with safe_open(source / shard, framework="pt") as file:
+        with opened(files.inside(source, shard, str(source / INDEX))) as file:
             tensors = {name: file.get_tensor(name) for name in names}
         for name in changes.keys() & tensors.keys():
             tensors[name] = changes[name].detach().to("cpu", tensors[name].dtype).contiguous()
-        save_file(tensors, out / shard, metadata={"format": "pt"})
+        save_file(tensors, files.inside(out, shard, str(source / INDEX)), metadata={"format": "pt"})
         total += sum(tensor.nbytes for tensor in tensors.values())
     kept = {name: shard for shard, names in shards.items() for name in names}
     if lost := sorted(changes.keys() - kept.keys()):
         raise UserError(f"the checkpoint has no tensor {lost[0]!r} to replace")
-    if set(shards) != {"model.safetensors"}:
+    if set(shards) != {WEIGHTS}:
         files.write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": kept})
 
 
@@ -142,14 +183,12 @@ def card(
     recovery: Mapping[str, Any] | None,
 ) -> str:
     """The model card: what this is, how to serve it, the plan, and where its weights come from."""
-    from huggingface_hub import ModelCard, ModelCardData
+    from huggingface_hub import ModelCardData
 
-    name = source.name if Path(model).expanduser().exists() else model
-    readme = source / "README.md"
-    origin = ModelCard.load(readme, ignore_metadata_errors=True).data if readme.exists() else None
+    name = source.name if files.expanded(model).exists() else model
     data = ModelCardData(
         base_model=name,
-        license=getattr(origin, "license", None),
+        license=_licence(source / "README.md"),
         library_name="vllm",
         pipeline_tag="text-generation",
         tags=["vllm-depthpar"],
@@ -180,6 +219,21 @@ def card(
         _recovered(recovery) if recovery else "The original checkpoint's, unchanged.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _licence(readme: Path) -> Any:
+    """What the original's model card says; None without one."""
+    from huggingface_hub import ModelCard
+    from yaml import YAMLError
+
+    if not readme.exists():
+        return None
+    with files.reading(readme, "a model card"):
+        try:
+            data = ModelCard.load(readme, ignore_metadata_errors=True).data
+        except YAMLError as error:
+            raise ValueError(error) from None
+    return getattr(data, "license", None)
 
 
 def _recovered(recovery: Mapping[str, Any]) -> str:

@@ -6,16 +6,20 @@ fail, as it does in a model of single layers, but fill another's place. Every wa
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.plan.model_shape import ModelShape
+from vllm_depthpar.util import files
 
+WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_PREFIX = "model."
+_ADAPTER = "adapter_config.json"
 # What comes before "layers.", the layer, and the tensor's name in it.
 _LAYER = re.compile(r"(^|.*\.)layers\.(\d+)\.(.*)")
 
@@ -43,6 +47,7 @@ class Expected:
         self.layers = shape.layers
         quantized = config.get("quantization_config") is not None
         self.of_layer: dict[str, Shape] = {} if quantized else shape.layer_tensors()
+        self.of_model: dict[str, Shape] = {} if quantized else shape.other_tensors()
 
     def check(self, name: str, shape: Iterable[int]) -> None:
         """Refuse a tensor of a layer that is not in the model, or of a wrong shape.
@@ -90,6 +95,23 @@ class Expected:
             for rest in self.of_layer:
                 if rest not in there[layer]:
                     raise lacks(layer, rest)
+        self._check_rest(shapes)
+
+    def _check_rest(self, shapes: Mapping[str, Shape]) -> None:
+        """Check embedding, last norm and head."""
+        headless = "embed_tokens.weight" in shapes  # a model without its head has no prefix
+        for rest, right in self.of_model.items():
+            of_head = rest.startswith("lm_head.")
+            if of_head and headless:
+                continue
+            name = rest if of_head or headless else _PREFIX + rest
+            if (found := shapes.get(name)) is None:
+                raise UserError(f"the checkpoint lacks {name!r}; allowed: whole checkpoints")
+            if found != right:
+                raise UserError(
+                    f"the checkpoint: {name!r} has the shape {list(found)}; allowed: "
+                    f"{list(right)}, as its config.json says"
+                )
 
 
 def lacks(layer: int, rest: str) -> UserError:
@@ -99,37 +121,76 @@ def lacks(layer: int, rest: str) -> UserError:
 
 def has_safetensors(folder: Path) -> bool:
     """Whether a folder has safetensors of transformers' kind."""
-    return (folder / INDEX).exists() or (folder / "model.safetensors").exists()
+    return (folder / INDEX).exists() or (folder / WEIGHTS).exists()
+
+
+def shards(index: Path) -> list[Path]:
+    """List the files that an index of tensors names, each once.
+
+    Raises:
+        UserError: it is no index, or names what is not a file of its folder.
+    """
+    found = files.read_json(index, allowed="an index of tensors")
+    where = found.get("weight_map") if isinstance(found, dict) else None
+    if not isinstance(where, dict):
+        raise UserError(f"{index} is not an index of tensors; allowed: one, with a weight_map")
+    paths = {files.inside(index.parent, name, str(index)) for name in where.values()}
+    return sorted(paths)
+
+
+def check_files(folder: Path) -> None:
+    """Refuse a folder of which transformers would read other weights than its safetensors say.
+
+    Raises:
+        UserError: it is one, or an index in it, of whatever kind of file, is none.
+    """
+    for index in folder.glob("*.index*.json"):
+        shards(index)
+    if (folder / WEIGHTS).exists() and (folder / INDEX).exists():
+        raise UserError(
+            f"{folder} has {WEIGHTS} and {INDEX}: transformers takes the one, vLLM the other; "
+            f"allowed: one of them"
+        )
+    if (folder / _ADAPTER).exists():
+        raise UserError(
+            f"{folder} has {_ADAPTER} beside its weights: transformers adds the adapter, vLLM does "
+            f"not; allowed: to merge it, or to keep it elsewhere"
+        )
+
+
+@contextmanager
+def opened(path: Path, framework: str = "pt", allowed: str = "safetensors") -> Iterator[Any]:
+    """Open safetensors.
+
+    Args:
+        framework: whose tensors to give: "pt" or "np".
+        allowed: what should be there, for the message.
+
+    Raises:
+        UserError: they can't be read.
+    """
+    from safetensors import safe_open
+
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is not a file; allowed: {allowed}")
+    with files.reading(path, allowed), safe_open(path, framework=framework) as file:
+        yield file
 
 
 def stored(folder: Path) -> dict[str, tuple[str, Shape]]:
-    """The files and shapes of a folder's tensors, by the tensors' names; none are read.
+    """Look up the files and shapes of a folder's tensors, by the tensors' names; none are read.
 
     Raises:
         UserError: there are no safetensors, or a file can't be read.
     """
-    from safetensors import SafetensorError, safe_open
-
-    index, names = folder / INDEX, ["model.safetensors"]
     if not has_safetensors(folder):
-        raise UserError(f"{folder} has no model.safetensors; allowed: safetensors checkpoints")
-    if index.exists():
-        try:
-            where = json.loads(index.read_text())["weight_map"]
-            names = sorted({str(Path(name)) for name in where.values()})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{index} is not an index of safetensors; allowed: one") from None
+        raise UserError(f"{folder} has no {WEIGHTS}; allowed: safetensors checkpoints")
+    index = folder / INDEX
     found = {}
-    for name in names:
-        path = folder / name
-        if path.parent != folder:
-            raise UserError(f"{index} names {name!r}; allowed: files of its folder")
-        try:
-            with safe_open(path, framework="np") as file:
-                for key in file.keys():  # noqa: SIM118 (not a mapping)
-                    found[key] = (name, tuple(file.get_slice(key).get_shape()))
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path} can't be read ({error}); allowed: safetensors") from None
+    for path in shards(index) if index.exists() else [folder / WEIGHTS]:
+        with opened(path, "np") as file:
+            for key in file.keys():  # noqa: SIM118 (not a mapping)
+                found[key] = (path.name, tuple(file.get_slice(key).get_shape()))
     return found
 
 

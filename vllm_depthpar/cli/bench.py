@@ -15,7 +15,15 @@ from vllm_depthpar.bench.report import FIGURES, SHOWN, markdown, summarize, titl
 from vllm_depthpar.bench.run import open_record, run
 from vllm_depthpar.bench.settings import PARTS, THROUGHPUT, BenchSettings, Load, check
 from vllm_depthpar.checkpoint.config import read_config
-from vllm_depthpar.cli.types import DTYPES, MODEL_HELP, PLAN_HELP, at_least, engine_flags
+from vllm_depthpar.cli.types import (
+    DTYPES,
+    MODEL_HELP,
+    PLAN_HELP,
+    at_least,
+    engine_flags,
+    out_file,
+    path_or_name,
+)
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.launch.variants import Variant, usual, variants
 from vllm_depthpar.plan import resolve
@@ -32,7 +40,7 @@ T = TypeVar("T")
 def add(commands: Any) -> None:
     """Register the subcommand."""
     parser = commands.add_parser("bench", help="measure how fast plans are beside plain vLLM")
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("model", type=path_or_name, metavar="MODEL", help=MODEL_HELP)
     parser.add_argument(
         "--plans",
         type=_plans,
@@ -107,7 +115,7 @@ def add(commands: Any) -> None:
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=out_file("{stem}.md", "{stem}.png", suffix=".json"),
         metavar="FILE.json",
         help="write the numbers, after every round, and go on with those in it; beside it a "
         "report (.md) and a picture (.png)",
@@ -121,8 +129,6 @@ def _run(args: argparse.Namespace) -> str:
     chosen = variants(args.model, args.plans or usual(config), "--plans")
     settings = _settings(args)
     check(settings, chosen, config)
-    if args.out and args.out.suffix != ".json":
-        raise UserError(f"--out {args.out}: its name must end in .json")
     record = open_record(args.model, chosen, settings, args.out)
     draw = args.out is not None and len(chosen) > 1
     if draw and find_spec("matplotlib") is None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from vllm_depthpar.checkpoint.config import read_config
 from vllm_depthpar.cli.quality_table import quality_table
-from vllm_depthpar.cli.types import DTYPES, MODEL_HELP, PLAN_HELP, at_least
+from vllm_depthpar.cli.types import DTYPES, MODEL_HELP, PLAN_HELP, at_least, out_file, path_or_name
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.evaluate import lm_eval_tasks
 from vllm_depthpar.launch.variants import Variant, usual, variants
@@ -24,7 +24,7 @@ from vllm_depthpar.util.provenance import origin
 def add(commands: Any) -> None:
     """Register the subcommand."""
     evaluate = commands.add_parser("eval", help="measure what plans cost in quality")
-    evaluate.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    evaluate.add_argument("model", type=path_or_name, metavar="MODEL", help=MODEL_HELP)
     evaluate.add_argument(
         "--plan",
         action="append",
@@ -32,7 +32,9 @@ def add(commands: Any) -> None:
         help=f"{PLAN_HELP}, 'carried' for the checkpoint's own, or 'plain' for vLLM's own model; "
         "repeatable (plain and auto, or carried)",
     )
-    evaluate.add_argument("--out", type=Path, metavar="FILE", help="write the numbers as JSON")
+    evaluate.add_argument(
+        "--out", type=out_file(), metavar="FILE", help="write the numbers as JSON"
+    )
     evaluate.add_argument(
         "--seed", type=int, default=1234, help="of all that is drawn: tasks' examples (1234)"
     )
@@ -46,7 +48,9 @@ def add_text_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "text", "perplexity, and KL divergence from the unmodified model"
     )
-    group.add_argument("--text", nargs="+", default=[], metavar="FILE", help="UTF-8 text")
+    group.add_argument(
+        "--text", type=path_or_name, nargs="+", default=[], metavar="FILE", help="UTF-8 text"
+    )
     group.add_argument("--window", type=at_least(2), default=512, help="tokens a window (512)")
     group.add_argument(
         "--stride", type=at_least(1), metavar="N", help="from window to window (no overlap)"
@@ -69,7 +73,11 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
         "tasks", "lm-evaluation-harness, over a `vllm serve` for each plan; needs the extra `eval`"
     )
     group.add_argument(
-        "--tasks", nargs="+", metavar="T", help="names that lm-eval knows, or YAML files"
+        "--tasks",
+        type=path_or_name,
+        nargs="+",
+        metavar="T",
+        help="names that lm-eval knows, or YAML files",
     )
     group.add_argument(
         "--limit", type=at_least(1), metavar="N", help="only the first N documents of each task"

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from vllm_depthpar.checkpoint import export
 from vllm_depthpar.checkpoint.config import read_config
-from vllm_depthpar.cli.types import MODEL_HELP, PLAN_HELP
+from vllm_depthpar.cli.types import MODEL_HELP, PLAN_HELP, out_folder, path_or_name
 from vllm_depthpar.plan import precedence, read_spec
 
 
 def add(commands: Any) -> None:
     """Register the subcommand."""
     parser = commands.add_parser("export", help="write a checkpoint that serves with no flag")
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("model", type=path_or_name, metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--plan", required=True, metavar="P", help=PLAN_HELP)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
+    parser.add_argument(
+        "--out", type=out_folder, required=True, metavar="DIR", help="folder to make"
+    )
     parser.set_defaults(run=_run)
 
 

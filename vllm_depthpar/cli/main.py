@@ -21,6 +21,7 @@ from vllm_depthpar.cli import (
     verify,
 )
 from vllm_depthpar.errors import UserError
+from vllm_depthpar.util import files
 
 COMMANDS = (plan, verify, predict, bench, search, eval, study, recover, export, bundled)
 
@@ -39,17 +40,26 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code (1, with one line on stderr, for wrong input)."""
-    args = parser().parse_args(argv)
     # So that servers and engines are stopped, whose processes would stay.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
+        args = parser().parse_args(argv)
         print(args.run(args))
     except UserError as error:
-        print(f"depthpar: error: {error}", file=sys.stderr)
-        return 1
+        return _fail(str(error))
     except BrokenPipeError:
         # `depthpar ... | head`: not an error, and Python must not report it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         return 130
+    except OSError as error:
+        # Of what libraries read and write: temporary files, caches of their own.
+        if (message := files.of_the_system(error)) is None:
+            raise
+        return _fail(message)
     return 0
+
+
+def _fail(message: str) -> int:
+    print(f"depthpar: error: {message}", file=sys.stderr)
+    return 1

@@ -8,7 +8,7 @@ import os
 from typing import Any
 
 from vllm_depthpar.checkpoint.config import read_config
-from vllm_depthpar.cli.types import MODEL_HELP, PLAN_HELP, at_least
+from vllm_depthpar.cli.types import MODEL_HELP, PLAN_HELP, at_least, path_or_name
 from vllm_depthpar.plan import drawing, json_schema, precedence, read_spec
 from vllm_depthpar.plan.model_shape import ModelShape
 
@@ -18,7 +18,7 @@ def add(commands: Any) -> None:
     plans = commands.add_parser("plan", help="show plans and their schema")
     plan_commands = plans.add_subparsers(required=True, metavar="COMMAND")
     show = plan_commands.add_parser("show", help="draw a plan for a model")
-    show.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    show.add_argument("model", type=path_or_name, metavar="MODEL", help=MODEL_HELP)
     show.add_argument("--plan", metavar="P", help=PLAN_HELP)
     show.add_argument("--tp", type=at_least(1), default=1, metavar="N", help="tensor-parallel size")
     show.add_argument("--json", action="store_true", help="print the numbers as JSON")

@@ -5,21 +5,30 @@ from __future__ import annotations
 import argparse
 import shutil
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_depthpar.checkpoint import export
-from vllm_depthpar.checkpoint.config import fingerprint, read_original_config, read_tensors
+from vllm_depthpar.checkpoint.config import fingerprint, folder, read_original_config, read_tensors
 from vllm_depthpar.cli.quality_table import quality_table
-from vllm_depthpar.cli.types import DTYPES, MODEL_HELP, PLAN_HELP, at_least
+from vllm_depthpar.cli.types import (
+    DTYPES,
+    MODEL_HELP,
+    PLAN_HELP,
+    at_least,
+    out_folder,
+    path_or_name,
+)
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.plan import Plan, precedence, read_spec, resolve
 from vllm_depthpar.plan.ladder_checkpoint import ladder_of
 from vllm_depthpar.util.provenance import origin
 
 if TYPE_CHECKING:
+    from accelerate import PartialState
+
     from vllm_depthpar.evaluate.texts import Windows
 
 _OWN_TOKENS = 131072
@@ -34,17 +43,21 @@ def add(commands: Any) -> None:
     parser = commands.add_parser(
         "recover", help="win lost quality back by distillation; write a checkpoint that serves"
     )
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("model", type=path_or_name, metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--plan", required=True, metavar="P", help=PLAN_HELP)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
     parser.add_argument(
         "--tp",
         type=at_least(1),
         metavar="N",
         help="tensor-parallel size, on which drop-sync blocks depend (the plan's own, else 1)",
     )
+    parser.add_argument(
+        "--out", type=out_folder, required=True, metavar="DIR", help="folder to make"
+    )
     data = parser.add_argument_group("text to learn from")
-    data.add_argument("--text", nargs="+", default=[], metavar="FILE", help="UTF-8 text")
+    data.add_argument(
+        "--text", type=path_or_name, nargs="+", default=[], metavar="FILE", help="UTF-8 text"
+    )
     data.add_argument(
         "--own-text",
         type=at_least(0),
@@ -52,7 +65,12 @@ def add(commands: Any) -> None:
         help=f"N tokens that the model writes itself ({_OWN_TOKENS} without --text, else 0)",
     )
     data.add_argument(
-        "--held-out", nargs="+", default=[], metavar="FILE", help="measure on these on the way"
+        "--held-out",
+        type=path_or_name,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="measure on these on the way",
     )
     data.add_argument("--window", type=at_least(2), default=512, help="tokens (512)")
     budget = parser.add_mutually_exclusive_group()
@@ -104,6 +122,18 @@ def add(commands: Any) -> None:
 def _run(args: argparse.Namespace) -> str:
     until = None if args.minutes is None else time.time() + 60 * args.minutes
     _check_installed(args)
+    from vllm_depthpar.recover import trainer
+
+    process = trainer.this_process()
+    chosen = _check(args, process.num_processes)
+    # To its end: what it goes on with lies beside the folder.
+    with export.claimed(args.out) if process.is_main_process else nullcontext():
+        return _recover(args, chosen, process, until)
+
+
+def _recover(
+    args: argparse.Namespace, chosen: Plan, process: PartialState, until: float | None
+) -> str:
     import torch
 
     from vllm_depthpar import hf
@@ -111,15 +141,13 @@ def _run(args: argparse.Namespace) -> str:
     from vllm_depthpar.recover import trainer
     from vllm_depthpar.recover.distillation import Distillation
 
-    process = trainer.this_process()
-    chosen = _check(args, process.num_processes)
     with process.main_process_first():
         texts, held_out = _texts(args)  # before the weights load
     training = torch.cat([text.tokens for text in texts])
 
     dtype = usable_dtype(args.dtype)
     bfloat16 = dtype == torch.bfloat16
-    model = hf.load_unmodified(args.model, dtype).to(process.device)
+    model = hf.load_unmodified(folder(args.model), dtype).to(process.device)
     unmodified = Distillation(model, resolve("identity", chosen.layers), bfloat16=bfloat16)
     distillation = Distillation(
         model,
@@ -132,13 +160,13 @@ def _run(args: argparse.Namespace) -> str:
     settings = trainer.TrainingSettings(
         **{field.name: getattr(args, field.name) for field in fields(trainer.TrainingSettings)}
     )
-    folder = args.out.with_name(f".{args.out.name}.run")
+    kept = args.out.with_name(f".{args.out.name}.run")
     identity = [
         fingerprint(args.model),
         str(dtype),
         [text.digest for text in texts],
     ]
-    run = trainer.Recovery(distillation, settings, training, held_out, folder, identity)
+    run = trainer.Recovery(distillation, settings, training, held_out, kept, identity)
     # In this order: what is measured depends on what was done.
     quality_after = {
         "unmodified": {text.name: trainer.quality(unmodified, text) for text in held_out},
@@ -162,8 +190,8 @@ def _run(args: argparse.Namespace) -> str:
             "quality": quality_after,
             "curve": run.curve,
         }
-        export.export(args.model, chosen, args.out, distillation.changes(), record)
-        shutil.rmtree(folder)
+        export.write(args.model, chosen, args.out, distillation.changes(), record)
+        shutil.rmtree(kept)
     process.wait_for_everyone()
     table = quality_table([""], [([stage], found) for stage, found in quality_after.items()])
     return f"{table}\n\n{args.out}: {chosen.name}\nserve it: vllm serve {args.out}"

@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_depthpar.checkpoint.config import read_original_config
-from vllm_depthpar.cli.types import DTYPES, MODEL_HELP, at_least
+from vllm_depthpar.cli.types import DTYPES, MODEL_HELP, at_least, out_file, path_or_name
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.plan.model_shape import ModelShape
 from vllm_depthpar.predict.devices import THIS, device_named
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 def add(commands: Any) -> None:
     """Register the subcommand."""
     search = commands.add_parser("search", help="find the best plan for a depth, speed or loss")
-    search.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    search.add_argument("model", type=path_or_name, metavar="MODEL", help=MODEL_HELP)
     goals = search.add_mutually_exclusive_group(required=True)
     goals.add_argument("--depth", type=at_least(1), metavar="D", help="run D blocks")
     goals.add_argument(
@@ -44,7 +43,12 @@ def add(commands: Any) -> None:
         help="the shortest plan whose perplexity is at most PCT percent above the model's",
     )
     search.add_argument(
-        "--text", nargs="+", default=[], metavar="FILE", help="UTF-8 text to calibrate on"
+        "--text",
+        type=path_or_name,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="UTF-8 text to calibrate on",
     )
     search.add_argument(
         "--own-text",
@@ -59,7 +63,13 @@ def add(commands: Any) -> None:
         help=f"any of {', '.join(METHODS)} (pair,group,skip)",
     )
     search.add_argument("--group", type=at_least(3), default=4, help="the widest group (4)")
-    search.add_argument("--out", type=Path, required=True, metavar="FILE", help="the plan file")
+    search.add_argument(
+        "--out",
+        type=out_file("{stem}-front.png", "{stem}-report.json", "{stem}-report.md"),
+        required=True,
+        metavar="FILE",
+        help="the plan file; beside it a report, numbers, a picture",
+    )
     search.add_argument("--tokens", type=at_least(1), default=4096, help="of all texts (4096)")
     search.add_argument("--window", type=at_least(2), default=256, help="tokens (256)")
     search.add_argument("--rounds", type=at_least(0), default=6, help="at most (6)")

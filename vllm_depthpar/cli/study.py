@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_depthpar.checkpoint.config import read_original_config
-from vllm_depthpar.cli.types import DTYPES, MODEL_HELP, at_least
+from vllm_depthpar.cli.types import DTYPES, MODEL_HELP, at_least, out_file, path_or_name
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.evaluate.span_study import TRANSFORMATIONS, row_with, spans
 from vllm_depthpar.plan.model_shape import ModelShape
@@ -20,10 +20,16 @@ from vllm_depthpar.util.provenance import origin
 def add(commands: Any) -> None:
     """Register the subcommand."""
     study = commands.add_parser("study", help="heat maps: what each span of layers withstands")
-    study.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    study.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text")
+    study.add_argument("model", type=path_or_name, metavar="MODEL", help=MODEL_HELP)
     study.add_argument(
-        "--out", type=Path, required=True, metavar="FILE", help="JSON; beside it PNG"
+        "--text", type=path_or_name, required=True, metavar="FILE", help="UTF-8 text"
+    )
+    study.add_argument(
+        "--out",
+        type=out_file("{stem}.png"),
+        required=True,
+        metavar="FILE",
+        help="JSON; beside it PNG",
     )
     study.add_argument(
         "--transformations",

@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
+from vllm_depthpar.checkpoint.export import check_out
 from vllm_depthpar.errors import UserError
+from vllm_depthpar.util import files
 
 MODEL_HELP = "folder or hub name of a checkpoint"
 # "auto": bfloat16 where the hardware multiplies it, else float32.
@@ -55,3 +58,53 @@ def at_least(lowest: int) -> Callable[[str], int]:
         return int(text)
 
     return integer
+
+
+def path_or_name(text: str) -> str:
+    """A type for argparse: a path, whose `~` is a home folder, or a name of something else."""
+    return str(files.expanded(text)) if text.startswith("~") else text
+
+
+def out_file(*beside: str, suffix: str = "") -> Callable[[str], Path]:
+    """Make a type for argparse: a file to write, found wrong before any work begins.
+
+    Args:
+        beside: names of what is written beside it, "{stem}" being its own name without suffix.
+        suffix: how its name must end.
+
+    Returns:
+        Text in, path out. Raises UserError where nothing can be written.
+    """
+
+    def path(text: str) -> Path:
+        out = files.expanded(text)
+        _check_file(out)
+        if not out.name.endswith(suffix):
+            raise UserError(f"--out {out}: its name must end in {suffix}")
+        for name in beside:
+            other = out.with_name(name.format(stem=out.stem))
+            _check_file(other)
+            if other == out:
+                raise UserError(f"--out {out} is what is written beside it; allowed: another name")
+        return out
+
+    return path
+
+
+def _check_file(path: Path) -> None:
+    if path.is_dir():
+        raise UserError(f"--out {path} is a folder; allowed: a file")
+    files.check_place(path)
+
+
+def out_folder(text: str) -> Path:
+    """A type for argparse: a folder to make, found wrong before any work begins.
+
+    Raises:
+        UserError: it can't be made, or holds something.
+    """
+    out = files.expanded(text)
+    if out.name in ("", ".."):
+        raise UserError(f"--out {text!r} names no folder to make; allowed: the name of a new one")
+    check_out(out)
+    return out

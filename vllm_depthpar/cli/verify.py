@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 from vllm_depthpar.cli.types import (
@@ -14,6 +13,8 @@ from vllm_depthpar.cli.types import (
     RESERVED_FLAGS,
     at_least,
     engine_flags,
+    out_file,
+    path_or_name,
 )
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.util import files
@@ -30,7 +31,7 @@ def add(commands: Any) -> None:
     parser = commands.add_parser(
         "verify", help="check that vLLM serves the model that a plan means, on this machine"
     )
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("model", type=path_or_name, metavar="MODEL", help=MODEL_HELP)
     parser.add_argument(
         "--plan",
         action="append",
@@ -49,7 +50,9 @@ def add(commands: Any) -> None:
         help="more flags that you serve with, as one argument: "
         "--engine-args='--max-num-batched-tokens 512 ...'",
     )
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the numbers as JSON")
+    parser.add_argument(
+        "--out", type=out_file(), metavar="FILE.json", help="write the numbers as JSON"
+    )
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
     parser.set_defaults(run=_run)
 

@@ -15,9 +15,10 @@ import logging
 import math
 import random
 import re
+import sqlite3
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from importlib.util import find_spec
@@ -26,6 +27,7 @@ from typing import Any
 
 from vllm_depthpar import __version__
 from vllm_depthpar.checkpoint.config import fingerprint
+from vllm_depthpar.checkpoint.tokenizer import read_tokenizer
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.launch.server import START_SECONDS, Server, serve
 from vllm_depthpar.launch.variants import Variant
@@ -80,12 +82,14 @@ def load_tasks(names: Sequence[str]) -> dict[str, Any]:
     for path in paths:
         if not path.is_file():
             raise UserError(f"task file {str(path)!r} does not exist")
-    manager = TaskManager(
-        include_path=sorted({str(path.parent) for path in paths}),
-        # Looking through lm-eval's thousands of tasks takes seconds.
-        include_defaults=len(paths) < len(names) or any(map(_is_group, paths)),
-    )
     specs = list(dict.fromkeys(names))
+    which = ", ".join(map(repr, specs))
+    with _loading(which):
+        manager = TaskManager(
+            include_path=sorted({str(path.parent) for path in paths}),
+            # Looking through lm-eval's thousands of tasks takes seconds.
+            include_defaults=len(paths) < len(names) or any(map(_is_group, paths)),
+        )
     for name in specs:
         if not name.endswith(YAML) and name not in manager.task_index:
             near = difflib.get_close_matches(name, manager.all_tasks, n=1)
@@ -94,17 +98,22 @@ def load_tasks(names: Sequence[str]) -> dict[str, Any]:
                 f"task {name!r} is unknown{hint} (allowed: a name that `lm-eval ls tasks` lists, "
                 "or the path of a YAML file)"
             )
-    try:
+    with _loading(which):
         loaded: dict[str, Any] = dict(manager.load(specs))
-    # A task may be anybody's code, over data from anywhere.
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        which = ", ".join(map(repr, specs))
-        raise UserError(f"can't load {which} ({type(error).__name__}: {reason})") from error
     for name, task in loaded["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False):
             raise UserError(f"task {name!r} would run code that the model writes; not supported")
     return loaded
+
+
+@contextlib.contextmanager
+def _loading(which: str) -> Iterator[None]:
+    try:
+        yield
+    # A task may be anybody's code, over data from anywhere.
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"can't load {which} ({type(error).__name__}: {reason})") from error
 
 
 def run_tasks(
@@ -200,7 +209,7 @@ def _evaluate(
     from vllm_depthpar.evaluate.lm_eval_model import ServedLM
 
     # An error is raised, too; they log it once for each of the requests under way.
-    for name in ("asyncio", "lm_eval.models.api_models"):
+    for name in ("asyncio", "lm_eval.models.api_models", "sqlitedict.SqliteMultithread"):
         logging.getLogger(name).addFilter(_below_error)
     _prepare(tasks, settings)
     random.seed(settings.seed)
@@ -209,10 +218,9 @@ def _evaluate(
     with contextlib.ExitStack() as stack:
         # Tasks print.
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))
-        try:
-            lm = ServedLM(lambda: _start(stack, model, variant, settings), model, settings.seed)
-        except (OSError, ValueError) as error:
-            raise UserError(f"no tokenizer in {model!r} ({type(error).__name__})") from error
+        read_tokenizer(model)  # raises what lm-eval's client would, in one line
+        lm = ServedLM(lambda: _start(stack, model, variant, settings), model, settings.seed)
+        stack.enter_context(_keeping(answers))
         caching = CachingLM(lm, str(answers))
         stack.callback(caching.dbdict.close)
         try:
@@ -224,6 +232,22 @@ def _evaluate(
                 f"{error}); the answers so far are kept; its log is {lm.server.log}"
             ) from error
     return dict(found), lm.asked
+
+
+@contextlib.contextmanager
+def _keeping(answers: Path) -> Iterator[None]:
+    """Say in one line why answers can't be kept; found before the first, but for a full disk."""
+    try:
+        with files.writing(answers):
+            answers.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.closing(sqlite3.connect(answers)) as known:
+            known.execute("BEGIN IMMEDIATE")
+        yield
+    except sqlite3.Error as error:
+        raise UserError(
+            f"answers can't be kept in {answers} ({error}); allowed: a file that can be read and "
+            f"written, with space; DEPTHPAR_CACHE=FOLDER names a place"
+        ) from error
 
 
 def _start(

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_depthpar.checkpoint.config import fingerprint, read_config
+from vllm_depthpar.checkpoint.tokenizer import read_tokenizer
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.launch import engine
 from vllm_depthpar.plan import resolve
@@ -110,12 +111,10 @@ def write(
         kinds: of `PROSE`, `ANSWERS`, `CHATS`; as much of each.
 
     Raises:
-        UserError: vLLM could not run the model.
+        UserError: vLLM could not run the model, it has no tokenizer, or the text can't be kept.
     """
-    from transformers import AutoTokenizer
-
-    openings = _openings(AutoTokenizer.from_pretrained(model), tokens, seed, kinds)
-    settings = [fingerprint(model), tokens, seed, list(kinds), SETTINGS]
+    openings = _openings(read_tokenizer(model), tokens, seed, kinds)
+    settings = [fingerprint(model), tokens, seed, dtype, list(kinds), SETTINGS]
     folder = files.cache_folder() / "own-text"
     journal = Journal(settings, folder)
     if not all(_key(*place) in journal for place in openings):
@@ -123,7 +122,8 @@ def write(
         try:
             engine.call(_sample, *arguments, progress=True)
         except engine.EngineError as error:
-            raise UserError(f"vLLM could not write text with {model!r}: {error}") from None
+            why = error.last.rpartition("UserError: ")[2]
+            raise UserError(f"vLLM could not write text with {model!r}: {why}") from None
         journal = Journal(settings, folder)
     found = {}
     for kind in dict.fromkeys(kind for kind, _ in openings):
@@ -181,13 +181,12 @@ def _sample(
     space = math.ceil(_AT_ONCE_ON_CPU * (longest + 128) * token / 2**30)
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(space)
     from tqdm import tqdm
-    from transformers import AutoTokenizer
     from vllm import LLM, SamplingParams
     from vllm.inputs import TokensPrompt
     from vllm.platforms import current_platform
 
     journal = Journal(settings, folder)
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = read_tokenizer(model)
     engine = LLM(
         model,
         dtype=dtype,

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from vllm_depthpar import hf
-from vllm_depthpar.checkpoint.config import fingerprint, read_config
+from vllm_depthpar.checkpoint.config import fingerprint, folder, read_config
+from vllm_depthpar.checkpoint.tokenizer import read_tokenizer
 from vllm_depthpar.evaluate import own_text, texts
 from vllm_depthpar.evaluate.dtypes import usable_dtype
 from vllm_depthpar.evaluate.evaluator import Evaluator, Quality
@@ -115,11 +116,10 @@ def read_texts(
         kinds: what it writes, see `own_text`.
 
     Raises:
-        UserError: a file can't be read or is too short, or vLLM could not run the model.
+        UserError: a file can't be read or is too short, there is no tokenizer, or vLLM could not
+            run the model.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = read_tokenizer(model)
     named = zip(texts.names(paths), paths, strict=True)
     found = [
         texts.cut(name, texts.read(path), tokenizer, window, stride, tokens) for name, path in named
@@ -157,5 +157,5 @@ def open_model(model: str, dtype: str = "auto", batch: int = 2, ranks: int = 1) 
     if carried is not None or ladder:
         unmodified = resolve({"ladder": ladder} if carried is None else carried, layers)
     absent = unmodified.skipped if unmodified else ()
-    loaded = hf.load_unmodified(model, usable_dtype(dtype), absent=absent).to(device)
+    loaded = hf.load_unmodified(folder(model), usable_dtype(dtype), absent=absent).to(device)
     return Evaluator(loaded, unmodified, fingerprint(model), batch, absent, ranks)

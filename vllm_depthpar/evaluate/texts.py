@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_depthpar.errors import UserError
+from vllm_depthpar.util import files
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_TEXT = "a file of UTF-8 text"
 
 
 @dataclass(frozen=True)
@@ -69,14 +72,11 @@ def read(path: str | Path) -> str:
     Raises:
         UserError: it can't be read, or is empty.
     """
-    path = Path(path).expanduser()
-    try:
+    path = files.expanded(path)
+    with files.reading(f"text {str(path)!r}", allowed=_TEXT):
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise UserError(f"text {str(path)!r} can't be read ({reason})") from None
     if not text.strip():
-        raise UserError(f"text {str(path)!r} is empty")
+        raise UserError(f"text {str(path)!r} is empty; allowed: {_TEXT}")
     return text
 
 

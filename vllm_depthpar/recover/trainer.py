@@ -10,17 +10,20 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 from transformers import ProgressCallback, Trainer, TrainingArguments
 
+from vllm_depthpar.checkpoint.tensors import opened
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.evaluate.texts import Windows
 from vllm_depthpar.recover.distillation import Distillation, Objective
@@ -123,7 +126,31 @@ class Recovery:
         if self._process.is_main_process and not path.exists():
             files.write_json(path, make())
         self._process.wait_for_everyone()
-        return json.loads(path.read_text())
+        return files.read_json(path, _allowed(self._folder))
+
+    @contextmanager
+    def _going_on(self, path: Path) -> Iterator[None]:
+        """Say in one line that what an earlier call left is damaged."""
+        try:
+            yield
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            why = f"{type(error).__name__}: {error}".splitlines()[0]
+            allowed = _allowed(self._folder)
+            raise UserError(f"{path} is damaged ({why}); allowed: {allowed}") from None
+
+    @contextmanager
+    def _saving(self) -> Iterator[None]:
+        """Say in one line that training can't be kept."""
+        try:
+            with files.writing(self._folder):
+                yield
+        except RuntimeError as error:
+            if "PytorchStreamWriter" not in str(error):
+                raise
+            why, allowed = str(error).splitlines()[0], files.WRITABLE
+            raise UserError(
+                f"{self._folder} can't be written ({why}); allowed: {allowed}"
+            ) from None
 
     def measure(self) -> dict[str, dict[str, float]]:
         """Measure the student's perplexity on every held-out text, and its KL from the teacher."""
@@ -143,11 +170,15 @@ class Recovery:
             files.write_bytes(path, save({name: down.detach() for name, down in downs.items()}))
             return found
 
-        ridges = {int(at): ridge for at, ridge in self._once("refit.json", fit).items()}
-        fitted = load_file(path)
-        with torch.no_grad():
+        known = self._once("refit.json", fit)
+        with (
+            self._going_on(path),
+            opened(path, allowed=_allowed(self._folder)) as file,
+            torch.no_grad(),
+        ):
+            ridges = {int(at): float(ridge) for at, ridge in known.items()}
             for name, down in self._distillation.own_downs(ridges).items():
-                down.copy_(fitted[name])
+                down.copy_(file.get_tensor(name))
         return ridges
 
     def train(self, tokens: int | None, until: float | None) -> dict[str, Any]:
@@ -162,7 +193,10 @@ class Recovery:
         """
         settings, of_step = self._settings, self._tokens_of_a_step
         # The first call decides for the later ones.
-        steps: int = self._once("steps.json", lambda: self._steps(tokens, until))
+        steps = self._once("steps.json", lambda: self._steps(tokens, until))
+        with self._going_on(self._folder / "steps.json"):
+            if not isinstance(steps, int) or steps < 0:
+                raise ValueError("no number of steps")
         if steps == 0:
             return {"steps": 0, "tokens": 0, "seconds": 0.0}
         self._prepare()
@@ -202,7 +236,8 @@ class Recovery:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(_Progress(of_step))
         started = time.monotonic()
-        trainer.train(resume_from_checkpoint=_last_complete(self._folder))
+        with self._saving():
+            trainer.train(resume_from_checkpoint=_last_complete(self._folder))
         self.curve = [
             entry["quality"] | {"step": entry["step"], "tokens": entry["step"] * of_step}
             for entry in trainer.state.log_history
@@ -273,19 +308,31 @@ def quality(distillation: Distillation, windows: Windows) -> dict[str, float]:
     return {"perplexity": math.exp(min(nll, 700)), "kl": kl}
 
 
+def _allowed(folder: Path) -> str:
+    return f"what the same command wrote there, or to remove {folder} and begin anew"
+
+
 def _last_complete(folder: Path) -> str | None:
     """Find the newest checkpoint written to its end: its state is what Trainer writes last."""
-    for state in sorted(
-        folder.glob("checkpoint-*/trainer_state.json"),
-        key=lambda path: int(path.parent.name.split("-")[1]),
-        reverse=True,
-    ):
-        try:
-            json.loads(state.read_text())
-        except ValueError:
-            continue
-        return str(state.parent)
+    found = [path for path in folder.glob("checkpoint-*") if path.name.split("-")[1].isdecimal()]
+    for checkpoint in sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True):
+        if _is_whole(checkpoint):
+            return str(checkpoint)
     return None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether no file of a checkpoint is cut off."""
+    state = checkpoint / "trainer_state.json"
+    try:
+        if not isinstance(files.read_json(state, "Trainer's state"), dict):
+            return False
+        for path in checkpoint.glob("*.safetensors"):
+            with opened(path):
+                pass
+    except UserError:
+        return False
+    return all(zipfile.is_zipfile(path) for path in checkpoint.glob("*.pt*"))
 
 
 class _Trainer(Trainer):

@@ -1,21 +1,156 @@
-"""Files that are never half written, and the folder for what can be made again."""
+"""Files: whole or not at all, inside their folder, and what is wrong with one said in one line."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from vllm_depthpar.errors import UserError, shortened
+
+WRITABLE = "a place that can be written to, with space"
+# What a system says that has no room or no right for something, or a broken disk.
+_OF_THE_SYSTEM = frozenset(
+    getattr(errno, name)
+    for name in (
+        *("EACCES", "EDQUOT", "EIO", "EMFILE", "ENAMETOOLONG", "ENFILE", "ENOSPC", "ENOTDIR"),
+        *("EPERM", "EROFS", "ESTALE", "EFBIG", "EISDIR"),
+    )
+)
+
+
+def inside(folder: Path, name: object, origin: str) -> Path:
+    """Return the path of a file that data names: one of `folder` itself, whatever the name says.
+
+    Every name that comes from a file, and not from the user, goes through here before anything is
+    read or written by it.
+
+    Args:
+        origin: where the name stands, for the message.
+
+    Raises:
+        UserError: it is none, or one that leads out of the folder, or further in.
+    """
+    if not isinstance(name, str) or name in ("", ".", "..") or {"/", "\0"} & set(name):
+        raise UserError(
+            f"{origin} names {shortened(name)}; allowed: files of its folder, by name alone"
+        )
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        raise UserError(f"{origin} names {shortened(name)}; allowed: names in UTF-8") from None
+    return folder / name
+
+
+@contextmanager
+def reading(path: Path | str, allowed: str) -> Iterator[None]:
+    """Say in one line why a file can't be read or is not what it should be.
+
+    Args:
+        allowed: what it should be.
+
+    Raises:
+        UserError: in place of what the system, JSON or safetensors raises.
+    """
+    try:
+        yield
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+        raise UserError(f"{path} can't be read ({reason(error)}); allowed: {allowed}") from None
+
+
+@contextmanager
+def writing(path: Path | str, allowed: str = WRITABLE) -> Iterator[None]:
+    """Say in one line why something can't be written, as on a full or a read-only disk.
+
+    Args:
+        allowed: where it could be.
+
+    Raises:
+        UserError: in place of what the system or safetensors raises.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} can't be written ({reason(error)}); allowed: {allowed}") from None
+
+
+def reason(error: BaseException) -> str:
+    """Say in a few words what is wrong with a file."""
+    match error:
+        case OSError(strerror=str(text)):
+            return text
+        case json.JSONDecodeError():
+            return f"line {error.lineno} column {error.colno}: {error.msg}"
+        case UnicodeError():
+            return "not UTF-8 text"
+        case RecursionError():
+            return "nested too deeply"
+    text = str(error) or type(error).__name__
+    return "a number is too long" if "integer string conversion" in text else text.splitlines()[0]
+
+
+def of_the_system(error: OSError) -> str | None:
+    """Say in one line that the system refused something; None for another error."""
+    if error.errno not in _OF_THE_SYSTEM:
+        return None
+    where = f"{error.filename}: " if error.filename else ""
+    return (
+        f"{where}{reason(error)}; allowed: what can be read and written here, on a disk with space"
+    )
+
+
+def read_bytes(path: Path, allowed: str) -> bytes:
+    """Read a file.
+
+    Args:
+        allowed: what it should be, for the message.
+
+    Raises:
+        UserError: it can't be read.
+    """
+    with reading(path, allowed):
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise UserError(f"{path} is not a file; allowed: {allowed}")
+        return path.read_bytes()
+
+
+def read_json(path: Path, allowed: str) -> Any:
+    """Read JSON.
+
+    Raises:
+        UserError: it can't be read, or is none.
+    """
+    content = read_bytes(path, allowed)
+    with reading(path, allowed):
+        return json.loads(content.decode())
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name in its folder, which is made, then rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    """Write a file under a temporary name in its folder, which is made, then rename it.
+
+    What is no file, as /dev/stdout, is written to.
+
+    Raises:
+        UserError: it can't be written.
+    """
+    with writing(path):
+        if path.exists() and not path.is_file():
+            path.write_bytes(content)
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            partial.write_bytes(content)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: object) -> None:
@@ -23,9 +158,74 @@ def write_json(path: Path, content: object) -> None:
     write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
+def check_place(path: Path) -> None:
+    """Refuse a path at which nothing can be made: below a file, or on a disk that is read-only.
+
+    Whether there is space only writing can tell.
+
+    Raises:
+        UserError: it is one.
+    """
+    with writing(path):
+        place = path.parent
+        while not place.exists():
+            if place.is_symlink():
+                raise UserError(f"{place} is a link to nothing; allowed: {WRITABLE}")
+            place = place.parent
+        if not place.is_dir():
+            raise UserError(f"{place} is not a folder; allowed: {WRITABLE}")
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise UserError(f"{place} can't be written to; allowed: {WRITABLE}")
+        # Longer than a name can be, for the temporary one that it has first.
+        path.with_name(f".{path.name}.{os.getpid()}.partial").exists()
+
+
+@contextmanager
+def only_one(path: Path, busy: str) -> Iterator[None]:
+    """Hold a lock file, which is gone in the end; the system lets it go however this process ends.
+
+    On a file system without locks nothing is held.
+
+    Raises:
+        UserError: another process holds it: `busy`; or it can't be made.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(lock)
+                raise UserError(busy) from None
+            except OSError:
+                break
+            # The one before may have ended, and taken the file away, since it was opened.
+            with suppress(FileNotFoundError):
+                if os.path.samestat(path.stat(), os.fstat(lock)):
+                    break
+            os.close(lock)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(lock)
+
+
+def expanded(path: str | Path) -> Path:
+    """Replace `~` by a home folder, if there is such a user."""
+    return Path(os.path.expanduser(path))
+
+
 def cache_folder() -> Path:
     """Where what can be made again is kept: ``$DEPTHPAR_CACHE``, else
-    ``$XDG_CACHE_HOME/depthpar``, else ``~/.cache/depthpar``."""
-    if cache := os.environ.get("DEPTHPAR_CACHE"):
-        return Path(cache).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "depthpar"
+    ``$XDG_CACHE_HOME/depthpar``, else ``~/.cache/depthpar``.
+
+    Raises:
+        UserError: this user has no home.
+    """
+    given = os.environ.get("DEPTHPAR_CACHE")
+    path = expanded(given or os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    if path.parts[:1] == ("~",):
+        raise UserError("there is no home folder to keep files in; allowed: DEPTHPAR_CACHE=FOLDER")
+    return path if given else path / "depthpar"

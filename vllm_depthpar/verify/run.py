@@ -16,6 +16,7 @@ from typing import Any
 
 from vllm_depthpar.bench.server_load import has_tokenizer
 from vllm_depthpar.checkpoint.config import folder, read_config
+from vllm_depthpar.checkpoint.tokenizer import read_tokenizer
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.launch import hardware
 from vllm_depthpar.launch.engine import EngineError, Worker, flags_of, make_engine
@@ -158,12 +159,7 @@ def _prompts(model: str, config: Mapping[str, Any]) -> list[list[int]]:
         raise UserError(f"{most + TOKENS} positions are too few; allowed: {TOKENS + 2} or more")
     if not has_tokenizer(model):
         return passages.random_ids(config["vocab_size"], most)
-    from transformers import AutoTokenizer
-
-    from vllm_depthpar.checkpoint import ladder_config
-
-    ladder_config.register()
-    return passages.token_ids(AutoTokenizer.from_pretrained(model), most)
+    return passages.token_ids(read_tokenizer(model), most)
 
 
 def _serve(
