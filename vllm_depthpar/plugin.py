@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -18,7 +19,9 @@ from packaging.version import InvalidVersion, Version
 from pydantic import ValidationError
 
 from vllm_depthpar import __version__
+from vllm_depthpar.checkpoint.config import read_config
 from vllm_depthpar.errors import UserError
+from vllm_depthpar.launch.command_line import options_in_file, options_of
 from vllm_depthpar.model import last_words
 from vllm_depthpar.plan import ladder_checkpoint
 from vllm_depthpar.plan.families import FAMILIES
@@ -108,6 +111,17 @@ def architectures_of(architectures: Sequence[str], model_config: ModelConfig) ->
     return [ARCHITECTURE]
 
 
+def _fault_of(model: str) -> str | None:
+    """What is wrong with a checkpoint's config.json; None for one that is right, or not here."""
+    if not os.path.exists(os.path.join(model, "config.json")):
+        return None
+    try:
+        read_config(model)
+    except UserError as fault:
+        return str(fault)
+    return None
+
+
 ExceptHook = Callable[[type[BaseException], BaseException, TracebackType | None], Any]
 
 
@@ -129,15 +143,23 @@ def _one_line(previous: ExceptHook) -> ExceptHook:
 def _explain(error: BaseException) -> str | None:
     """Explain in one line an error that wrong input caused; None for any other.
 
-    vLLM's own checks of the same command line (model, port, options) are reported likewise when
-    the command asks for this plugin; plain vLLM keeps its own reports.
+    vLLM's own checks of the same command line (model, port, options), and transformers' of a
+    config.json, are reported likewise when the command asks for this plugin; plain vLLM keeps its
+    own reports.
     """
     if isinstance(error, UserError):
         return str(error)
     if (words := last_words.found()) is not None:
         return words
-    if f"--model-impl {MODEL_IMPL}" not in " ".join(sys.argv).replace("=", " "):
+    options = options_of(sys.argv[1:])
+    try:
+        options = {**options_in_file(sys.argv[1:]), **options}
+    except UserError as fault:
+        return str(fault) if options.get("model-impl") == MODEL_IMPL else None
+    if options.get("model-impl") != MODEL_IMPL:
         return None
+    if said := _fault_of(options.get("model", "")):
+        return said
     if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
         return "the port is taken by another program; allowed: a free one with --port"
     if isinstance(error, HFValidationError | RepositoryNotFoundError | LocalEntryNotFoundError):

@@ -138,6 +138,46 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"model": "rotary"},
         ["'partial_rotary_factor' is 0.5", "whole heads of a llama", "allowed: 1"],
     ),
+    "sizes that are text": (
+        {"model": "text sizes"},
+        ["config.json's key 'hidden_size' is '64'", "allowed: an integer from 1 to "],
+    ),
+    "no heads": (
+        {"model": "no heads"},
+        ["config.json's key 'num_attention_heads' is 0", "allowed: an integer from 1 to "],
+    ),
+    "kinds of too few layers": (
+        {"model": "short layer_types"},
+        ["config.json's key 'layer_types' is for 2 layers", "allowed: 6"],
+    ),
+    "a null that counts layers": (
+        {"model": "null"},
+        ["config.json's key 'max_window_layers' is None", "allowed: an integer of 0 or more"],
+    ),
+    "another activation": (
+        {"model": "gelu"},
+        ["config.json's key 'hidden_act' is 'gelu'", "allowed: 'silu'"],
+    ),
+    "config.json that is cut off": (
+        {"model": "cut off"},
+        ["config.json can't be read (line 1 column ", "allowed: a config.json"],
+    ),
+    "index that leads out of the folder": (
+        {"model": "outside", "args": plan({"pair": [0, 2]})},
+        ["index.json names '../model.safetensors'", "allowed: files of its folder"],
+    ),
+    "a file of options, and no model": (
+        {"model": "/nowhere/model", "command": ["--config", "FOLDER/options.yaml"]},
+        ["no such model", "folder"],
+    ),
+    "a file of options that names no model": (
+        {"model": "--skip-tokenizer-init", "command": ["--config", "FOLDER/nowhere.yaml"]},
+        ["no such model", "folder"],
+    ),
+    "a file of options that is missing": (
+        {"args": ["--config", "/nowhere.yaml"]},
+        ["--config /nowhere.yaml can't be read", "No such file", "allowed: a YAML file"],
+    ),
     "weights by the names of parameters": (
         {"args": [*plan({"pair": [0, 2]}), "--load-format", "sharded_state"]},
         ["--load-format sharded_state", "allowed: auto, safetensors, hf, pt, "],
@@ -238,6 +278,20 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Out
     )
     write_llama(folder / "rotary", partial_rotary_factor=0.5)
     (folder / "null.json").write_text("null")
+    write_llama(folder / "text sizes", hidden_size="64")
+    write_llama(folder / "no heads", num_attention_heads=0)
+    write_llama(folder / "short layer_types", layer_types=["full_attention"] * 2)
+    write_llama(folder / "null", model_type="qwen2", max_window_layers=None)
+    write_llama(folder / "gelu", hidden_act="gelu")
+    cut_off = write_llama(folder / "cut off") / "config.json"
+    cut_off.write_text(json.dumps(json.loads(cut_off.read_text()))[:100])
+    outside = write_llama(folder / "outside")
+    (outside / "model.safetensors").rename(outside / "model-1.safetensors")
+    index = {"weight_map": {"model.norm.weight": "../model.safetensors"}}
+    (outside / "model.safetensors.index.json").write_text(json.dumps(index))
+    options = "model-impl: depthpar\nskip-tokenizer-init: true\n"
+    (folder / "options.yaml").write_text(options)
+    (folder / "nowhere.yaml").write_text(f"{options}model: /nowhere/model\n")
     for name, tensor, rows in (
         ("small MLP", "mlp.up_proj", 80),
         ("few heads", "self_attn.k_proj", 32),
@@ -263,9 +317,12 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Out
             port = str(taken.getsockname()[1]) if given.get("port") == "taken" else "0"
             named = given.get("model", "llama")
             # An absolute path is itself.
-            args = [str(folder / named), "--model-impl", "depthpar", "--skip-tokenizer-init"]
+            asks = given.get("command", ["--model-impl", "depthpar", "--skip-tokenizer-init"])
+            args = [named if named.startswith("-") else str(folder / named), *asks]
             args += ["--host", "127.0.0.1", "--port", port, *given.get("args", [])]
-            args = [arg.replace("MODEL", str(model)) for arg in args]
+            names = {"MODEL": str(model), "FOLDER": str(folder)}
+            for name_in_it, path in names.items():
+                args = [arg.replace(name_in_it, path) for arg in args]
             given_env = given.get("env", {}).items()
             env = {key: value.replace("FOLDER", str(folder)) for key, value in given_env}
             calls[name] = Call(args, {"VLLM_LOGGING_LEVEL": "INFO", **env})
