@@ -10,16 +10,14 @@ from typing import Any
 from vllm_depthpar.bench.engine_load import BUDGET, most_tokens
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.launch.engine import flags_of
+from vllm_depthpar.launch.kv_cache import kv_cache_bytes
 from vllm_depthpar.launch.variants import Variant, check_tp
 from vllm_depthpar.plan import resolve
-from vllm_depthpar.plan.model_shape import DTYPE_BYTES, ModelShape
+from vllm_depthpar.plan.model_shape import ModelShape
 
 LATENCY, THROUGHPUT, SERVING = PARTS = ("latency", "throughput", "serving")
 # Latency and throughput share an engine for each variant; serving has a server for each.
 ENGINES, SERVERS = STAGES = ("engines", "servers")
-# A sequence takes whole blocks of the KV cache, and layers of two widths pad it.
-_KV_SLACK = 1.5
-_KV_BLOCKS = 256
 
 
 @dataclass(frozen=True)
@@ -169,7 +167,8 @@ class Setup:
         """KV cache on one rank for all sequences of the largest load at once."""
         shape = ModelShape.from_config(self.config)
         plan = resolve(variant.spec or "identity", shape.layers)
-        of_token = shape.kv_bytes_per_token(plan, self.settings.tp) / shape.dtype_bytes
-        width = DTYPE_BYTES.get(self.settings.dtype, shape.dtype_bytes)
-        tokens = max(load.batch * (load.longest + _KV_BLOCKS) for load in self.loads)
-        return int(_KV_SLACK * tokens * of_token * width)
+        tp, dtype = self.settings.tp, self.settings.dtype
+        return max(
+            kv_cache_bytes(shape, plan, [load.longest] * load.batch, tp, dtype)
+            for load in self.loads
+        )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import os
 import re
 import tempfile
 import time
@@ -16,7 +14,7 @@ from vllm_depthpar.bench import engine_load, server_load
 from vllm_depthpar.bench.memory import GroupPeak
 from vllm_depthpar.bench.rounds import Pausable
 from vllm_depthpar.bench.settings import LATENCY, Load, Setup
-from vllm_depthpar.launch import hardware
+from vllm_depthpar.launch import hardware, kv_cache
 from vllm_depthpar.launch.engine import Worker
 from vllm_depthpar.launch.server import START_SECONDS, Server
 from vllm_depthpar.launch.variants import Variant
@@ -156,6 +154,4 @@ class Servers:
 
 def _environment(setup: Setup, variant: Variant) -> dict[str, str]:
     env = hardware.environment(setup.settings.tp, setup.gpu_share is not None)
-    if (space := "VLLM_CPU_KVCACHE_SPACE") not in os.environ:
-        env[space] = str(math.ceil(setup.kv_bytes(variant) / 2**30))
-    return {**env, **variant.env}
+    return {**env, **kv_cache.environment(setup.kv_bytes(variant)), **variant.env}

@@ -11,7 +11,6 @@ Magpie has requests written, arXiv 2406.08464).
 from __future__ import annotations
 
 import itertools
-import math
 import os
 import random
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from typing import Any
 from vllm_depthpar.checkpoint.config import fingerprint, read_config
 from vllm_depthpar.checkpoint.tokenizer import read_tokenizer
 from vllm_depthpar.errors import UserError
-from vllm_depthpar.launch import engine
+from vllm_depthpar.launch import engine, kv_cache
 from vllm_depthpar.plan import resolve
 from vllm_depthpar.plan.model_shape import ModelShape
 from vllm_depthpar.util import files
@@ -177,9 +176,9 @@ def _sample(
     # A CPU must never run out of cache: vLLM 0.32 can't go on with a seeded request there after
     # preempting it ("CPU Generator does not use offset").
     shape = ModelShape.from_config(read_config(model))
-    token = shape.kv_bytes_per_token(resolve("identity", shape.layers)) * 4 // shape.dtype_bytes
-    space = math.ceil(_AT_ONCE_ON_CPU * (longest + 128) * token / 2**30)
-    os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(space)
+    plan, lengths = resolve("identity", shape.layers), [longest] * _AT_ONCE_ON_CPU
+    size = kv_cache.kv_cache_bytes(shape, plan, lengths, dtype=dtype)
+    os.environ[kv_cache.SPACE] = kv_cache.whole_gib(size)
     from tqdm import tqdm
     from vllm import LLM, SamplingParams
     from vllm.inputs import TokensPrompt

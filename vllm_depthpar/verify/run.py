@@ -18,7 +18,7 @@ from vllm_depthpar.bench.server_load import has_tokenizer
 from vllm_depthpar.checkpoint.config import folder, read_config
 from vllm_depthpar.checkpoint.tokenizer import read_tokenizer
 from vllm_depthpar.errors import UserError
-from vllm_depthpar.launch import hardware
+from vllm_depthpar.launch import hardware, kv_cache
 from vllm_depthpar.launch.engine import EngineError, Worker, flags_of, make_engine
 from vllm_depthpar.launch.variants import PLAIN, Variant, check_tp, usual, variants
 from vllm_depthpar.plan import Plan, resolve
@@ -30,8 +30,6 @@ from vllm_depthpar.verify import passages
 from vllm_depthpar.verify.rounding import Answer, Served, compare, judge
 
 TOKENS = 64
-# What sequences take of the KV cache beyond their tokens: blocks that are not full, padding.
-_KV_BLOCK, _KV_SLACK = 128, 1.5
 
 
 @dataclass(frozen=True)
@@ -183,13 +181,15 @@ def _serve(
         "max_model_len": max(map(len, prompts)) + TOKENS,
     }
     flags = [*one.flags, *flags_of(options), *settings.engine_args]
-    env = hardware.environment(entry.tp, on_gpu)
-    if (space := "VLLM_CPU_KVCACHE_SPACE") not in os.environ:
-        shape = ModelShape.from_config(config)
-        # In fp32, whatever it will be.
-        token = shape.kv_bytes_per_token(entry.plan, entry.tp) * 4 // shape.dtype_bytes
-        tokens = sum(len(prompt) + TOKENS + _KV_BLOCK for prompt in prompts)
-        env[space] = str(math.ceil(_KV_SLACK * tokens * token / 2**30))
+    # In fp32, whatever it will be.
+    size = kv_cache.kv_cache_bytes(
+        ModelShape.from_config(config),
+        entry.plan,
+        [len(prompt) + TOKENS for prompt in prompts],
+        entry.tp,
+        "float32",
+    )
+    env = {**hardware.environment(entry.tp, on_gpu), **kv_cache.environment(size)}
     worker = Worker(one.label, ask, model, flags, prompts, TOKENS, env={**env, **one.env})
     try:
         found: Served = worker.receive()
