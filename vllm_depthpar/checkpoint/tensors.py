@@ -105,13 +105,22 @@ class Expected:
             if of_head and headless:
                 continue
             name = rest if of_head or headless else _PREFIX + rest
-            if (found := shapes.get(name)) is None:
-                raise UserError(f"the checkpoint lacks {name!r}; allowed: whole checkpoints")
-            if found != right:
-                raise UserError(
-                    f"the checkpoint: {name!r} has the shape {list(found)}; allowed: "
-                    f"{list(right)}, as its config.json says"
-                )
+            check_shape(name, shapes.get(name), right)
+
+
+def check_shape(name: str, found: Iterable[int] | None, right: Iterable[int]) -> None:
+    """Refuse a tensor, of a whole checkpoint, that is not of the right shape, or None for missing.
+
+    Raises:
+        UserError: it is one.
+    """
+    if found is None:
+        raise UserError(f"the checkpoint lacks {name!r}; allowed: whole checkpoints")
+    if list(found) != list(right):
+        raise UserError(
+            f"the checkpoint: {name!r} has the shape {list(found)}; allowed: {list(right)}, as its "
+            f"config.json says"
+        )
 
 
 def lacks(layer: int, rest: str) -> UserError:

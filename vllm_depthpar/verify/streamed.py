@@ -6,18 +6,17 @@ checkpoint's files, and go again once their block has run.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from vllm_depthpar import hf
-from vllm_depthpar.checkpoint.tensors import stored
+from vllm_depthpar.checkpoint.config import read_config
+from vllm_depthpar.checkpoint.tensors import check_folder, check_shape, opened, stored
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.plan import Plan
 
@@ -75,6 +74,7 @@ class StreamedModel:
             UserError: the checkpoint is of no family that can be restructured, lacks a tensor that
                 the plan needs, or has one of another shape.
         """
+        check_folder(self._folder, read_config(str(self._folder)), plan.kept)
         model = hf.outline(self._folder, plan, self._device)
         body, head = model.model, model.lm_head
         share = 1 / (len(body.layers) + 1)
@@ -123,18 +123,9 @@ class StreamedModel:
         found = self._dequantize(self._read(prefix))
         state = {}
         for leaf, outline in module.state_dict().items():
-            tensor = found.get(prefix + leaf)
-            if tensor is None:
-                raise UserError(
-                    f"{self._folder} lacks the tensor {prefix + leaf!r}; allowed: plans of the "
-                    "layers that it has"
-                )
-            if tensor.shape != outline.shape:
-                raise UserError(
-                    f"{self._folder}: the tensor {prefix + leaf!r} has the shape "
-                    f"{list(tensor.shape)}; allowed: {list(outline.shape)}"
-                )
-            state[leaf] = tensor.to(self._device, dtype)
+            stands = prefix + leaf
+            check_shape(stands, getattr(found.get(stands), "shape", None), outline.shape)
+            state[leaf] = found[stands].to(self._device, dtype)
         module.load_state_dict(state, assign=True)
 
     def _read(self, prefix: str) -> dict[str, Tensor]:
@@ -142,7 +133,7 @@ class StreamedModel:
         names = [name for name in self._files if name.startswith(prefix)]
         found = {}
         for file in {self._files[name] for name in names}:
-            with safe_open(file, framework="pt") as tensors:
+            with opened(file) as tensors:
                 for name in names:
                     if self._files[name] == file:
                         found[name] = tensors.get_tensor(name)
@@ -151,7 +142,7 @@ class StreamedModel:
 
 def _dequantizer(folder: Path) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
     """Find what makes of a layer's tensors, by full names, those of the unquantized layer."""
-    quantization = json.loads((folder / "config.json").read_text()).get("quantization_config")
+    quantization = read_config(str(folder)).get("quantization_config")
     if quantization is None:
         return lambda tensors: tensors
     method = quantization.get("quant_method")
