@@ -112,7 +112,7 @@ def architectures_of(architectures: Sequence[str], model_config: ModelConfig) ->
 
 
 def _fault_of(model: str) -> str | None:
-    """What is wrong with a checkpoint's config.json; None for one that is right, or not here."""
+    """Say what is wrong with a checkpoint's config.json; None if nothing, or if it is not here."""
     if not os.path.exists(os.path.join(model, "config.json")):
         return None
     try:

@@ -62,7 +62,7 @@ def main() -> None:
 
 def products(shape: ModelShape, width: int) -> Products:
     """Those of all layers, so many of them side by side."""
-    from vllm import _custom_ops as ops
+    from vllm import _custom_ops
     from vllm.platforms import current_platform
 
     current_platform.import_kernels()
@@ -74,14 +74,14 @@ def products(shape: ModelShape, width: int) -> Products:
         intermediate=width * shape.intermediate,
     )
     packed = [
-        (size, ops.create_onednn_mm(torch.full((size, out), 0.01), primitive_cache_size=8))
+        (size, _custom_ops.create_onednn_mm(torch.full((size, out), 0.01), primitive_cache_size=8))
         for _ in range(shape.layers // width)
         for out, size in layer_products(wide, tp=1)
     ]
 
     def run(inputs: dict[int, torch.Tensor]) -> None:
         for size, handler in packed:
-            ops.onednn_mm(handler, inputs[size], None)
+            _custom_ops.onednn_mm(handler, inputs[size], None)
 
     return run
 

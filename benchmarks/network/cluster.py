@@ -27,34 +27,57 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout: this is a script
 
 from benchmarks import common
+from benchmarks.network import without_communication
 from benchmarks.network.two_hosts import Link, NotPossible, TwoHosts, exit_on_sigterm
 from benchmarks.serving import completions_client
-from vllm_depthpar.bench.rounds import awake, in_turn, pause, summary, written
+from vllm_depthpar.bench import memory
+from vllm_depthpar.bench.rounds import summary, written
 from vllm_depthpar.checkpoint import bundled
-from vllm_depthpar.launch.variants import PLAIN
+from vllm_depthpar.launch import kv_cache
+from vllm_depthpar.launch.process_group import last_lines
+from vllm_depthpar.launch.server import START_SECONDS
+from vllm_depthpar.launch.variants import PLAIN, Variant
 from vllm_depthpar.plan import Plan, model_shape, resolve
-from vllm_depthpar.util import files, markdown
-from vllm_depthpar.util.progress import step_bar
+from vllm_depthpar.plan.model_shape import ModelShape
+from vllm_depthpar.util import markdown
 
-HERE = Path(__file__).parent
 NONE = "no communication"
 SHARED_MEMORY = "shared memory"
-START_SECONDS = 900
 STOP_SECONDS = 20
-LAST_LINES = 30
-# What is sent at a time: (batch, tokens of a prompt, tokens to generate, what is counted).
+RANKS = 2
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is sent at a time: `batch` prompts of random tokens, each for so many tokens.
+
+    Attributes:
+        counted: tokens per second of "decode" or "prefill".
+    """
+
+    key: str
+    batch: int
+    prompt_tokens: int
+    tokens: int
+    counted: str
+
+
 LOADS = {
-    "decode, batch 1": (1, 16, 64, "decode"),
-    "decode, batch 8": (8, 16, 24, "decode"),
-    "prefill, 4 x 128": (4, 128, 1, "prefill"),
+    load.key: load
+    for load in (
+        Load("decode, batch 1", 1, 16, 64, "decode"),
+        Load("decode, batch 8", 8, 16, 24, "decode"),
+        Load("prefill, 4 x 128", 4, 128, 1, "prefill"),
+    )
 }
+LONGEST = max(load.prompt_tokens + load.tokens for load in LOADS.values())
 # The model: sizes as in the design's prototype; the vocabulary is Llama 2's.
 MODEL: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -82,19 +105,16 @@ PLANS = [
 ]
 
 
-@dataclass
-class Variant:
-    """One deployment of two ranks: a process for each host that has any."""
+@dataclass(frozen=True)
+class Deployment:
+    """Two ranks at work: a process for each host that has any, with its log."""
 
-    label: str
-    plan: Plan
-    spec: object  # None: vLLM's own model
     port: int
-    processes: list[subprocess.Popen[bytes]]
+    logs: dict[Path, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def signal(self, number: signal.Signals) -> None:
         """Signal both ranks, and the server."""
-        for process in self.processes:
+        for process in self.logs.values():
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, number)
 
@@ -103,11 +123,28 @@ class Variant:
         self.signal(signal.SIGCONT)
         self.signal(signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
-            for process in self.processes:
+            for process in self.logs.values():
                 process.wait(STOP_SECONDS)
         self.signal(signal.SIGKILL)
-        for process in self.processes:
+        for process in self.logs.values():
             process.wait()
+
+    def ended(self) -> bool:
+        """Whether a host's process has."""
+        return any(process.poll() is not None for process in self.logs.values())
+
+    def end_of_log(self) -> str:
+        """What each host's process has written last, and how it ended if it has."""
+        lines = []
+        for host, (log, process) in enumerate(self.logs.items()):
+            code = process.poll()
+            lines.append(f"host {host}" + ("" if code is None else f", exit code {code}") + ":")
+            lines.append(last_lines(log.read_text(errors="replace")))
+        return "\n".join(lines)
+
+    def memory_bytes(self) -> int:
+        """Anonymous memory of all its processes."""
+        return sum(memory.of_group(process.pid) for process in self.logs.values())
 
 
 class Client:
@@ -150,12 +187,11 @@ def main() -> None:
     exit_on_sigterm()
     try:
         for link in args.links:
-            report = measure(args, link)
+            out = args.out and args.out.with_name(f"{args.out.stem}-{slug(link)}.json")
+            report = measure(args, link, out)
             print(table(report))
-            if args.out:
-                name = f"{args.out.stem}-{slug(link)}"
-                files.write_json(args.out.with_name(f"{name}.json"), report)
-                plot(report, args.out.with_name(f"{name}.png"))
+            if out:
+                plot(report, out.with_suffix(".png"))
     except NotPossible as why:
         print(f"error: {why}", file=sys.stderr)
         sys.exit(2)
@@ -169,104 +205,91 @@ def slug(link: Link | None) -> str:
     return short.replace(" ", "")
 
 
-def measure(args: argparse.Namespace, link: Link | None) -> dict[str, Any]:
-    """All variants on one link (None: on one host): the report."""
-    start, link_name = time.monotonic(), SHARED_MEMORY if link is None else str(link)
-    loads = {name: LOADS[name] for name in args.loads}
+def measure(args: argparse.Namespace, link: Link | None, out: Path | None) -> dict[str, Any]:
+    """All variants on one link (None: on one host): the report. `out` has it after each round."""
+    link_name = SHARED_MEMORY if link is None else str(link)
+    loads = [LOADS[name] for name in args.loads]
     config = {**MODEL, "torch_dtype": args.dtype}
-    with ExitStack() as stack, step_bar() as progress:
-        hosts = stack.enter_context(TwoHosts(link or Link()))
+    with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cluster-")))
         model = write_model(folder / "model", config)
-        clients = [Client(hosts, host) for host in (0, 1)]
-        for client in clients:
-            stack.callback(client.stop)
-        address = hosts.addresses[1]
-        clients[1].tell("echo", host=address, port=7)
-        round_trip = clients[0].ask("round_trip", host=address, port=7)
-
-        described = variants(model, args.plans, config["num_hidden_layers"])
-        total = len(described) * (1 + (1 + args.rounds) * len(loads))
-        task = progress.add_task("", total=total)
-        running: list[Variant] = []
-        for number, (label, resolved, spec) in enumerate(described):
-            progress.update(task, description=f"{link_name}: starting {label}")
-            one = launch(args, hosts, link is None, folder, model, label, resolved, spec, number)
-            stack.callback(one.stop)
-            wait_until_up(one, clients[0], hosts, folder)
-            pause(one)
-            running.append(one)
-            progress.advance(task)
-
-        speeds: dict[str, dict[str, list[float]]] = {
-            one.label: {load: [] for load in loads} for one in running
-        }
-        for number in range(-1, args.rounds):
-            for load, (batch, prompt_tokens, tokens, counted) in loads.items():
-                for one in in_turn(running, number):
-                    progress.update(task, description=f"{link_name}: {one.label}, {load}")
-                    with awake(one):
-                        result = clients[0].ask(
-                            "measure",
-                            host=hosts.addresses[0],
-                            port=one.port,
-                            model=str(model),
-                            batch=batch,
-                            prompt_tokens=prompt_tokens,
-                            tokens=tokens,
-                            vocab=config["vocab_size"],
-                            seed=number,
-                        )
-                    if number >= 0:
-                        speeds[one.label][load].append(result[counted])
-                    progress.advance(task)
-    return {
-        **common.facts(),
+        chosen = beside_the_bound(model, args.plans)
+        plans = {one.label: one.digest for one in chosen}
+        record = common.open_record(args, out=out, plans=plans, links=link_name, model=config)
+        save = common.saver(record, out)
+        if len(record["rounds"]) < args.rounds:
+            needed = {one.label: _memory_bytes(one, args.dtype, link is None) for one in chosen}
+            memory.check(needed, 1 if args.one_at_a_time else len(chosen))
+        hosts = stack.enter_context(TwoHosts(link or Link()))
+        stage = Deployments(args, hosts, link is None, folder, model, stack)
+        common.take_turns(
+            stage, chosen, loads, record, args.rounds, save, link_name, args.one_at_a_time
+        )
+        trip = None if link is None else round(stage.round_trip() * 1e3, 3)
+    resolved = {one.label: _plan(one) for one in chosen}
+    record |= {
         "threads": 1,
         "link": {
             "name": link_name,
             "mbit": link and link.mbit,
             "latency_ms": link and link.latency_ms,
-            "round_trip_ms": link and round(round_trip * 1e3, 3),
+            "round_trip_ms": trip,
         },
         "mode": "compiled" if args.compiled else "eager",
         "model": config,
-        "loads": {name: list(load) for name, load in loads.items()},
-        "seconds": round(time.monotonic() - start),
+        "loads": {load.key: list(asdict(load).values())[1:] for load in loads},
         "variants": [
             {
-                "label": one.label,
-                "plan": one.plan.name,
-                "blocks": one.plan.depth,
-                "all_reduces": 0 if one.label == NONE else model_shape.all_reduces(one.plan),
-                "hidden": 0 if one.label == NONE else model_shape.hidden_all_reduces(one.plan),
-                "loads": {load: figures(load, one.label, speeds) for load in loads},
+                "label": label,
+                "plan": of.name,
+                "blocks": of.depth,
+                "all_reduces": 0 if label == NONE else model_shape.all_reduces(of),
+                "hidden": 0 if label == NONE else model_shape.hidden_all_reduces(of),
+                "loads": {load.key: figures(record, label, load) for load in loads},
             }
-            for one in running
+            for label, of in resolved.items()
         ],
     }
+    save()
+    return record
 
 
-def figures(load: str, label: str, speeds: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
+def figures(record: dict[str, Any], label: str, load: Load) -> dict[str, Any]:
     """Speeds, ratios to plain, and the share of communication time removed, round by round."""
-    mine, plain, none = (speeds[name][load] for name in (label, PLAIN, NONE))
+    mine, plain, none = (
+        common.figures_of(record, name, load.key, load.counted) for name in (label, PLAIN, NONE)
+    )
     removed = [(1 / b - 1 / a) / (1 / b - 1 / c) for a, b, c in zip(mine, plain, none, strict=True)]
     return {
         "tokens_per_second": summary(mine),
         "ratio_to_plain": summary([a / b for a, b in zip(mine, plain, strict=True)]),
         "communication_removed": summary(removed),
-        "rounds": mine,
     }
 
 
-def variants(model: Path, labels: list[str], layers: int) -> list[tuple[str, Plan, object]]:
-    """(label, plan, spec) of plain vLLM, of it without communication, and of the plans."""
+def beside_the_bound(model: Path, labels: list[str]) -> list[Variant]:
+    """Plain vLLM, the same without communication, and the plans."""
     plain, *others = common.beside_plain(str(model), labels)
-    without = replace(plain, label=NONE)
-    return [
-        (one.label, resolve(one.spec or "identity", layers), one.spec)
-        for one in (plain, without, *others)
-    ]
+    return [plain, replace(plain, label=NONE), *others]
+
+
+def _plan(one: Variant) -> Plan:
+    return resolve(one.spec or "identity", MODEL["num_hidden_layers"])
+
+
+def _kv_bytes(one: Variant, dtype: str) -> int:
+    """Of each rank."""
+    lengths = [LONGEST] * max(load.batch for load in LOADS.values())
+    shape = ModelShape.from_config(MODEL).in_dtype(dtype)
+    return kv_cache.needed_bytes(shape, _plan(one), lengths, RANKS)
+
+
+def _memory_bytes(one: Variant, dtype: str, together: bool) -> int:
+    """Of all processes, estimated."""
+    # A server, its engine and its rank; on another host a server without a head, and its rank.
+    processes = RANKS + (2 if together else 3)
+    shape = ModelShape.from_config(MODEL).in_dtype(dtype)
+    return memory.estimate(shape, _plan(one), RANKS, _kv_bytes(one, dtype), processes)
 
 
 def write_model(folder: Path, config: dict[str, Any]) -> Path:
@@ -278,97 +301,133 @@ def write_model(folder: Path, config: dict[str, Any]) -> Path:
     return folder
 
 
-def launch(
-    args: argparse.Namespace,
-    hosts: TwoHosts,
-    together: bool,
-    folder: Path,
-    model: Path,
-    label: str,
-    resolved: Plan,
-    spec: object,
-    number: int,
-) -> Variant:
-    """Start one rank in each host, or both in the first."""
-    port, master_port = 8000 + number, 29500 + number
-    options = ["--load-format", "dummy", "--dtype", args.dtype, "--tensor-parallel-size", "2"]
-    options += ["--distributed-executor-backend", "mp"]
-    if not together:
-        options += ["--nnodes", "2", "--master-addr", hosts.addresses[0]]
-        options += ["--master-port", str(master_port)]
-    options += ["--max-model-len", "1024", "--max-num-seqs", "8", "--no-enable-prefix-caching"]
-    options += ["--max-num-batched-tokens", "2048", "--host", hosts.addresses[0]]
-    options += ["--kv-cache-memory-bytes", str(160 << 20)]  # all variants live at once
-    options += ["--port", str(port)] + ([] if args.compiled else ["--enforce-eager"])
-    plugins = "depthpar" if spec is not None else ""
-    if spec is not None:
-        options += ["--model-impl", "depthpar", "--hf-overrides", json.dumps({"depthpar": spec})]
-    path = os.environ.get("PYTHONPATH", "")
-    if label == NONE:
-        plugins = "without_communication"
-        path = f"{_plugin_folder(folder)}:{HERE}:{path}"
-    # It would win over --kv-cache-memory-bytes.
-    inherited = {key: os.environ[key] for key in os.environ if key != "VLLM_CPU_KVCACHE_SPACE"}
-    processes = []
-    cores = [str(core) for core in sorted(os.sched_getaffinity(0))[:2]]
-    for host in (0,) if together else (0, 1):
-        env = {
-            **inherited,
-            "PYTHONPATH": path,
-            "VLLM_PLUGINS": plugins,
-            "VLLM_HOST_IP": hosts.addresses[host],
-            "GLOO_SOCKET_IFNAME": hosts.interface(host),
-            "VLLM_CPU_OMP_THREADS_BIND": "|".join(cores) if together else cores[host],
-            "OMP_NUM_THREADS": "1",
-            "TORCHINDUCTOR_COMPILE_THREADS": "1",  # or each rank keeps a pool of processes
-            "VLLM_USE_AOT_COMPILE": "0",
-            "VLLM_NO_USAGE_STATS": "1",
-            "HF_HUB_OFFLINE": "1",
-        }
-        role = [] if together else ["--node-rank", str(host), *(["--headless"] if host else [])]
-        command = [str(Path(sys.executable).with_name("vllm")), "serve", str(model)]
-        with _log(folder, port, host).open("wb") as log:
-            processes.append(
-                subprocess.Popen(
-                    hosts.command(host, [*command, *options, *role]),
-                    env=env,
+class Deployments:
+    """Real `vllm serve` deployments, one rank a host, or both on one.
+
+    Args:
+        together: both ranks in the first host.
+        folder: for logs.
+        stack: ends the clients.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        hosts: TwoHosts,
+        together: bool,
+        folder: Path,
+        model: Path,
+        stack: ExitStack,
+    ) -> None:
+        self._args, self._hosts, self._together = args, hosts, together
+        self._folder, self._model = folder, model
+        self._clients = [Client(hosts, host) for host in (0, 1)]
+        for client in self._clients:
+            stack.callback(client.stop)
+        self._started = 0
+
+    def round_trip(self) -> float:
+        """Seconds that a message takes to the second host and back."""
+        address = self._hosts.addresses[1]
+        self._clients[1].tell("echo", host=address, port=7)
+        seconds: float = self._clients[0].ask("round_trip", host=address, port=7)
+        return seconds
+
+    def start(self, variant: Variant, stack: ExitStack) -> tuple[Deployment, dict[str, Any]]:
+        """See `turns.Stage`; the start took `seconds`, and then all processes had `bytes`."""
+        begun = time.monotonic()
+        deployment = self._launch(variant, stack)
+        self._wait_until_up(deployment)
+        took = {"seconds": time.monotonic() - begun, "bytes": deployment.memory_bytes()}
+        return deployment, took
+
+    def measure(self, running: Deployment, load: Load, seed: int) -> dict[str, float]:
+        """Tokens per second; see `completions_client.measure`."""
+        found: dict[str, float] = self._clients[0].ask(
+            "measure",
+            host=self._hosts.addresses[0],
+            port=running.port,
+            model=str(self._model),
+            batch=load.batch,
+            prompt_tokens=load.prompt_tokens,
+            tokens=load.tokens,
+            vocab=MODEL["vocab_size"],
+            seed=seed,
+        )
+        return found
+
+    def _launch(self, variant: Variant, stack: ExitStack) -> Deployment:
+        args, addresses = self._args, self._hosts.addresses
+        deployment = Deployment(8000 + self._started)
+        stack.callback(deployment.stop)
+        options = ["--load-format", "dummy", "--dtype", args.dtype]
+        options += ["--tensor-parallel-size", f"{RANKS}", "--distributed-executor-backend", "mp"]
+        if not self._together:
+            options += ["--nnodes", "2", "--master-addr", addresses[0]]
+            options += ["--master-port", f"{29500 + self._started}"]
+        options += ["--max-model-len", f"{LONGEST}", "--max-num-seqs", "8"]
+        options += ["--no-enable-prefix-caching", "--max-num-batched-tokens", "2048"]
+        options += ["--kv-cache-memory-bytes", f"{_kv_bytes(variant, args.dtype)}"]
+        options += ["--host", addresses[0], "--port", f"{deployment.port}", *variant.flags]
+        options += [] if args.compiled else ["--enforce-eager"]
+        env, path = variant.env, os.environ.get("PYTHONPATH", "")
+        if variant.label == NONE:
+            env = {"VLLM_PLUGINS": without_communication.__name__.rpartition(".")[2]}
+            path = f"{_plugin_folder(self._folder)}:{path}"
+        # It would win over --kv-cache-memory-bytes.
+        inherited = {key: os.environ[key] for key in os.environ if key != kv_cache.SPACE}
+        cores = [str(core) for core in sorted(os.sched_getaffinity(0))[:RANKS]]
+        command = [str(Path(sys.executable).with_name("vllm")), "serve", str(self._model)]
+        for host in (0,) if self._together else (0, 1):
+            of_host = {
+                **inherited,
+                **env,
+                "PYTHONPATH": path,
+                "VLLM_HOST_IP": addresses[host],
+                "GLOO_SOCKET_IFNAME": self._hosts.interface(host),
+                "VLLM_CPU_OMP_THREADS_BIND": "|".join(cores) if self._together else cores[host],
+                "OMP_NUM_THREADS": "1",
+                "TORCHINDUCTOR_COMPILE_THREADS": "1",  # or each rank keeps a pool of processes
+                "VLLM_USE_AOT_COMPILE": "0",
+                "VLLM_NO_USAGE_STATS": "1",
+                "HF_HUB_OFFLINE": "1",
+            }
+            role = [] if self._together else ["--node-rank", f"{host}"]
+            role += ["--headless"] if host else []
+            log = self._folder / f"{self._started}-{host}.log"
+            with log.open("wb") as output:
+                deployment.logs[log] = subprocess.Popen(
+                    self._hosts.command(host, [*command, *options, *role]),
+                    env=of_host,
                     stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
+                    stdout=output,
+                    stderr=output,
                     start_new_session=True,
                 )
-            )
-    return Variant(label, resolved, spec, port, processes)
+        self._started += 1
+        return deployment
+
+    def _wait_until_up(self, deployment: Deployment) -> None:
+        """Return when the server answers; RuntimeError with its last lines if it ends before."""
+        deadline = time.monotonic() + START_SECONDS
+        address = {"host": self._hosts.addresses[0], "port": deployment.port}
+        while not self._clients[0].ask("healthy", **address):
+            if deployment.ended() or time.monotonic() > deadline:
+                raise RuntimeError(f"it does not start:\n{deployment.end_of_log()}")
+            time.sleep(0.5)
 
 
 def _plugin_folder(folder: Path) -> Path:
     """A folder that makes `without_communication` a plugin to vLLM when it is on PYTHONPATH."""
-    info = folder / "plugin" / "without_communication-0.dist-info"
+    source = Path(without_communication.__file__)
+    info = folder / "plugin" / f"{source.stem}-0.dist-info"
     info.mkdir(parents=True, exist_ok=True)
-    (info / "METADATA").write_text(
-        "Metadata-Version: 2.1\nName: without_communication\nVersion: 0\n"
-    )
+    shutil.copy(source, info.parent)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {source.stem}\nVersion: 0\n")
     (info / "entry_points.txt").write_text(
-        "[vllm.general_plugins]\nwithout_communication = without_communication:register\n"
+        f"[vllm.general_plugins]\n{source.stem} = {source.stem}:register\n"
     )
     return info.parent
-
-
-def _log(folder: Path, port: int, host: int) -> Path:
-    return folder / f"{port}-{host}.log"
-
-
-def wait_until_up(one: Variant, client: Client, hosts: TwoHosts, folder: Path) -> None:
-    """Return when the server answers; RuntimeError with its last lines if it ends before."""
-    deadline = time.monotonic() + START_SECONDS
-    while not client.ask("healthy", host=hosts.addresses[0], port=one.port):
-        ended = any(process.poll() is not None for process in one.processes)
-        if ended or time.monotonic() > deadline:
-            logs = [_log(folder, one.port, host) for host in range(len(one.processes))]
-            text = [log.read_text(errors="replace").splitlines() for log in logs]
-            lines = [line for log in text for line in log[-LAST_LINES:]]
-            raise RuntimeError("\n".join([f"{one.label} does not start:", *lines]))
-        time.sleep(0.5)
 
 
 def table(report: dict[str, Any]) -> str:
@@ -451,6 +510,7 @@ def _parser() -> argparse.ArgumentParser:
         "--loads", nargs="+", choices=LOADS, default=list(LOADS), metavar="LOAD", help="(all)"
     )
     parser.add_argument("--compiled", action="store_true", help="with torch.compile (eager)")
+    common.add_one_at_a_time(parser)
     return parser
 
 

@@ -31,28 +31,29 @@ Step = Callable[[Tensor, Tensor], Tensor]
 
 
 def main() -> None:
-    """Measure in turns; rank 0 prints {variant: seconds per token of each round}."""
+    """Measure in turns; each round is a line of a file, {variant: seconds per token}."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("peer", choices=PEERS)
     parser.add_argument("checkout")
-    parser.add_argument("--rounds", type=int, required=True)
+    parser.add_argument("--first", type=int, default=0, help="round to begin with (0)")
+    parser.add_argument("--rounds", type=int, required=True, help="in all")
     parser.add_argument("--prompt-tokens", type=int, required=True)
     parser.add_argument("--tokens", type=int, required=True)
+    parser.add_argument("--found", type=Path, required=True, help="the file")
     parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
     use_gloo()
     with torch.no_grad():
         variants = PEERS[args.peer](args.checkout, args.prompt_tokens + args.tokens, args.compile)
-        found: dict[str, list[float]] = {label: [] for label in variants}
-        for number in range(-1, args.rounds):
+        for number in range(args.first - 1, args.rounds):
+            found = dict.fromkeys(variants, 0.0)
             for label in in_turn(list(variants), number):
                 distributed.barrier()
-                seconds = decode(variants[label], args.prompt_tokens, args.tokens, number)
-                if number >= 0:
-                    found[label].append(seconds)
-    if distributed.get_rank() == 0:
-        print(json.dumps(found), flush=True)
+                found[label] = decode(variants[label], args.prompt_tokens, args.tokens, number)
+            if number >= args.first and distributed.get_rank() == 0:
+                with args.found.open("a") as file:
+                    file.write(json.dumps(found) + "\n")
     distributed.destroy_process_group()
 
 

@@ -12,8 +12,12 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout: this is a script
 
@@ -21,12 +25,16 @@ from benchmarks import common
 from benchmarks.network.cluster import LOADS, MODEL
 from benchmarks.network.two_hosts import Link, NotPossible, TwoHosts, exit_on_sigterm
 from vllm_depthpar.bench.rounds import spread, summary
+from vllm_depthpar.bench.turns import Round, named
 from vllm_depthpar.cli.types import at_least
-from vllm_depthpar.util import files, markdown
+from vllm_depthpar.errors import UserError
+from vllm_depthpar.launch.process_group import last_lines
+from vllm_depthpar.util import markdown
 
 RANK = Path(__file__).with_name("peer_rank.py")
-PROMPT_TOKENS, TOKENS = LOADS["decode, batch 1"][1:3]
+LOAD = LOADS["decode, batch 1"]
 PORT = 29400
+# Until the first round is there, and from each to the next.
 SECONDS = 600
 
 
@@ -34,57 +42,65 @@ def main() -> None:
     """Measure, print a table, write the JSON."""
     args = _parser().parse_args()
     exit_on_sigterm()
+    packages = args.packages.glob("*.dist-info") if args.packages else ()
+    theirs = {
+        "commit": _commit(args.checkout),
+        "packages": sorted(one.name for one in packages),
+    }
+    empty: dict[str, Any] = {"rounds": []}
+    record = common.open_record(args, empty=empty, load=asdict(LOAD), shape=MODEL, theirs=theirs)
+    save = common.saver(record, args.out)
     try:
-        found = measure(args)
+        measure(args, record["rounds"], save)
     except NotPossible as why:
         print(f"error: {why}", file=sys.stderr)
         sys.exit(2)
-    baseline = found[args.baseline or next(iter(found))]
+    labels = list(record["rounds"][0])
+    found = {
+        label: common.figures_of(record, label, LOAD.key, "seconds_per_token") for label in labels
+    }
+    if (against := args.baseline or labels[0]) not in found:
+        raise UserError(f"--baseline {against!r} is none; allowed: {', '.join(labels)}")
+    baseline = found[against]
     rows, variants = [], {}
     for label, seconds in found.items():
         times = [one * 1e3 for one in seconds]
         ratios = [of / one for of, one in zip(baseline, seconds, strict=True)]
         rows.append([label, spread(times, ".1f"), spread(ratios)])
-        variants[label] = {
-            "ms_per_token": summary(times),
-            "ratio_to_baseline": summary(ratios),
-            "rounds_ms": times,
-        }
+        variants[label] = {"ms_per_token": summary(times), "ratio_to_baseline": summary(ratios)}
     print(markdown.table([f"{args.peer}, TP = {args.tp}", "ms a token", "speed"], rows))
-    if args.out:
-        run = {
-            **common.facts(),
-            "peer": args.peer,
-            "commit": _commit(args.checkout),
-            "packages": sorted(one.name for one in args.packages.glob("*.dist-info"))
-            if args.packages
-            else [],
-            "tp": args.tp,
-            "mode": "compiled" if args.compile else "eager",
-            "link": str(Link()),
-            "dtype": "float32",
-            "model": MODEL,
-            "prompt_tokens": PROMPT_TOKENS,
-            "tokens": TOKENS,
-            "variants": variants,
-        }
-        runs = json.loads(args.out.read_text()) if args.out.exists() else []
-        files.write_json(args.out, [*runs, run])
+    record |= {
+        "peer": args.peer,
+        **theirs,
+        "tp": args.tp,
+        "mode": "compiled" if args.compile else "eager",
+        "link": str(Link()),
+        "dtype": "float32",
+        "model": MODEL,
+        "prompt_tokens": LOAD.prompt_tokens,
+        "tokens": LOAD.tokens,
+        "variants": variants,
+    }
+    save()
 
 
-def measure(args: argparse.Namespace) -> dict[str, list[float]]:
-    """{variant: seconds per token of every round}.
+def measure(args: argparse.Namespace, rounds: list[Round], save: Callable[[], None]) -> None:
+    """Add what is missing to so many rounds, and save after each.
 
     Raises:
-        RuntimeError: a rank failed; the message has the last lines of its output.
+        UserError: a rank failed; the message has the last lines of its output.
     """
-    command = [sys.executable, str(RANK), args.peer, str(args.checkout.resolve())]
-    command += ["--rounds", str(args.rounds), "--prompt-tokens", str(PROMPT_TOKENS)]
-    command += ["--tokens", str(TOKENS)] + (["--compile"] if args.compile else [])
-    packages = [str(args.packages.resolve())] if args.packages else []
+    if len(rounds) >= args.rounds:
+        return
     with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="peers-")))
         hosts = stack.enter_context(TwoHosts(Link()))
-        ranks = []
+        command = [sys.executable, str(RANK), args.peer, str(args.checkout.resolve())]
+        command += ["--first", str(len(rounds)), "--rounds", str(args.rounds)]
+        command += ["--prompt-tokens", str(LOAD.prompt_tokens), "--tokens", str(LOAD.tokens)]
+        command += ["--found", str(folder / "rounds"), *(["--compile"] if args.compile else [])]
+        packages = [str(args.packages.resolve())] if args.packages else []
+        ranks = {}
         for rank, core in enumerate(sorted(os.sched_getaffinity(0))[: args.tp]):
             env = {
                 **os.environ,
@@ -99,21 +115,39 @@ def measure(args: argparse.Namespace) -> dict[str, list[float]]:
                 "OMP_NUM_THREADS": "1",
                 "HF_HUB_OFFLINE": "1",
             }
-            log = stack.enter_context(tempfile.TemporaryFile("w+"))
+            log = folder / f"{rank}.log"
             pinned = ["taskset", "-c", str(core), *command]
-            process = subprocess.Popen(
-                hosts.command(rank, pinned), env=env, stdout=log, stderr=subprocess.STDOUT
-            )
+            with log.open("wb") as output:
+                process = subprocess.Popen(
+                    hosts.command(rank, pinned), env=env, stdout=output, stderr=output
+                )
             stack.callback(process.kill)
-            ranks.append((process, log))
-        for process, log in ranks:
-            if process.wait(SECONDS):
-                log.seek(0)
-                raise RuntimeError("a rank failed:\n" + "\n".join(log.read().splitlines()[-20:]))
-        log = ranks[0][1]
-        log.seek(0)
-        found: dict[str, list[float]] = json.loads(log.read().splitlines()[-1])
-        return found
+            ranks[log] = process
+        with named(args.peer):
+            for line in _lines(folder / "rounds", args.rounds - len(rounds), ranks):
+                seconds = json.loads(line)
+                rounds.append(
+                    {one: {LOAD.key: {"seconds_per_token": seconds[one]}} for one in seconds}
+                )
+                save()
+
+
+def _lines(path: Path, count: int, ranks: dict[Path, subprocess.Popen[bytes]]) -> Iterator[str]:
+    """So many lines of a file that grows; RuntimeError if a rank fails, or none comes for long."""
+    seen, since = 0, time.monotonic()
+    while seen < count:
+        found = path.read_text().splitlines(keepends=True)[seen:] if path.exists() else []
+        for line in found:
+            if line.endswith("\n"):
+                seen, since = seen + 1, time.monotonic()
+                yield line
+        for rank, (log, process) in enumerate(ranks.items()):
+            late = time.monotonic() > since + SECONDS
+            if process.poll() or late:
+                why = "no round came" if late else f"exit code {process.returncode}"
+                last = last_lines(log.read_text(errors="replace"))
+                raise RuntimeError(f"rank {rank}: {why}; the end of its log:\n{last}")
+        time.sleep(0.2)
 
 
 def _commit(checkout: Path) -> str:
@@ -132,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--compile", action="store_true", help="the ladder's decoding step (eager)")
     parser.add_argument("--baseline", metavar="LABEL", help="for the ratios (the first)")
     parser.add_argument("--rounds", type=positive, default=7, help="(7)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="add this run to a JSON file")
+    common.add_out(parser)
     return parser
 
 

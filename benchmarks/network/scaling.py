@@ -22,7 +22,6 @@ import statistics
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from itertools import product
@@ -36,22 +35,23 @@ from matplotlib.figure import Figure
 from benchmarks import common
 from benchmarks.cost_model import shapes
 from benchmarks.serving import completions_client
+from vllm_depthpar.bench import memory
 from vllm_depthpar.bench.rounds import awake, in_turn, pause, summary, written
 from vllm_depthpar.bench.settings import THROUGHPUT, BenchSettings, Load, Setup
 from vllm_depthpar.bench.stages import Engines
+from vllm_depthpar.bench.turns import Steps, steps
 from vllm_depthpar.cli.types import at_least
 from vllm_depthpar.launch import hardware
 from vllm_depthpar.launch.engine import Worker, call
 from vllm_depthpar.launch.server import HOST, free_port
-from vllm_depthpar.launch.variants import PLAIN
+from vllm_depthpar.launch.variants import PLAIN, Variant
 from vllm_depthpar.plan import resolve
 from vllm_depthpar.plan.model_shape import ModelShape
-from vllm_depthpar.predict.calibrate import measure as calibrate
+from vllm_depthpar.predict import calibrate
 from vllm_depthpar.predict.cost_model import step_time
 from vllm_depthpar.predict.links import LINKS
 from vllm_depthpar.predict.machines import Deployment, Device, Link, Workload
 from vllm_depthpar.util import files, markdown, plots
-from vllm_depthpar.util.progress import step_bar
 from vllm_depthpar.util.result_cache import Journal
 
 CONFIG = shapes.config("smollm2-135m") | {
@@ -66,10 +66,6 @@ TOKENS = 16
 # Tokens in a block of the KV cache: every prompt but its last token fills some, so that it is
 # prefilled once for all rounds.
 BLOCK = 32
-# Layers of two widths pad the KV cache.
-KV_SLACK = 1.5
-# A rank of this model takes a gigabyte, or three with the longest loads.
-ALIVE = 6
 MOST_ROUNDS = 99
 # In the journal: whether ranks reduce over shared memory, and the round trip of a message if not.
 SHARED_MEMORY, LOOPBACK = "shared memory", "loopback"
@@ -125,13 +121,6 @@ class Sweep:
             engine_args=("--enable-prefix-caching", "--block-size", f"{BLOCK}"),
         )
         return Setup(model, CONFIG, settings, settings.loads(), gpu_share=None)
-
-    @property
-    def kv_gib(self) -> int:
-        """KV cache that each rank needs for the largest load."""
-        blocks = max(self.batches) * -(-(max(self.contexts) + 1 + TOKENS) // BLOCK)
-        of_token = SHAPE.kv_bytes_per_token(resolve("identity", SHAPE.layers), self.tp)
-        return math.ceil(KV_SLACK * blocks * BLOCK * of_token / 2**30)
 
 
 FEW = (0, 16, SHAPE.layers)
@@ -213,53 +202,54 @@ def measure(name: str, rounds: int, journal: Journal) -> None:
         if any(_key(name, point, number) not in journal for number in range(rounds))
     ]
     labels = list(dict.fromkeys(point.label for point in missing))
-    with step_bar() as bar, tempfile.TemporaryDirectory(prefix="scaling-") as folder:
-        task = bar.add_task("", total=1 + 2 * len(labels) + rounds * len(missing))
-
-        def doing(what: str) -> None:
-            bar.update(task, description=f"{name}: {what}", advance=1)
-
+    total = 1 + 2 * len(labels) + rounds * len(missing)
+    with steps(total, name) as bar, tempfile.TemporaryDirectory(prefix="scaling-") as folder:
         if _rank(sweep.tp) not in journal:
-            doing("calibrating")
-            journal.add({_rank(sweep.tp): asdict(calibrate(SHAPE, sweep.tp))})
+            with bar.doing("calibrating"):
+                journal.add({_rank(sweep.tp): asdict(calibrate.measure(SHAPE, sweep.tp))})
+        if not missing:
+            return
         files.write_json(Path(folder, "config.json"), CONFIG)
-        os.environ["VLLM_CPU_KVCACHE_SPACE"] = f"{sweep.kv_gib}"
-        lots = -(-len(labels) * sweep.tp // ALIVE)
+        setup = sweep.setup(folder)
+        chosen = [one for one in common.beside_plain(folder, labels) if one.label in labels]
+        alive = memory.fitting({one.label: setup.memory_bytes(one) for one in chosen})
+        lots = -(-len(chosen) // alive)
         # Neighbours are in different lots: what changes between lots must bend no curve.
-        for lot in (labels[at::lots] for at in range(lots)):
-            points = [point for point in missing if point.label in lot]
-            _measure_lot(name, sweep.setup(folder), points, rounds, journal, doing)
+        for lot in (chosen[at::lots] for at in range(lots)):
+            in_lot = {one.label for one in lot}
+            points = [point for point in missing if point.label in in_lot]
+            _measure_lot(name, setup, lot, points, rounds, journal, bar)
 
 
 def _measure_lot(
     name: str,
     setup: Setup,
+    variants: list[Variant],
     points: list[Point],
     rounds: int,
     journal: Journal,
-    doing: Callable[[str], None],
+    bar: Steps,
 ) -> None:
     """Points whose engines are alive at once, in turns within every round of a load."""
     engines = Engines(setup)
-    labels = dict.fromkeys(point.label for point in points)
     with ExitStack() as stack:
         running: dict[str, Worker] = {}
-        for one in common.beside_plain(setup.model, labels):
-            if one.label in labels:
-                doing(f"starting {one.label}")
+        for one in variants:
+            with bar.doing(f"starting {one.label}"):
                 running[one.label], _ = engines.start(one, stack)
-                pause(running[one.label])
+            pause(running[one.label])
         # The largest load, uncounted: its prompts, of which all others' are beginnings, stay in the
         # KV cache.
         for label, engine in running.items():
-            doing(f"{label}, prefill")
-            _step_seconds(engines, engine, setup.loads[-1])
+            with bar.doing(f"{label}, prefill", engine):
+                _step_seconds(engines, engine, setup.loads[-1])
         for number, load in product(range(rounds), setup.loads):
             turns = [p for p in points if (p.batch, p.prompt) == (load.batch, load.prompt_tokens)]
             for point in in_turn(turns, number):
                 if (key := _key(name, point, number)) not in journal:
-                    doing(f"{point.label}, {load.name}")
-                    journal.add({key: _step_seconds(engines, running[point.label], load)})
+                    engine = running[point.label]
+                    with bar.doing(f"{point.label}, {load.name}", engine):
+                        journal.add({key: _step_seconds(engines, engine, load)})
 
 
 def _step_seconds(engines: Engines, running: Worker, load: Load) -> float:

@@ -2,8 +2,8 @@
 
 A real `vllm serve` with one plan. Clients stream answers, and each answer has to be, token for
 token, what the same prompt gave alone; an answer that another prompt gave is *mixed*, one that
-nobody's prompt gave *different*, one without its end *lost*. Parts are written as they are done;
-plain vLLM is one more plan to compare with.
+nobody's prompt gave *different*, one without its end *lost*. Parts are written as they are done,
+and the same command goes on with those that are missing; plain vLLM is one more plan.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +29,22 @@ from tqdm.asyncio import tqdm
 
 from benchmarks import common
 from vllm_depthpar.bench import memory
+from vllm_depthpar.bench.memory import GIB
+from vllm_depthpar.bench.turns import named
 from vllm_depthpar.checkpoint import bundled
+from vllm_depthpar.checkpoint.config import read_config
 from vllm_depthpar.cli.types import at_least
+from vllm_depthpar.launch import kv_cache
 from vllm_depthpar.launch.server import Server, serve
-from vllm_depthpar.util import files
+from vllm_depthpar.launch.variants import Variant
+from vllm_depthpar.plan import resolve
+from vllm_depthpar.plan.model_shape import ModelShape
 
 NAME = "model"
 # Said of a place, so that the answers differ.
 WORDS = ("amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "haven", "inlet", "jetty")
-FLAGS = ["--served-model-name", NAME, "--dtype", "float32", "--enforce-eager"]
+DTYPE = "float32"
+FLAGS = ["--served-model-name", NAME, "--dtype", DTYPE, "--enforce-eager"]
 FLAGS += ["--max-model-len", "256", "--max-num-seqs", "256"]
 HEALTH_SECONDS = 30
 MOST_GROWTH = 0.05
@@ -47,15 +55,36 @@ def main() -> None:
     args = _parser().parse_args()
     model = str(args.model or bundled.prepare())
     variant = common.beside_plain(model, args.plans)[-1]  # plain vLLM is the first
-    report: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
-    found = report.setdefault(variant.label, {})
+    plans = {variant.label: variant.digest}
+    record = common.open_record(args, model, empty={"parts": {}}, plans=plans)
+    save = common.saver(record, args.out)
     for part in args.parts:
-        tp = args.tp if part == "kill" else 1
-        flags = [*FLAGS, "--tensor-parallel-size", str(tp), *variant.flags]
-        with serve(model, *flags, env=common.environment(variant, tp)) as server:
-            found[part] = {**common.facts(), **asyncio.run(PARTS[part](server, args))}
-        print(part, json.dumps({**found[part], "versions": None, "hardware": None}, indent=1))
-        files.write_json(args.out, report)
+        if part not in record["parts"]:
+            record["parts"][part] = _run(part, model, variant, args)
+            save()
+        print(part, json.dumps(record["parts"][part], indent=1))
+
+
+def _run(part: str, model: str, variant: Variant, args: argparse.Namespace) -> dict[str, Any]:
+    """What a part finds.
+
+    Raises:
+        UserError: the server did not bear it.
+    """
+    tp = args.tp if part == "kill" else 1
+    shape = ModelShape.from_config(read_config(model)).in_dtype(DTYPE)
+    plan, kv_bytes = resolve(variant.spec or "identity", shape.layers), kv_cache.reserved_bytes(GIB)
+    needed = memory.estimate(shape, plan, tp, kv_bytes, processes=2 + tp)
+    memory.check({variant.label: needed}, alive=1)
+    flags = [*FLAGS, "--tensor-parallel-size", str(tp), *variant.flags]
+    with ExitStack() as stack:
+        with named(f"{part}: starting {variant.label}"):
+            server = stack.enter_context(serve(model, *flags, env=common.environment(variant, tp)))
+        with named(f"{part}: {variant.label}", server):
+            try:
+                return asyncio.run(PARTS[part](server, args))
+            except (aiohttp.ClientError, ValueError, TimeoutError) as error:
+                raise RuntimeError(f"{type(error).__name__}: {error}") from error
 
 
 # ------------------------------------------------------------------------------------ streams
@@ -71,7 +100,8 @@ async def streams(server: Server, args: argparse.Namespace) -> dict[str, Any]:
     async with _session(server, args.clients + 1) as session:
         alone = [await _ask(session, prompt, args.tokens) for prompt in tqdm(prompts, "alone")]
         answers = set(alone)
-        assert len(answers) == len(alone)
+        if len(answers) < len(alone):
+            raise ValueError("prompts with the same answer can't show whose it is")
         end = time.monotonic() + 60 * args.minutes
         progress = tqdm(desc="answers")
 
@@ -264,7 +294,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--requests", type=at_least(10), default=10_000, help="(10000)")
     parser.add_argument("--at-once", type=positive, default=32, help="short requests (32)")
     parser.add_argument("--tp", type=positive, default=3, help="ranks, of `kill` (3)")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON")
+    common.add_out(parser)
     return parser
 
 

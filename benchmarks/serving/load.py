@@ -20,6 +20,7 @@ import argparse
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -31,13 +32,14 @@ from benchmarks import common
 from vllm_depthpar.bench import memory
 from vllm_depthpar.bench.memory import MIB
 from vllm_depthpar.bench.rounds import in_turn, spread, summary
+from vllm_depthpar.bench.turns import steps
 from vllm_depthpar.checkpoint import bundled
 from vllm_depthpar.checkpoint.config import read_config
 from vllm_depthpar.launch.engine import Worker, flags_of, make_engine
 from vllm_depthpar.launch.variants import PLAIN, Variant
+from vllm_depthpar.plan import resolve
 from vllm_depthpar.plan.model_shape import ModelShape
-from vllm_depthpar.util import files, markdown
-from vllm_depthpar.util.progress import step_bar
+from vllm_depthpar.util import markdown
 
 SAMPLE_SECONDS = 0.005
 # The whole step, and from its start to the last weight read.
@@ -50,7 +52,6 @@ MOST_LAYERS = 2
 def main() -> None:
     """Measure, print a table, write the JSON."""
     args = _parser().parse_args()
-    start = time.monotonic()
     with ExitStack() as stack:
         if args.random:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()), "random-llama")
@@ -58,26 +59,31 @@ def main() -> None:
         else:
             model = str(args.model or bundled.prepare())
         variants = common.beside_plain(model, args.plans)
-        shape = ModelShape.from_config(read_config(model))
-        measured = _measure(model, variants, args.rounds, {"dtype": args.dtype})
-    layer = shape.layer_parameters() * (4 if args.dtype == "float32" else 2)
-
-    report: list[dict[str, Any]] = [{"label": one.label, "plan": one.plan} for one in variants]
+        shape = ModelShape.from_config(read_config(model)).in_dtype(args.dtype)
+        plans = {one.label: one.digest for one in variants}
+        # The random one is always the same, in files that are new each time.
+        record = common.open_record(args, *([] if args.random else [model]), plans=plans)
+        save = common.saver(record, args.out)
+        _measure(model, variants, shape, args.rounds, record, save)
+    layer = shape.layer_parameters() * shape.dtype_bytes
+    record |= {
+        "model": Path(model).name,
+        "dtype": args.dtype,
+        "layer_bytes": layer,
+        "sample_seconds": SAMPLE_SECONDS,
+        "variants": [{"label": one.label, "plan": one.plan} for one in variants],
+    }
     for part in PARTS:
         rows = []
-        for one, entry in zip(variants, report, strict=True):
-            values = _values([each[part] for each in measured[one.label]])
-            plain = _values([each[part] for each in measured[PLAIN]])
+        for one, entry in zip(variants, record["variants"], strict=True):
+            values, plain = (_values(record, label, part) for label in (one.label, PLAIN))
             against = {
                 "ratio": [a / b for a, b in zip(values["seconds"], plain["seconds"], strict=True)],
                 "layers_above": [
                     (a - b) / layer for a, b in zip(values["peak"], plain["peak"], strict=True)
                 ],
             }
-            entry[part] = {
-                **{key: summary(each) for key, each in (values | against).items()},
-                "rounds": values,
-            }
+            entry[part] = {key: summary(each) for key, each in (values | against).items()}
             peak, resident = (
                 spread([each / MIB for each in values[key]], ".0f")
                 for key in ("peak", "resident_peak")
@@ -93,41 +99,46 @@ def main() -> None:
         f"above what it was before; one layer is {layer / MIB:.1f} MiB. Promised: load at most "
         f"{MOST_TIME} times plain's, peak at most {MOST_LAYERS} layers above plain's."
     )
-    if args.out:
-        content = {
-            **common.facts(),
-            "model": Path(model).name,
-            "dtype": args.dtype,
-            "layer_bytes": layer,
-            "sample_seconds": SAMPLE_SECONDS,
-            "seconds": round(time.monotonic() - start),
-            "variants": report,
-        }
-        files.write_json(args.out, content)
+    save()
 
 
 Measurement = dict[str, dict[str, float]]  # one of PARTS -> seconds, peak, resident_peak
 
 
-def _values(rounds: list[dict[str, float]]) -> dict[str, list[float]]:
-    return {key: [each[key] for each in rounds] for key in rounds[0]}
+def _values(record: dict[str, Any], label: str, part: str) -> dict[str, list[float]]:
+    figures = ("seconds", "peak", "resident_peak")
+    return {name: common.figures_of(record, label, part, name) for name in figures}
 
 
 def _measure(
-    model: str, variants: list[Variant], rounds: int, options: dict[str, Any]
-) -> dict[str, list[Measurement]]:
-    """Label -> the measurement of each round."""
-    measured: dict[str, list[Measurement]] = {one.label: [] for one in variants}
-    with step_bar() as progress:
-        task = progress.add_task("reading the files once", total=1 + rounds * len(variants))
-        measure(variants[0], model, options)  # not counted: brings the files into the cache
-        progress.advance(task)
-        for number in range(rounds):
+    model: str,
+    variants: list[Variant],
+    shape: ModelShape,
+    rounds: int,
+    record: dict[str, Any],
+    save: Callable[[], None],
+) -> None:
+    """Add what is missing to so many rounds: {label: the measurement}."""
+    missing = range(len(record["rounds"]), rounds)
+    if not missing:
+        return
+    memory.check({one.label: _memory_bytes(one, shape) for one in variants}, alive=1)
+    options = {"dtype": record["settings"]["dtype"]}
+    with steps(1 + len(missing) * len(variants)) as bar:
+        with bar.doing("reading the files once"):
+            measure(variants[0], model, options)  # not counted: brings the files into the cache
+        for number in missing:
+            found: dict[str, Measurement] = {}
             for one in in_turn(variants, number):
-                progress.update(task, description=one.label)
-                measured[one.label].append(measure(one, model, options))
-                progress.advance(task)
-    return measured
+                with bar.doing(one.label):
+                    found[one.label] = measure(one, model, options)
+            record["rounds"].append(found)
+            save()
+
+
+def _memory_bytes(variant: Variant, shape: ModelShape) -> int:
+    plan = resolve(variant.spec or "identity", shape.layers)
+    return memory.estimate(shape, plan, tp=1, kv_bytes=0, processes=1)  # it ends before it has any
 
 
 def measure(variant: Variant, model: str, options: dict[str, Any]) -> Measurement:
@@ -143,7 +154,7 @@ def measure(variant: Variant, model: str, options: dict[str, Any]) -> Measuremen
         result, peak = {}, 0
         for part in reversed(PARTS):  # the shorter one ends first
             while not worker.connection.poll(SAMPLE_SECONDS):
-                peak = max(peak, memory.of_process(worker.process.pid)["RssAnon"])
+                peak = max(peak, memory.of_process(worker.process.pid).get("RssAnon", 0))
             seconds, after = worker.receive()
             peak = max(peak, after["RssAnon"])
             result[part] = {

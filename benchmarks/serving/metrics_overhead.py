@@ -16,26 +16,97 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from statistics import median_high
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout: this is a script
 
 from benchmarks import common
-from vllm_depthpar.bench.rounds import awake, in_turn, pause
+from vllm_depthpar.bench import memory
+from vllm_depthpar.bench.memory import GIB
+from vllm_depthpar.bench.stages import started
 from vllm_depthpar.checkpoint import bundled
 from vllm_depthpar.checkpoint.config import read_config
 from vllm_depthpar.cli.types import at_least
+from vllm_depthpar.launch import kv_cache
 from vllm_depthpar.launch.engine import Worker, flags_of, make_engine
+from vllm_depthpar.launch.variants import Variant
 from vllm_depthpar.metrics import metric_files
-from vllm_depthpar.util import files, markdown
-from vllm_depthpar.util.progress import step_bar
+from vllm_depthpar.plan import resolve
+from vllm_depthpar.plan.model_shape import ModelShape
+from vllm_depthpar.util import markdown
 
 if TYPE_CHECKING:
     from vllm import LLM
 
 OFF = "0"
+HOOKS = ("hook_seconds", "pass_seconds", "passes")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What DEPTHPAR_METRICS is."""
+
+    label: str
+
+
+@dataclass(frozen=True)
+class Turn:
+    """The load: some steps of a batch that decodes."""
+
+    batch: int
+    steps: int
+
+    @property
+    def key(self) -> str:
+        """Names it in a record."""
+        return f"batch {self.batch}"
+
+
+class Decoding:
+    """An engine for each, which decodes one batch from its start on; see `turns.Stage`.
+
+    Args:
+        flags: of the engine, but for what it has to bear.
+        tokens: that the engine can generate.
+    """
+
+    def __init__(
+        self, args: argparse.Namespace, model: str, variant: Variant, batch: int, tokens: int
+    ) -> None:
+        self._args, self._model, self._variant = args, model, variant
+        numbers = random.Random(batch)
+        vocab = read_config(model)["vocab_size"]
+        self._prompts = [numbers.choices(range(vocab), k=args.prompt_tokens) for _ in range(batch)]
+        self._tokens = tokens
+
+    def start(self, variant: Setting, stack: ExitStack) -> tuple[Worker, dict[str, Any]]:
+        """See `turns.Stage`."""
+        args = self._args
+        flags = [*self._variant.flags]
+        flags += flags_of(
+            {
+                "dtype": args.dtype,
+                "tensor_parallel_size": args.tp,
+                "enforce_eager": args.eager,
+                "max_model_len": args.prompt_tokens + self._tokens,
+                "max_num_seqs": max(args.batches),
+            }
+        )
+        env = {**common.environment(self._variant, args.tp), metric_files.ENV: variant.label}
+        engine = Worker(variant.label, serve, self._model, flags, args.eager, env=env)
+        stack.callback(engine.stop)
+        took = started(engine, engine.receive)
+        engine.ask((self._prompts, self._tokens))
+        return engine, took
+
+    def measure(self, running: Worker, load: Turn, _: int) -> dict[str, float]:
+        """Seconds of a turn, and what hooks took of them: `seconds` and `HOOKS`."""
+        found: dict[str, float] = running.ask(load.steps)
+        return found
 
 
 def main() -> None:
@@ -45,63 +116,36 @@ def main() -> None:
     (plan,) = args.plans
     (variant,) = [one for one in common.beside_plain(model, [plan]) if one.spec is not None]
     tokens = (args.rounds + 2) * args.steps + 1
-    flags = [*variant.flags]
-    flags += flags_of(
-        {
-            "dtype": args.dtype,
-            "tensor_parallel_size": args.tp,
-            "enforce_eager": args.eager,
-            "max_model_len": args.prompt_tokens + tokens,
-            "max_num_seqs": max(args.batches),
-        }
-    )
-    vocab = read_config(model)["vocab_size"]
-    settings = [OFF, *args.every]
-    turns: dict[str, dict[int, list[float]]] = {one: {} for one in settings}
-    hooks: dict[str, dict[int, dict[str, float]]] = {one: {} for one in settings}
-    with ExitStack() as stack, step_bar() as progress:
-        total = len(settings) * (1 + (2 + args.rounds) * len(args.batches))
-        task = progress.add_task("", total=total)
-        engines = []
-        for setting in settings:
-            progress.update(task, description=f"starting {metric_files.ENV}={setting}")
-            env = {**common.environment(variant, args.tp), metric_files.ENV: setting}
-            engine = Worker(setting, serve, model, flags, args.eager, env=env)
-            stack.callback(engine.stop)
-            engine.receive()
-            pause(engine)
-            engines.append(engine)
-            progress.advance(task)
-        for batch in args.batches:
-            found: dict[str, list[float]] = {setting: [] for setting in settings}
-            numbers = random.Random(batch)
-            prompts = [numbers.choices(range(vocab), k=args.prompt_tokens) for _ in range(batch)]
-            for engine in engines:
-                _resumed(engine, (prompts, tokens))
-                progress.advance(task)
-            for number in range(-1, args.rounds):
-                for engine in in_turn(engines, number):
-                    progress.update(task, description=f"batch {batch}")
-                    seconds = _resumed(engine, args.steps)
-                    if number >= 0:
-                        found[engine.label].append(seconds)
-                    progress.advance(task)
-            for engine in engines:
-                turns[engine.label][batch] = found[engine.label]
-                hooks[engine.label][batch] = _resumed(engine, None)
-
-    rows, results = [], {}
-    for setting in settings[1:]:
-        results[setting] = {
-            batch: {**compared(turns[OFF][batch], turns[setting][batch]), **hooks[setting][batch]}
-            for batch in args.batches
-        }
-        for batch, one in results[setting].items():
+    settings = [Setting(label) for label in (OFF, *args.every)]
+    empty = {"batches": {str(batch): common.NO_ROUNDS for batch in args.batches}}
+    plans = {variant.label: variant.digest}
+    record = common.open_record(args, model, empty=empty, plans=plans)
+    save = common.saver(record, args.out)
+    shape = ModelShape.from_config(read_config(model)).in_dtype(args.dtype)
+    resolved = resolve(variant.spec, shape.layers)
+    kv_bytes, processes = kv_cache.reserved_bytes(GIB), args.tp + int(args.tp > 1)
+    each = memory.estimate(shape, resolved, args.tp, kv_bytes, processes)
+    needed = {one.label: each for one in settings}
+    rows: list[list[str]] = []
+    results: dict[str, dict[int, dict[str, float]]] = {}
+    for batch in args.batches:
+        known, turn = record["batches"][str(batch)], Turn(batch, args.steps)
+        if len(known["rounds"]) < args.rounds:
+            memory.check(needed, len(settings), "fewer --every")
+        stage = Decoding(args, model, variant, batch, tokens)
+        common.take_turns(stage, settings, [turn], known, args.rounds, save)
+        without = common.figures_of(known, OFF, turn.key, "seconds")
+        for setting in args.every:
+            seconds, *hooks = (
+                common.figures_of(known, setting, turn.key, name) for name in ("seconds", *HOOKS)
+            )
+            one = {**compared(without, seconds), **dict(zip(HOOKS, map(sum, hooks), strict=True))}
+            results.setdefault(setting, {})[batch] = one
             rows.append(
                 [
                     setting,
                     f"{batch}",
-                    f"{1e3 * middle(turns[OFF][batch]) / args.steps:.1f}",
+                    f"{1e3 * median_high(without) / args.steps:.1f}",
                     "{median:.4f} ({low:.4f} to {high:.4f})".format(**one),
                     _share(one),
                 ]
@@ -112,19 +156,16 @@ def main() -> None:
         f"\n{Path(model).name}, {variant.plan}, TP = {args.tp}, {args.rounds} turns of "
         f"{args.steps} steps; in brackets the 95 % interval of the median"
     )
-    if args.out:
-        report = {
-            **common.facts(),
-            "model": Path(model).name,
-            "plan": variant.plan,
-            "tp": args.tp,
-            "eager": args.eager,
-            "dtype": args.dtype,
-            "steps_of_a_turn": args.steps,
-            "to_off": results,
-            "seconds_of_turns": turns,
-        }
-        files.write_json(args.out, report)
+    record |= {
+        "model": Path(model).name,
+        "plan": variant.plan,
+        "tp": args.tp,
+        "eager": args.eager,
+        "dtype": args.dtype,
+        "steps_of_a_turn": args.steps,
+        "to_off": results,
+    }
+    save()
 
 
 def compared(without: list[float], with_: list[float]) -> dict[str, float]:
@@ -134,12 +175,7 @@ def compared(without: list[float], with_: list[float]) -> dict[str, float]:
     count = len(ratios)
     half = 0.98 * math.sqrt(count)
     low, high = max(0, math.floor(count / 2 - half)), min(count - 1, math.ceil(count / 2 + half))
-    return {"median": middle(ratios), "low": ratios[low], "high": ratios[high]}
-
-
-def middle(values: list[float]) -> float:
-    """The middle one."""
-    return sorted(values)[len(values) // 2]
+    return {"median": median_high(ratios), "low": ratios[low], "high": ratios[high]}
 
 
 def _share(one: dict[str, float]) -> str:
@@ -149,14 +185,9 @@ def _share(one: dict[str, float]) -> str:
     return f"{each:.0f} us a pass, {one['hook_seconds'] / one['pass_seconds']:.3%}"
 
 
-def _resumed(engine: Worker, request: object) -> Any:
-    with awake(engine):
-        return engine.ask(request)
-
-
 def serve(connection: Connection, model: str, flags: list[str], eager: bool) -> None:
-    """One engine: takes (prompts, tokens), which it prefills; a number of steps, of which it sends
-    the seconds; None, for what the hooks took since it took prompts."""
+    """One engine: takes (prompts, tokens), which it prefills; then a number of steps, of which it
+    sends `seconds` and `HOOKS`."""
     if eager:
         os.environ["TORCHDYNAMO_DISABLE"] = "1"
     engine = make_engine(model, flags)
@@ -167,20 +198,15 @@ def serve(connection: Connection, model: str, flags: list[str], eager: bool) -> 
             job = connection.recv()
         except EOFError:  # the benchmark is over
             return
-        if job is None:
-            answer: object = dict(spent)
-            while engine.llm_engine.has_unfinished_requests():
-                engine.llm_engine.step()
-        elif isinstance(job, int):
-            begun = time.perf_counter()
-            for _ in range(job):
-                engine.llm_engine.step()
-            answer = time.perf_counter() - begun
-        else:
-            answer = None
+        if not isinstance(job, int):
             add(engine, *job)
-            spent.update(dict.fromkeys(spent, 0))
-        connection.send(answer)
+            connection.send(None)
+            continue
+        spent.update(dict.fromkeys(spent, 0.0))
+        begun = time.perf_counter()
+        for _ in range(job):
+            engine.llm_engine.step()
+        connection.send({"seconds": time.perf_counter() - begun, **spent})
 
 
 def add(engine: LLM, prompts: list[list[int]], tokens: int) -> None:
@@ -196,9 +222,9 @@ def add(engine: LLM, prompts: list[list[int]], tokens: int) -> None:
 
 
 def watch_hooks(engine: LLM) -> dict[str, float]:
-    """Time the hooks of the model, where it is in this process: {"hook_seconds", "pass_seconds",
-    "passes"}, which grow with every forward pass."""
-    spent = {"hook_seconds": 0.0, "pass_seconds": 0.0, "passes": 0.0}
+    """Time the hooks of the model, where it is in this process: `HOOKS`, which grow with every
+    forward pass."""
+    spent = dict.fromkeys(HOOKS, 0.0)
     executor: Any = engine.llm_engine.model_executor
     worker = getattr(getattr(executor, "driver_worker", None), "worker", None)
     if worker is None:  # tensor-parallel ranks have processes of their own

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 import two_nodes
-from fork_server import start_process
+from fork_server import fork
 from forked_serve import forked_servers
 from models import write_llama
 
@@ -55,8 +55,7 @@ def compare_as_rank(rank: int, port: int, specs: list[Any], answer: Path) -> Non
 def test_ranks(specs: list[Any], words: list[str] | None, tmp_path: Path) -> None:
     port, answers = free_port(), [tmp_path / str(rank) for rank in range(len(specs))]
     processes = [
-        start_process(compare_as_rank, rank, port, specs, answer)
-        for rank, answer in enumerate(answers)
+        fork(compare_as_rank, rank, port, specs, answer) for rank, answer in enumerate(answers)
     ]
     for process in processes:
         process.join(60)

@@ -117,11 +117,23 @@ def test_measures_every_part(measured: Path) -> None:
         for start in stage["starts"]:
             assert 0 < start["seconds"] < 900
             assert 200 << 20 < start["peak_bytes"] < 16 << 30
+        (found,) = stage["rounds"]
+        assert list(found) == ["plain", PAIRS]
     assert list(record["summary"]["loads"]) == LOADS
     for load, of_load in record["summary"]["loads"].items():
-        assert all(figure["speedup"]["median"] == 1 for figure in of_load["plain"].values())
-        for figures in of_load.values():
-            assert all(figure["min"] > 0 for figure in figures.values()), load
+        (found,) = (
+            stage["rounds"][0]
+            for stage in record["stages"].values()
+            if load in stage["rounds"][0]["plain"]
+        )
+        for label, figures in of_load.items():
+            assert figures.keys() == found[label][load].keys() > set()
+            for name, figure in figures.items():
+                mine, plain = (found[one][load][name] for one in (label, "plain"))
+                assert 0 < mine < math.inf
+                assert {figure[which] for which in ("median", "min", "max")} == {mine}
+                faster = mine / plain if name.endswith("_per_second") else plain / mine
+                assert figure["speedup"]["median"] == pytest.approx(faster), (load, name)
     *_, slow, burst = (record["summary"]["loads"][load]["plain"] for load in LOADS)
     # Six requests at 50 a second on average come later than all at once.
     assert slow["requests_per_second"]["median"] < burst["requests_per_second"]["median"]

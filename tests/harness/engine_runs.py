@@ -98,7 +98,7 @@ def run(
         # rank would find the store of the engine before, which is about to end, and wait there.
         ports = _different_ports(len(cases))
         logs = [Path(folder, f"{rank}.log") for rank in range(ranks)]
-        start = engine.start_process if compiled else fork_server.start_process
+        start = engine.spawn if compiled else fork_server.fork
         deadline = time.monotonic() + timeout
         # A new process imports with it; a fork takes it later.
         with patch.dict(os.environ, env if compiled else {}):
@@ -145,12 +145,12 @@ def _memory(ports: list[int]) -> str:
 
 
 def _engine_run(case: Case, ranks: int, compiled: bool) -> Result:
-    from torch._dynamo import utils as dynamo_utils
+    from torch._dynamo.utils import counters
     from torch._inductor import metrics
     from vllm import LLM, SamplingParams
     from vllm.inputs import TokensPrompt
 
-    dynamo_utils.counters.clear()
+    counters.clear()
     metrics.reset()
     if compiled:
         compiled_order.watch()
@@ -232,8 +232,8 @@ def _engine_run(case: Case, ranks: int, compiled: bool) -> Result:
         tokens=[list(output.outputs[0].token_ids) for output in outputs],
         logits=seen,
         compilation={
-            "graphs": dynamo_utils.counters["stats"]["unique_graphs"],
-            "breaks": sum(dynamo_utils.counters["graph_break"].values()),
+            "graphs": counters["stats"]["unique_graphs"],
+            "breaks": sum(counters["graph_break"].values()),
             "kernels": metrics.generated_kernel_count,
             "early reads": len(compiled_order.early_reads),
         },

@@ -38,8 +38,8 @@ _forks.set_forkserver_preload(
 )
 
 
-def start_process(target: Callable[..., None], *args: object) -> BaseProcess:
-    """As `launch.engine.start_process`, and `target` finds vLLM imported.
+def fork(target: Callable[..., None], *args: object) -> BaseProcess:
+    """As `launch.engine.spawn`, and `target` finds vLLM imported.
 
     The process's environment is that of the first call; it must `become` what it is to be.
     """
@@ -55,7 +55,7 @@ def call(function: Callable[..., Any], *args: object, **env: str) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         answer, log = Path(folder, "answer"), Path(folder, "log")
         environment = {**os.environ, **env}
-        process = start_process(_answer, environment, str(log), answer, function, *args)
+        process = fork(_answer, environment, str(log), answer, function, *args)
         process.join()
         if process.exitcode != 0:
             raise RuntimeError(log.read_text()[-4000:])
@@ -74,9 +74,9 @@ def forked_engines() -> Iterator[None]:
     """Every `launch.engine.Worker` is forked like this meanwhile."""
 
     def start(target: Callable[..., None], *args: object) -> BaseProcess:
-        return start_process(_with, dict(os.environ), target, *args)
+        return fork(_with, dict(os.environ), target, *args)
 
-    with patch("vllm_depthpar.launch.engine.start_process", start):
+    with patch("vllm_depthpar.launch.engine.spawn", start):
         yield
 
 
@@ -94,9 +94,9 @@ def become(env: Mapping[str, str], log: str | None = None) -> None:
         os.close(output)
     os.environ.clear()
     os.environ.update(env)
-    fork = multiprocessing.get_context("fork")
+    forking = multiprocessing.get_context("fork")
     # vLLM's workers, too: on a CPU it sets "spawn", whatever the environment says.
-    multiprocessing.get_context = lambda method=None: fork  # type: ignore[assignment]
+    multiprocessing.get_context = lambda method=None: forking  # type: ignore[assignment]
     from vllm.logger import _configure_vllm_root_logger
 
     _configure_vllm_root_logger()

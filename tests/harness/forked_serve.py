@@ -31,7 +31,7 @@ class Process:
     """
 
     def __init__(self, args: Sequence[str], env: Mapping[str, str], log: Path) -> None:
-        self._process = fork_server.start_process(_vllm_serve, args, dict(env), str(log))
+        self._process = fork_server.fork(_vllm_serve, args, dict(env), str(log))
         assert self._process.pid
         self.pid = self._process.pid
 

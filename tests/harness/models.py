@@ -11,10 +11,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
-from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
@@ -150,11 +148,11 @@ def write_tokenizer(folder: Path, *, bos: bool = False, chat: bool = False) -> P
 
     With `bos` it starts every text with <s>, as Llama 2's and 3's do.
     """
-    alphabet = sorted(ByteLevel.alphabet())
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {symbol: index for index, symbol in enumerate([*alphabet, "<s>"])}
     tokenizer = Tokenizer(BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = ByteLevelDecoder()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     if bos:
         tokenizer.post_processor = TemplateProcessing(
             single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])]

@@ -102,9 +102,14 @@ def test_rounds_correct_what_does_not_add_up() -> None:
     assert np.mean([regret(seed, together=2) for seed in range(10)]) < 0.15
 
 
-@pytest.mark.parametrize("seed", range(100))
-def test_all_methods_are_nowhere_worse_than_one(seed: int) -> None:
-    """Not a law, as draws differ: of the landscapes 0 to 1000 it fails in 207 and 671."""
+def test_all_methods_are_nowhere_worse_than_one() -> None:
+    """In one landscape of a hundred they may be, as draws differ: of 0 to 1000 in 207 and 671."""
+    worse = [seed for seed in range(150, 250) if _one_is_better(seed)]
+    assert len(worse) <= 1, worse
+
+
+def _one_is_better(seed: int) -> bool:
+    """Whether a method alone finds a plan, of any length, that all together do not come up to."""
     landscape = Landscape(seed, together=1)
     fronts = {}
     for methods in (["pair"], ["skip"], ["group"], ["pair", "skip", "group"]):
@@ -114,11 +119,12 @@ def test_all_methods_are_nowhere_worse_than_one(seed: int) -> None:
             search.round(target=9, proposals=2)
         fronts[tuple(methods)] = search.front()
     *single, every = fronts.values()
-    for front in single:
-        for one in front:
-            assert min(
-                other.divergence for other in every if other.length <= one.length
-            ) <= one.divergence * (1 + 1e-9)
+    return any(
+        min(other.divergence for other in every if other.length <= one.length)
+        > one.divergence * (1 + 1e-9)
+        for front in single
+        for one in front
+    )
 
 
 def test_the_same_seed_is_the_same_search() -> None:

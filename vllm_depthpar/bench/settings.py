@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_depthpar.bench import memory
 from vllm_depthpar.bench.engine_load import BUDGET, most_tokens
 from vllm_depthpar.errors import UserError
+from vllm_depthpar.launch import kv_cache
 from vllm_depthpar.launch.engine import flags_of
-from vllm_depthpar.launch.kv_cache import kv_cache_bytes
 from vllm_depthpar.launch.variants import Variant, check_tp
 from vllm_depthpar.plan import resolve
 from vllm_depthpar.plan.model_shape import ModelShape
@@ -165,10 +166,24 @@ class Setup:
 
     def kv_bytes(self, variant: Variant) -> int:
         """KV cache on one rank for all sequences of the largest load at once."""
-        shape = ModelShape.from_config(self.config)
+        shape = ModelShape.from_config(self.config).in_dtype(self.settings.dtype)
         plan = resolve(variant.spec or "identity", shape.layers)
-        tp, dtype = self.settings.tp, self.settings.dtype
         return max(
-            kv_cache_bytes(shape, plan, [load.longest] * load.batch, tp, dtype)
+            kv_cache.needed_bytes(shape, plan, [load.longest] * load.batch, self.settings.tp)
             for load in self.loads
+        )
+
+    def memory_bytes(self, variant: Variant) -> int:
+        """Memory of all its processes on a CPU, estimated."""
+        tp = self.settings.tp
+        shape = ModelShape.from_config(self.config).in_dtype(self.settings.dtype)
+        # A server is a front end, an engine and the ranks; an engine alone is in its only rank.
+        apart = 2 if self.loads[0].stage == SERVERS else int(tp > 1)
+        return memory.estimate(
+            shape,
+            resolve(variant.spec or "identity", shape.layers),
+            tp,
+            kv_cache.reserved_bytes(self.kv_bytes(variant)),
+            apart + tp,
+            quantized="quantization_config" in self.config,
         )

@@ -12,39 +12,26 @@ from typing import Any, Protocol
 
 from vllm_depthpar.bench import engine_load, server_load
 from vllm_depthpar.bench.memory import GroupPeak
-from vllm_depthpar.bench.rounds import Pausable
 from vllm_depthpar.bench.settings import LATENCY, Load, Setup
+from vllm_depthpar.bench.turns import Running
 from vllm_depthpar.launch import hardware, kv_cache
 from vllm_depthpar.launch.engine import Worker
-from vllm_depthpar.launch.server import START_SECONDS, Server
+from vllm_depthpar.launch.server import Server
 from vllm_depthpar.launch.variants import Variant
 
 _WEIGHTS = re.compile(r"Loading weights took ([0-9.]+) seconds")
 
 
-class Running(Pausable, Protocol):
-    """The processes of a variant."""
+class Started(Running, Protocol):
+    """A variant whose processes one of them leads."""
 
     process: Any
 
     def log_text(self) -> str:
         """All that they have written so far."""
 
-    def stop(self) -> None:
-        """End them."""
 
-
-class Stage(Protocol):
-    """One way to run variants."""
-
-    def start(self, variant: Variant, stack: ExitStack) -> tuple[Running, dict[str, Any]]:
-        """Start one until it is ready; `stack` stops it. Also what the start took: `started`."""
-
-    def measure(self, running: Any, load: Load, seed: int) -> dict[str, float]:
-        """Put a load on one: its figures."""
-
-
-def started(running: Running, wait: Callable[[], object]) -> dict[str, Any]:
+def started(running: Started, wait: Callable[[], object]) -> dict[str, Any]:
     """Wait until a variant is ready.
 
     Returns:
@@ -69,7 +56,7 @@ class Engines:
         self._setup = setup
 
     def start(self, variant: Variant, stack: ExitStack) -> tuple[Worker, dict[str, Any]]:
-        """See `Stage`."""
+        """See `turns.Stage`."""
         setup = self._setup
         flags, env = setup.flags(variant), _environment(setup, variant)
         engine = Worker(variant.label, engine_load.run_engine, setup.model, flags, env=env)
@@ -122,7 +109,7 @@ class Servers:
         self._client.receive()
 
     def start(self, variant: Variant, stack: ExitStack) -> tuple[Server, dict[str, Any]]:
-        """See `Stage`."""
+        """See `turns.Stage`."""
         setup = self._setup
         flags, env = setup.flags(variant), _environment(setup, variant)
         server = Server(setup.model, *flags, *self._more, env=env)
@@ -133,7 +120,7 @@ class Servers:
                 server.log.unlink(missing_ok=True)
 
         stack.push(end)
-        return server, started(server, lambda: server.wait(START_SECONDS))
+        return server, started(server, server.wait)
 
     def measure(self, running: Server, load: Load, seed: int) -> dict[str, float]:
         """What vLLM's load generator reports: `server_load.FIGURES`."""
@@ -153,5 +140,8 @@ class Servers:
 
 
 def _environment(setup: Setup, variant: Variant) -> dict[str, str]:
-    env = hardware.environment(setup.settings.tp, setup.gpu_share is not None)
-    return {**env, **kv_cache.environment(setup.kv_bytes(variant)), **variant.env}
+    return {
+        **hardware.environment(setup.settings.tp, setup.gpu_share is not None),
+        **kv_cache.environment(setup.kv_bytes(variant)),
+        **variant.env,
+    }

@@ -23,7 +23,7 @@ from rich.console import Console
 from vllm_depthpar.bench.rounds import awake, in_turn, pause, spread
 from vllm_depthpar.checkpoint import bundled
 from vllm_depthpar.errors import UserError
-from vllm_depthpar.launch.server import START_SECONDS, Server
+from vllm_depthpar.launch.server import Server
 
 QUESTION = "What is gravity? Answer in two sentences."
 TOKENS = 64
@@ -67,7 +67,7 @@ def _demonstrate(console: Console, stack: ExitStack) -> None:
             )
             stack.callback(servers[name].stop)
         for server in servers.values():
-            server.wait(START_SECONDS)
+            server.wait()
             pause(server)
     console.print(f"up after {time.monotonic() - start:.0f} s; their logs are in {logs}")
 

@@ -29,7 +29,7 @@ from vllm_depthpar import __version__
 from vllm_depthpar.checkpoint.config import fingerprint
 from vllm_depthpar.checkpoint.tokenizer import read_tokenizer
 from vllm_depthpar.errors import UserError
-from vllm_depthpar.launch.server import START_SECONDS, Server, serve
+from vllm_depthpar.launch.server import Server, serve
 from vllm_depthpar.launch.variants import Variant
 from vllm_depthpar.util import files
 from vllm_depthpar.util.markdown import table
@@ -256,7 +256,7 @@ def _start(
     flags = [*settings.server_args, *variant.flags, "--seed", str(settings.seed)]
     _say("starting vllm serve ...")
     try:
-        return stack.enter_context(serve(model, *flags, env=variant.env, timeout=START_SECONDS))
+        return stack.enter_context(serve(model, *flags, env=variant.env))
     except RuntimeError as error:
         raise UserError(f"plan {variant.label}: {error}") from error
 

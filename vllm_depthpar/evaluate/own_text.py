@@ -175,10 +175,11 @@ def _sample(
     longest = max(map(len, openings.values())) + _TOKENS_EACH
     # A CPU must never run out of cache: vLLM 0.32 can't go on with a seeded request there after
     # preempting it ("CPU Generator does not use offset").
-    shape = ModelShape.from_config(read_config(model))
-    plan, lengths = resolve("identity", shape.layers), [longest] * _AT_ONCE_ON_CPU
-    size = kv_cache.kv_cache_bytes(shape, plan, lengths, dtype=dtype)
-    os.environ[kv_cache.SPACE] = kv_cache.whole_gib(size)
+    shape = ModelShape.from_config(read_config(model)).in_dtype("float32")  # whatever it will be
+    plan = resolve("identity", shape.layers)
+    os.environ.pop(kv_cache.SPACE, None)
+    needed = kv_cache.needed_bytes(shape, plan, [longest] * _AT_ONCE_ON_CPU)
+    os.environ.update(kv_cache.environment(needed))
     from tqdm import tqdm
     from vllm import LLM, SamplingParams
     from vllm.inputs import TokensPrompt

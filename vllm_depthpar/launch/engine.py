@@ -14,7 +14,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_depthpar.launch.process_group import ProcessGroup
+from vllm_depthpar.launch.process_group import ProcessGroup, last_lines
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 # processes, polling shared memory, need not do.
 _ENV = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
 _PLAIN = {"VLLM_PLUGINS": ""}
-_LAST_LINES = 20
 # vLLM gives its workers ten seconds to end.
 _STOP_SECONDS = 30
 
@@ -67,7 +66,7 @@ class Worker:
         self._log = tempfile.NamedTemporaryFile(prefix="depthpar-engine-", suffix=".log")  # noqa: SIM115
         self.connection, theirs = multiprocessing.Pipe()
         given = {**_ENV, **(env or {})}
-        self.process = start_process(_run, given, self._log.name, progress, target, theirs, *args)
+        self.process = spawn(_run, given, self._log.name, progress, target, theirs, *args)
         assert self.process.pid
         self._group = ProcessGroup(self.process.pid)
         theirs.close()
@@ -81,9 +80,9 @@ class Worker:
         try:
             found = self.connection.recv()
         except (EOFError, ConnectionResetError):
-            lines = [line for line in self.log_text().splitlines() if line.strip()]
-            shown = "\n".join([f"the engine of {self.label} ended:", *lines[-_LAST_LINES:]])
-            raise EngineError(shown, lines[-1] if lines else "no output") from None
+            last = self.end_of_log()
+            shown = f"the engine of {self.label} ended:\n{last}"
+            raise EngineError(shown, last.rpartition("\n")[2] or "no output") from None
         self._busy = False
         if isinstance(found, Exception):
             raise found
@@ -98,6 +97,10 @@ class Worker:
     def log_text(self) -> str:
         """Read all that the process has written so far."""
         return Path(self._log.name).read_text(errors="replace")
+
+    def end_of_log(self) -> str:
+        """Its last lines."""
+        return last_lines(self.log_text())
 
     def signal(self, number: signal.Signals) -> None:
         """Signal the process and those that it started."""
@@ -117,7 +120,7 @@ class Worker:
         self._log.close()
 
 
-def start_process(target: Callable[..., None], *args: object) -> BaseProcess:
+def spawn(target: Callable[..., None], *args: object) -> BaseProcess:
     """Start a new process that runs `target(*args)`."""
     process = multiprocessing.get_context("spawn").Process(target=target, args=args)
     process.start()

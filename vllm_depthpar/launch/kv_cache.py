@@ -1,4 +1,4 @@
-"""How much KV cache given sequences take at once: no less, or one would wait for another's end."""
+"""How much KV cache vLLM needs for what it will be asked, and how it is told so on a CPU."""
 
 from __future__ import annotations
 
@@ -7,36 +7,37 @@ import os
 from collections.abc import Iterable
 
 from vllm_depthpar.plan import Plan
-from vllm_depthpar.plan.model_shape import DTYPE_BYTES, ModelShape
+from vllm_depthpar.plan.model_shape import ModelShape
 
+# In GiB; on a CPU vLLM fills so much with zeros when it starts.
 SPACE = "VLLM_CPU_KVCACHE_SPACE"
-# Tokens of a block of the cache, of vLLM's largest: a sequence takes whole ones. Where the blocks
-# of a plan differ in width, those of the cache are of the widest one's size.
-_TOKENS = 128
-# What layers of two widths pad.
-_SLACK = 1.5
+# Tokens in a block of the cache, on a CPU.
+BLOCK = 128
+# Layers of different widths pad it, and narrow ones have longer blocks.
+_PADDED = 1.5
 
 
-def kv_cache_bytes(
-    shape: ModelShape, plan: Plan, lengths: Iterable[int], tp: int = 1, dtype: str = "auto"
+def needed_bytes(
+    shape: ModelShape, plan: Plan, lengths: Iterable[int], tp: int = 1, block: int = BLOCK
 ) -> int:
-    """KV cache on one rank for sequences that run at the same time.
+    """Compute the bytes that each rank needs for sequences of so many tokens at once.
 
     Args:
-        lengths: tokens that each has in the end.
-        dtype: that the model computes in; "auto" for its checkpoint's.
+        shape: in the dtype of the cache.
+        block: tokens in a block; a sequence takes whole ones, and vLLM keeps one for itself.
     """
-    most = _TOKENS * max(len(block) for block in plan.blocks)
-    tokens = sum(length + most for length in lengths)
-    of_token = shape.kv_bytes_per_token(plan, tp) / shape.dtype_bytes
-    return int(_SLACK * tokens * of_token * DTYPE_BYTES.get(dtype, shape.dtype_bytes))
+    widths = [width for at in range(plan.depth) if (width := len(plan.attention(at)))]
+    block *= max(widths) // min(widths)
+    tokens = block * (1 + sum(-(-length // block) for length in lengths))
+    padded = _PADDED if min(widths) < max(widths) else 1
+    return math.ceil(padded * tokens * shape.kv_bytes_per_token(plan, tp))
 
 
-def environment(size: int) -> dict[str, str]:
-    """What gives vLLM on a CPU a KV cache of so many bytes, unless the environment has said it."""
-    return {} if SPACE in os.environ else {SPACE: whole_gib(size)}
+def environment(needed: int) -> dict[str, str]:
+    """Tell vLLM on a CPU so many bytes; nothing where the environment does already."""
+    return {} if SPACE in os.environ else {SPACE: str(math.ceil(needed / 2**30))}
 
 
-def whole_gib(size: int) -> str:
-    """Bytes in the unit of the variable `SPACE`."""
-    return str(math.ceil(size / 2**30))
+def reserved_bytes(needed: int) -> int:
+    """Compute what a rank on a CPU then takes."""
+    return int({**os.environ, **environment(needed)}[SPACE]) * 2**30

@@ -1,4 +1,5 @@
-"""A process that this one starts and all that it starts in turn: signalled and ended together."""
+"""A process that this one starts and all that it starts in turn: signalled and ended together, and
+what they said last."""
 
 from __future__ import annotations
 
@@ -6,6 +7,8 @@ import os
 import signal
 import subprocess
 from contextlib import suppress
+
+_LAST_LINES = 30
 
 
 class ProcessGroup:
@@ -38,3 +41,8 @@ class ProcessGroup:
         """Let the group be; harmless the second time."""
         if self._guard.poll() is None:
             self._guard.communicate(b"\n")
+
+
+def last_lines(log: str) -> str:
+    """Return the end of what processes have written, without empty lines."""
+    return "\n".join([line for line in log.splitlines() if line.strip()][-_LAST_LINES:])

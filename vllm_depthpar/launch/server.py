@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from vllm_depthpar.launch.process_group import ProcessGroup
+from vllm_depthpar.launch.process_group import ProcessGroup, last_lines
 
 HOST = "127.0.0.1"
 
@@ -29,7 +29,6 @@ DEFAULT_ENV = {
 # A large model is read and compiled before its server answers.
 START_SECONDS = 1800
 SHUTDOWN_SECONDS = 15
-LAST_LINES = 30
 
 
 class Server:
@@ -62,14 +61,14 @@ class Server:
         )
         self._group = ProcessGroup(self.process.pid)
 
-    def wait(self, timeout: float = 300) -> None:
+    def wait(self, timeout: float = START_SECONDS) -> None:
         """Wait until the server answers; RuntimeError if it ends or takes `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while not self.healthy():
             if (code := self.process.poll()) is not None:
-                raise RuntimeError(f"vllm serve ended with exit code {code}: {self._last_lines()}")
+                raise RuntimeError(f"vllm serve ended with exit code {code}: {self.end_of_log()}")
             if time.monotonic() > deadline:
-                raise RuntimeError(f"vllm serve not up after {timeout} s: {self._last_lines()}")
+                raise RuntimeError(f"vllm serve not up after {timeout} s: {self.end_of_log()}")
             time.sleep(0.25)
 
     def healthy(self) -> bool:
@@ -106,9 +105,9 @@ class Server:
         """Read all that the server has written so far."""
         return self.log.read_text(errors="replace")
 
-    def _last_lines(self) -> str:
-        lines = self.log_text().splitlines()[-LAST_LINES:]
-        return "\n".join([f"the end of {self.log}", *lines])
+    def end_of_log(self) -> str:
+        """Name the file, and show its last lines."""
+        return f"the end of {self.log}\n{last_lines(self.log_text())}"
 
 
 def start_vllm_serve(
@@ -133,7 +132,7 @@ def serve(
     env: Mapping[str, str] | None = None,
     port: int | None = None,
     log: Path | None = None,
-    timeout: float = 300,
+    timeout: float = START_SECONDS,
 ) -> Iterator[Server]:
     """Run ``vllm serve MODEL *args`` on 127.0.0.1, ready for requests, for the body of a `with`.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -68,6 +68,10 @@ class ModelShape:
             raise UserError(
                 f"config.json lacks the key {error}; allowed: a checkpoint's config.json"
             ) from None
+
+    def in_dtype(self, dtype: str) -> ModelShape:
+        """Take the same sizes where numbers are of `dtype`; "auto": the checkpoint's."""
+        return replace(self, dtype_bytes=DTYPE_BYTES.get(dtype, self.dtype_bytes))
 
     def fits(self, width: int, tp: int, mlp: int | None = None) -> bool:
         """Whether a block of `width` layers can be cut into `tp` shards.

@@ -181,16 +181,14 @@ def _serve(
         "max_model_len": max(map(len, prompts)) + TOKENS,
     }
     flags = [*one.flags, *flags_of(options), *settings.engine_args]
-    # In fp32, whatever it will be.
-    size = kv_cache.kv_cache_bytes(
-        ModelShape.from_config(config),
-        entry.plan,
-        [len(prompt) + TOKENS for prompt in prompts],
-        entry.tp,
-        "float32",
-    )
-    env = {**hardware.environment(entry.tp, on_gpu), **kv_cache.environment(size)}
-    worker = Worker(one.label, ask, model, flags, prompts, TOKENS, env={**env, **one.env})
+    shape = ModelShape.from_config(config).in_dtype("float32")  # whatever it will be
+    lengths = [len(prompt) + TOKENS for prompt in prompts]
+    env = {
+        **hardware.environment(entry.tp, on_gpu),
+        **kv_cache.environment(kv_cache.needed_bytes(shape, entry.plan, lengths, entry.tp)),
+        **one.env,
+    }
+    worker = Worker(one.label, ask, model, flags, prompts, TOKENS, env=env)
     try:
         found: Served = worker.receive()
     except EngineError as error:
