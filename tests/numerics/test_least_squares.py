@@ -74,10 +74,10 @@ def test_what_a_block_can_say_is_found(folder: Path) -> None:
             layer.mlp.down_proj.weight += 0.5 * torch.randn_like(layer.mlp.down_proj.weight)
         spoiled = float((block(stream, **context) - target).norm())
         states = [
-            least_squares._State(stream[at : at + 4], target[at : at + 4], context)
+            least_squares.BatchState(stream[at : at + 4], target[at : at + 4], context)
             for at in range(0, 32, 4)
         ]
-        assert least_squares._fit(block, states) == min(least_squares.RIDGES)
+        assert least_squares.fit_block(block, states) == min(least_squares.RIDGES)
         assert float((block(stream, **context) - target).norm()) < 0.2 * spoiled
 
 
@@ -98,10 +98,10 @@ def test_a_block_that_can_only_get_worse_is_left_alone(folder: Path) -> None:
         target = block(stream, **context) + noise
         before = [layer.mlp.down_proj.weight.clone() for layer in block.layers]
         states = [
-            least_squares._State(stream[at : at + 2], target[at : at + 2], context)
+            least_squares.BatchState(stream[at : at + 2], target[at : at + 2], context)
             for at in range(0, 8, 2)
         ]
-        assert least_squares._fit(block, states) == torch.inf
+        assert least_squares.fit_block(block, states) == torch.inf
         for layer, weight in zip(block.layers, before, strict=True):
             assert torch.equal(layer.mlp.down_proj.weight, weight)
 

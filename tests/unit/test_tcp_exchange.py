@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from vllm_depthpar.model import tcp_exchange as module
+from vllm_depthpar.model import tcp_exchange
 from vllm_depthpar.model.tcp_exchange import Exchange, Gather, connect
 
 Result = TypeVar("Result")
@@ -81,7 +81,7 @@ def test_start_does_not_wait_for_the_others() -> None:
     answer = bytearray(3)
     ticket = exchanges[0].start(memoryview(b"one"), {1: memoryview(answer)})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exchanges[0], "_timeout", 0.2)
+        patch.setattr(exchanges[0], "timeout", 0.2)
         with pytest.raises(RuntimeError, match=r"tensor-parallel rank 1 sent nothing for \d s"):
             exchanges[0].wait(ticket)
     other = bytearray(3)
@@ -123,7 +123,7 @@ def test_strangers_are_turned_away(monkeypatch: pytest.MonkeyPatch) -> None:
     def create_server(*args: Any, **options: Any) -> socket.socket:
         server = create(*args, **options)
         stranger = socket.create_connection(server.getsockname())
-        stranger.sendall(bytes(module._TOKEN_BYTES) + (1).to_bytes(4, "little"))
+        stranger.sendall(bytes(tcp_exchange.TOKEN_BYTES) + (1).to_bytes(4, "little"))
         strangers.append(stranger)
         return server
 
@@ -145,7 +145,7 @@ def test_strangers_are_turned_away(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_none_on_all_ranks_if_one_cannot_connect(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CONNECT_SECONDS", 0.5)
+    monkeypatch.setattr(tcp_exchange, "CONNECT_SECONDS", 0.5)
     addresses = ["127.0.0.1", "127.0.0.1", "192.0.2.1"]  # the last is nobody's: RFC 5737
     found = on_ranks(3, lambda rank, gather: connect(rank, 3, addresses[rank], gather, 30))
     assert found == [None] * 3

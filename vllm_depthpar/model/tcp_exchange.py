@@ -21,7 +21,7 @@ from typing import Any
 # than giving the core away, which takes a scheduler's time slice to get back.
 SPIN_SECONDS = 1e-3
 CONNECT_SECONDS = 30.0
-_TOKEN_BYTES = 16
+TOKEN_BYTES = 16
 
 # Gives every rank's value to all ranks, in the order of ranks.
 Gather = Callable[[object], list[Any]]
@@ -91,7 +91,7 @@ class Exchange:
 
     def __init__(self, peers: Sequence[Peer], timeout: float) -> None:
         self.peers = {peer.rank: peer for peer in peers}
-        self._timeout = timeout
+        self.timeout = timeout
         self._started = 0
 
     def start(self, message: memoryview, answers: dict[int, memoryview]) -> int:
@@ -125,7 +125,7 @@ class Exchange:
                 peer.send()
                 peer.receive()
             waited = time.monotonic() - start
-            if waited > self._timeout:
+            if waited > self.timeout:
                 raise RuntimeError(
                     f"tensor-parallel rank {waiting[0].rank} sent nothing for {waited:.0f} s"
                 )
@@ -154,7 +154,7 @@ def connect(rank: int, ranks: int, address: str, gather: Gather, timeout: float)
         None, on all ranks alike, if any of the connections can't be made.
     """
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    token = secrets.token_bytes(_TOKEN_BYTES)
+    token = secrets.token_bytes(TOKEN_BYTES)
     try:
         listener = socket.create_server((address, 0), family=family, backlog=ranks)
         port = listener.getsockname()[1]
@@ -192,9 +192,9 @@ def _connect_all(
     while expected:
         connection, _ = listener.accept()
         connection.settimeout(CONNECT_SECONDS)
-        hello = connection.recv(_TOKEN_BYTES + 4, socket.MSG_WAITALL)
-        other = int.from_bytes(hello[_TOKEN_BYTES:], "little")
-        if secrets.compare_digest(hello[:_TOKEN_BYTES], token) and other in expected:
+        hello = connection.recv(TOKEN_BYTES + 4, socket.MSG_WAITALL)
+        other = int.from_bytes(hello[TOKEN_BYTES:], "little")
+        if secrets.compare_digest(hello[:TOKEN_BYTES], token) and other in expected:
             expected.remove(other)
             peers.append(Peer(other, connection))
         else:  # somebody else's

@@ -68,7 +68,7 @@ def refit(
             depth = end
         if end is not None and position in distillation.changed and block.feeding:
             distillation.own_downs([position])
-            found[position] = _fit(block, states, distillation.autocast)
+            found[position] = fit_block(block, states, distillation.autocast)
         for state in states:
             with distillation.autocast():
                 state.stream = block(state.stream, **state.context)
@@ -77,30 +77,41 @@ def refit(
 
 
 @dataclass
-class _State:
-    """Where a batch of windows is: the student's stream and the teacher's."""
+class BatchState:
+    """Where a batch of windows is.
+
+    Attributes:
+        stream: the student's.
+        target: the teacher's.
+        context: what layers take beside the stream, by its name.
+    """
 
     stream: Stream
     target: Tensor
     context: dict[str, Any]
 
 
-def _begin(distillation: Distillation, tokens: Tensor) -> _State:
+def _begin(distillation: Distillation, tokens: Tensor) -> BatchState:
     embedded = distillation.teacher.model.embed_tokens(tokens)
     context = hf.context(distillation.teacher, embedded)
     stream: Stream = embedded
     with distillation.autocast():
         for block in distillation.blocks[: distillation.first]:
             stream = block(stream, **context)
-    return _State(stream, stream[0] if isinstance(stream, tuple) else stream, context)
+    return BatchState(stream, stream[0] if isinstance(stream, tuple) else stream, context)
 
 
-def _fit(
+def fit_block(
     block: ParallelBlock,
-    states: list[_State],
+    states: list[BatchState],
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> float:
-    """Fit one block, which computes in `autocast`; returns the ridge."""
+    """Fit the down projections of one block, in place; returns the ridge.
+
+    Args:
+        states: before the block; of some the stream after it decides which ridge is best.
+        autocast: what the block computes in.
+    """
     downs = [layer.mlp.down_proj for layer in block.feeding_layers]
     widths = [down.in_features for down in downs]
     size, hidden = sum(widths), downs[0].out_features
