@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from textwrap import indent
 
-ALERTS = Path(__file__).parent.parent / "prometheus/alerts.yml"
+ALERTS = Path(__file__).parents[2] / "prometheus/alerts.yml"
 
 HEAD = """\
-# Generated from ../prometheus/alerts.yml by prometheusrule.py.
+# Generated from ../../prometheus/alerts.yml by prometheusrule.py.
 apiVersion: monitoring.coreos.com/v1
 kind: PrometheusRule
 metadata:
