@@ -38,7 +38,7 @@ those of its layers one after the other, and a rank has a contiguous R-th of the
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import reduce
 from os import PathLike
@@ -54,10 +54,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vllm_depthpar.checkpoint import ladder_config
 from vllm_depthpar.checkpoint.config import read_config
-from vllm_depthpar.checkpoint.tensors import check_files, check_folder
+from vllm_depthpar.checkpoint.tensors import check_files, check_folder, split_name
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.plan import Plan, resolve
 from vllm_depthpar.plan.families import family_of, windows
+from vllm_depthpar.plan.model_shape import half_of
+from vllm_depthpar.plan.plan import Half, halves_of
 from vllm_depthpar.plan.precedence import KEY
 
 Stream: TypeAlias = Tensor | tuple[Tensor, Tensor]
@@ -247,19 +249,19 @@ def load(
     if not isinstance(spec, Plan):
         spec = resolve(getattr(config, KEY) if spec is None else spec, config.num_hidden_layers)
     _check_layers(spec, config.num_hidden_layers)
-    return restructure(_weights(path, config, dtype, absent=spec.skipped, **kwargs), spec, ranks)
+    return restructure(_weights(path, config, dtype, absent=spec.absent, **kwargs), spec, ranks)
 
 
 def load_unmodified(
     path: str | PathLike[str],
     dtype: torch.dtype = torch.float32,
-    absent: Sequence[int] = (),
+    absent: Collection[Half] = (),
     **kwargs: Any,
 ) -> PreTrainedModel:
     """Load a checkpoint as transformers does; arguments and errors as `load`.
 
     Args:
-        absent: layers that the checkpoint may lack; what they then hold means nothing.
+        absent: halves of layers that the checkpoint may lack; what they then hold means nothing.
     """
     return _weights(path, config_of(path), dtype, absent, **kwargs)
 
@@ -318,22 +320,23 @@ def _weights(
     path: str | PathLike[str],
     config: PreTrainedConfig,
     dtype: torch.dtype,
-    absent: Sequence[int] = (),
+    absent: Collection[Half] = (),
     **kwargs: Any,
 ) -> PreTrainedModel:
     """Load all layers. Those `absent` need not be in the checkpoint: exported ones lack them."""
     check_files(Path(path))
     if kwargs.get("use_safetensors", True):
-        run = sorted(set(range(config.num_hidden_layers)) - set(absent))
+        run = halves_of(range(config.num_hidden_layers)).difference(absent)
         check_folder(Path(path), config.to_dict(), run)
     options = {"use_safetensors": True, **kwargs}
     model, report = _model_type(config).from_pretrained(
         path, config=config, dtype=dtype, output_loading_info=True, **options
     )
-    missing = {int(name.split(".")[2]) for name in report["missing_keys"] if ".layers." in name}
-    if lost := sorted(missing - set(absent)):
+    places = filter(None, map(split_name, report["missing_keys"]))
+    missing = {(layer, half_of(rest)) for _, layer, rest in places}
+    if lost := sorted(missing.difference(absent)):
         raise UserError(
-            f"weights of layer {lost[0]} are not in {path}; allowed: plans of its other layers"
+            f"weights of layer {lost[0][0]} are not in {path}; allowed: plans of its other layers"
         )
     return cast(PreTrainedModel, model)
 

@@ -30,6 +30,11 @@ PLANS: dict[str, Any] = {
     "pairs": {"pair": [2, 6]},
     "ladder": {"ladder": 3},
     "skip": {"blocks": [[0], [1], [3], [5]]},
+    "halves": {"drop_attention": [1], "drop_mlp": [4], "drop_sync": [2], "tp": 2},
+}
+PARTS = {
+    "attention": ("self_attn.", "input_layernorm."),
+    "mlp": ("mlp.", "post_attention_layernorm."),
 }
 
 
@@ -60,7 +65,10 @@ def test_folder(model: Path, exported: dict[str, Path], plan: str) -> None:
     assert resolve(config["depthpar"], LAYERS) == resolved
     original = load_file(model / "model.safetensors")
     found = load_file(folder / "model.safetensors")
-    absent = tuple(f"model.layers.{layer}." for layer in resolved.skipped)
+    absent = tuple(
+        f"model.layers.{layer}.{part}" for layer, half in resolved.absent for part in PARTS[half]
+    )
+    assert bool(absent) == (plan in ("skip", "halves"))
     assert found.keys() == {name for name in original if not name.startswith(absent)}
     assert all(torch.equal(tensor, original[name]) for name, tensor in found.items())
     for name in ("generation_config.json", "LICENSE", "tokenizer.json"):

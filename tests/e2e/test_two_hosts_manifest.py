@@ -18,8 +18,8 @@ from typing import Any
 
 import pods
 import pytest
-from two_hosts import Link, NotPossible, TwoHosts
 
+from benchmarks.network.two_hosts import Link, NotPossible, TwoHosts
 from vllm_depthpar.launch.process_group import ProcessGroup
 from vllm_depthpar.plan import resolve
 

@@ -19,6 +19,7 @@ from vllm_depthpar.errors import UserError
 from vllm_depthpar.model.causal_lm import addressed
 from vllm_depthpar.plan import resolve
 from vllm_depthpar.plan.model_shape import ModelShape
+from vllm_depthpar.plan.plan import halves_of
 
 LAYERS = 4
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -69,7 +70,7 @@ def test_what_is_expected_is_what_is_there(family: str, models: dict[str, Path])
         if (place := split_name(name)) and place[1] == 2
     }
     assert found == expected
-    check_folder(folder, config_of(folder), range(LAYERS))
+    check_folder(folder, config_of(folder), halves_of(range(LAYERS)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -90,10 +91,12 @@ def test_every_tensor_of_every_wrong_size(family: str, models: dict[str, Path]) 
                 f"{list(right)}, as its config.json says"
             )
             with pytest.raises(UserError, match=f"^{re.escape(line)}$"):
-                expected.check_all({**shapes, name: shape}, range(LAYERS))
+                expected.check_all({**shapes, name: shape}, halves_of(range(LAYERS)))
         with pytest.raises(UserError, match=f"^layer 1 of the checkpoint lacks {rest!r}; "):
-            expected.check_all({k: v for k, v in shapes.items() if k != name}, range(LAYERS))
-        expected.check_all({k: v for k, v in shapes.items() if k != name}, [0, 2, 3])
+            expected.check_all(
+                {k: v for k, v in shapes.items() if k != name}, halves_of(range(LAYERS))
+            )
+        expected.check_all({k: v for k, v in shapes.items() if k != name}, halves_of([0, 2, 3]))
 
 
 def test_numbers_of_layers(models: dict[str, Path]) -> None:
@@ -103,14 +106,14 @@ def test_numbers_of_layers(models: dict[str, Path]) -> None:
         UserError,
         match=r"^the checkpoint has layer 3 \('model\.layers\.3\..*'\), .* layers 0 to 2$",
     ):
-        check_folder(folder, fewer, range(LAYERS - 1))
+        check_folder(folder, fewer, halves_of(range(LAYERS - 1)))
     more = {**config_of(folder), "num_hidden_layers": LAYERS + 1}
     with pytest.raises(
         UserError,
         match=r"^the checkpoint has no layer 4, which the plan runs; allowed: layers 0, 1, 2, 3$",
     ):
-        check_folder(folder, more, range(LAYERS + 1))
-    check_folder(folder, more, range(LAYERS))
+        check_folder(folder, more, halves_of(range(LAYERS + 1)))
+    check_folder(folder, more, halves_of(range(LAYERS)))
 
 
 def test_quantized_ones_have_other_shapes(models: dict[str, Path]) -> None:
@@ -184,19 +187,20 @@ def test_embedding_norm_and_head(models: dict[str, Path]) -> None:
     for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"):
         rest = {one: shape for one, shape in shapes.items() if one != name}
         with pytest.raises(UserError, match=f"^the checkpoint lacks '{name}'; allowed: whole ch"):
-            Expected(config).check_all(rest, range(LAYERS))
+            Expected(config).check_all(rest, halves_of(range(LAYERS)))
         wrong = {**shapes, name: (7, *shapes[name][1:])}
         with pytest.raises(UserError, match=rf"^the checkpoint: '{name}' has the shape \[7.*\]; "):
-            Expected(config).check_all(wrong, range(LAYERS))
+            Expected(config).check_all(wrong, halves_of(range(LAYERS)))
     tied = {**config, "tie_word_embeddings": True}
     headless = {name: shape for name, shape in shapes.items() if name != "lm_head.weight"}
-    Expected(tied).check_all(headless, range(LAYERS))
+    Expected(tied).check_all(headless, halves_of(range(LAYERS)))
     # A model without its head, as transformers saves it.
     bare = {name.removeprefix("model."): shape for name, shape in headless.items()}
-    Expected(config).check_all(bare, range(LAYERS))
+    Expected(config).check_all(bare, halves_of(range(LAYERS)))
     with pytest.raises(UserError, match=r"^the checkpoint lacks 'norm.weight'"):
         Expected(config).check_all(
-            {name: shape for name, shape in bare.items() if name != "norm.weight"}, range(LAYERS)
+            {name: shape for name, shape in bare.items() if name != "norm.weight"},
+            halves_of(range(LAYERS)),
         )
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from vllm_depthpar.errors import UserError
-from vllm_depthpar.plan.model_shape import ModelShape
+from vllm_depthpar.plan.model_shape import ModelShape, half_of
+from vllm_depthpar.plan.plan import Half
 from vllm_depthpar.util import files
 
 WEIGHTS = "model.safetensors"
@@ -71,12 +72,12 @@ class Expected:
                 f"{list(right)}, as its config.json says"
             )
 
-    def check_all(self, shapes: Mapping[str, Shape], kept: Iterable[int]) -> None:
+    def check_all(self, shapes: Mapping[str, Shape], runs: Iterable[Half]) -> None:
         """Refuse a checkpoint with a tensor that `check` refuses, or that lacks one.
 
         Args:
             shapes: of all its tensors, by their names.
-            kept: the layers that are to run.
+            runs: what of its layers is to run.
 
         Raises:
             UserError: it is one.
@@ -86,14 +87,14 @@ class Expected:
             self.check(name, shape)
             if (place := split_name(name)) is not None:
                 there.setdefault(place[1], set()).add(place[2])
-        for layer in sorted(kept):
+        for layer, half in sorted(runs):
             if layer not in there:
                 raise UserError(
                     f"the checkpoint has no layer {layer}, which the plan runs; allowed: layers "
                     f"{', '.join(map(str, sorted(there))) or 'none'}"
                 )
             for rest in self.of_layer:
-                if rest not in there[layer]:
+                if half_of(rest) == half and rest not in there[layer]:
                     raise lacks(layer, rest)
         self._check_rest(shapes)
 
@@ -203,7 +204,7 @@ def stored(folder: Path) -> dict[str, tuple[str, Shape]]:
     return found
 
 
-def check_folder(folder: Path, config: Mapping[str, Any], kept: Iterable[int]) -> None:
+def check_folder(folder: Path, config: Mapping[str, Any], runs: Iterable[Half]) -> None:
     """Refuse a checkpoint whose safetensors are not what its config.json says; see `Expected`.
 
     Raises:
@@ -211,4 +212,4 @@ def check_folder(folder: Path, config: Mapping[str, Any], kept: Iterable[int]) -
     """
     if has_safetensors(folder):
         shapes = {name: shape for name, (_, shape) in stored(folder).items()}
-        Expected(config).check_all(shapes, kept)
+        Expected(config).check_all(shapes, runs)

@@ -26,6 +26,7 @@ from vllm_depthpar.evaluate.rows import Block, Row, row_of
 from vllm_depthpar.evaluate.texts import Windows
 from vllm_depthpar.hf import ParallelBlock
 from vllm_depthpar.plan import Plan, resolve
+from vllm_depthpar.plan.plan import Half
 from vllm_depthpar.util.result_cache import Journal
 
 _ROWS_AT_ONCE = 64
@@ -78,7 +79,7 @@ class Evaluator:
         origin: what identifies the model's weights, JSON-ready; with it, what is measured is kept
             on disk (`result_cache`) and not measured again.
         batch: windows that run together.
-        absent: layers whose weights are not the checkpoint's, so that no plan may run them.
+        absent: halves of layers whose weights are not the checkpoint's, so that no plan may run them.
         ranks: the tensor-parallel size whose models plans are to be: it matters to drop-sync
             blocks alone.
     """
@@ -89,7 +90,7 @@ class Evaluator:
         unmodified: Plan | None = None,
         origin: object = None,
         batch: int = 2,
-        absent: Collection[int] = (),
+        absent: Collection[Half] = (),
         ranks: int = 1,
     ) -> None:
         self.ranks = ranks
@@ -123,10 +124,10 @@ class Evaluator:
             UserError: a plan runs a layer that the checkpoint lacks.
         """
         rows = [row_of(plan) if isinstance(plan, Plan) else plan for plan in plans]
-        run = {layer for one in rows for block in one for layer in block.layers}
+        run = {half for one in rows for block in one for half in block.runs}
         if lost := sorted(run & self._absent):
             raise UserError(
-                f"weights of layer {lost[0]} are not in the checkpoint; allowed: plans of its "
+                f"weights of layer {lost[0][0]} are not in the checkpoint; allowed: plans of its "
                 f"other layers"
             )
         journal = self._journal(windows)

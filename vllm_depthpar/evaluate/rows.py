@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vllm_depthpar.plan import Plan
+from vllm_depthpar.plan.plan import Half, halves_of
 from vllm_depthpar.plan.spec import STANDARD
 
 # In the names of blocks, under which what was measured is kept.
@@ -28,6 +29,12 @@ class Block:
     drop_attention: tuple[int, ...] = ()
     drop_mlp: tuple[int, ...] = ()
     merged: bool = False
+
+    @property
+    def runs(self) -> frozenset[Half]:
+        """The halves of layers that run in it."""
+        dropped = {(layer, "attention") for layer in self.drop_attention}
+        return halves_of(self.layers) - dropped - {(layer, "mlp") for layer in self.drop_mlp}
 
     def __str__(self) -> str:
         named = (

@@ -156,6 +156,6 @@ def open_model(model: str, dtype: str = "auto", batch: int = 2, ranks: int = 1) 
     unmodified = None
     if carried is not None or ladder:
         unmodified = resolve({"ladder": ladder} if carried is None else carried, layers)
-    absent = unmodified.skipped if unmodified else ()
+    absent = unmodified.absent if unmodified else ()
     loaded = hf.load_unmodified(folder(model), usable_dtype(dtype), absent=absent).to(device)
     return Evaluator(loaded, unmodified, fingerprint(model), batch, absent, ranks)

@@ -30,7 +30,7 @@ from vllm_depthpar.model.inductor import keep_mutations_in_order
 from vllm_depthpar.model.wide_block import WideDecoderLayer
 from vllm_depthpar.plan import Plan
 from vllm_depthpar.plan.attached import base_config, plan_of
-from vllm_depthpar.plan.model_shape import half_of, missing_halves
+from vllm_depthpar.plan.model_shape import half_of
 from vllm_depthpar.plan.spec import HALVES
 from vllm_depthpar.vllm_compat import compiles, let_draft_blocks_differ, logger, on_weights_loaded
 
@@ -119,7 +119,7 @@ class DepthParForCausalLM(LlamaForCausalLM):
         if place is None:
             return False
         _, layer, rest = place
-        return layer in plan.skipped or half_of(rest) in missing_halves(plan, layer)
+        return (layer, half_of(rest)) not in plan.runs
 
 
 def addressed(

@@ -88,7 +88,7 @@ class DepthParConfig(VerifyAndUpdateConfig):
         _separate_kv_caches(vllm_config, plan)
         _only_safetensors(vllm_config)
         if vllm_config.load_config.load_format not in _NOT_SAFETENSORS:
-            check_folder(Path(model_config.model), base_config(model_config), plan.kept)
+            check_folder(Path(model_config.model), base_config(model_config), plan.runs)
         metric_files.prepare()
         last_words.prepare()
         logger.info("plan %s: %s (from %s)", plan.digest, plan.name, source_of(model_config))

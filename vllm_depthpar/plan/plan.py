@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vllm_depthpar.errors import UserError, shortened
 from vllm_depthpar.plan.spec import HALVES, MODES, STANDARD, Halves, Skip, Spec, parse
+
+# A layer of the checkpoint, and one of `spec.HALVES`.
+Half = tuple[int, str]
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,20 @@ class Plan:
         alone = tuple((layer,) for layer in range(self.layers))
         changed = any(getattr(self, key) for key in (*MODES, *HALVES.values()))
         return self.blocks == alone and not changed
+
+    @property
+    def runs(self) -> frozenset[Half]:
+        """The halves of layers that run."""
+        return frozenset(
+            (layer, half)
+            for layer, half in halves_of(self.kept)
+            if layer not in getattr(self, HALVES[half])
+        )
+
+    @property
+    def absent(self) -> frozenset[Half]:
+        """The halves of the checkpoint's layers that don't run."""
+        return halves_of(range(self.layers)) - self.runs
 
     def attention(self, position: int) -> tuple[int, ...]:
         """List the layers of a block that run their attention."""
@@ -173,6 +190,11 @@ class Plan:
         if self.tp is not None:
             spec["tp"] = self.tp
         return spec
+
+
+def halves_of(layers: Iterable[int]) -> frozenset[Half]:
+    """List both halves of layers."""
+    return frozenset((layer, half) for layer in layers for half in HALVES)
 
 
 def resolve(spec: object, layers: int) -> Plan:

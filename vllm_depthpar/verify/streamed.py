@@ -74,7 +74,7 @@ class StreamedModel:
             UserError: the checkpoint is of no family that can be restructured, lacks a tensor that
                 the plan needs, or has one of another shape.
         """
-        check_folder(self._folder, read_config(str(self._folder)), plan.kept)
+        check_folder(self._folder, read_config(str(self._folder)), plan.runs)
         model = hf.outline(self._folder, plan, self._device)
         body, head = model.model, model.lm_head
         share = 1 / (len(body.layers) + 1)
