@@ -79,7 +79,7 @@ class Evaluator:
         origin: what identifies the model's weights, JSON-ready; with it, what is measured is kept
             on disk (`result_cache`) and not measured again.
         batch: windows that run together.
-        absent: halves of layers whose weights are not the checkpoint's, so that no plan may run them.
+        absent: halves of layers whose weights are not the checkpoint's: no plan may run them.
         ranks: the tensor-parallel size whose models plans are to be: it matters to drop-sync
             blocks alone.
     """
