@@ -78,15 +78,12 @@ class Readings:
 
 def test_what_two_all_reduces_in_flight_hide() -> None:
     """What is computed while one of them is on its way counts once."""
-    timer = AllReduceTimer(
-        # The first starts from 10 to 11, the second from 15 to 16; the first is waited for from 18
-        # to 20, the second from 21 to 22.
-        Readings(10, 10, 11, 15, 16, 18, 20, 21, 22, 22)
-    )
-    for _ in range(2):
-        timer.exposed(timer.takes_off)
-    for _ in range(2):
-        timer.exposed(timer.lands)
+    # The first starts from 10 to 11, the second from 15 to 16; the first is waited for from 18 to
+    # 20, the second from 21 to 22.
+    timer = AllReduceTimer(Readings(10, 11, 15, 16, 18, 20, 21, 22))
+    term = torch.ones(1)
+    waits = [timer.apart(lambda: lambda: term) for _ in range(2)]
+    assert all(wait() is term for wait in waits)
     assert timer.count == 2
     assert timer.seconds() == (5, 7)
 

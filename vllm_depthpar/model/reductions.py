@@ -32,7 +32,7 @@ from torch.library import Library
 from vllm.distributed import get_tp_group
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from vllm_depthpar.metrics.all_reduce_timer import exposed, lands, takes_off
+from vllm_depthpar.metrics.all_reduce_timer import Finish, apart, in_stream, whole
 from vllm_depthpar.model.tcp_exchange import Exchange, connect
 from vllm_depthpar.vllm_compat import (
     GroupCoordinator,
@@ -50,9 +50,6 @@ from vllm_depthpar.vllm_compat import (
 SMALL_BYTES = 1 << 18
 # Of our messages; Gloo keeps those with other tags, and its collectives, apart.
 _TAG = 0xDE97
-
-# Waits for an all-reduce, and returns the sum.
-Finish = Callable[[], Tensor]
 
 
 class InFlight(NamedTuple):
@@ -131,14 +128,7 @@ def _hindrance(group: GroupCoordinator) -> str | None:
 
 
 def _through_vllm(partial: Tensor) -> Tensor:
-    return exposed(_whole, partial)
-
-
-def _whole(partial: Tensor) -> Tensor:
-    takes_off()
-    total = get_tp_group().all_reduce(partial)
-    lands()
-    return total
+    return whole(get_tp_group().all_reduce, partial)
 
 
 # Between start and wait, by the address of the ticket.
@@ -148,7 +138,7 @@ _in_flight: dict[int, Finish] = {}
 def _start_all_reduce(partial: Tensor, group_name: str) -> Tensor:
     start = _start_on_cuda if partial.is_cuda else _start_on_cpu
     ticket = _ticket(partial)
-    _in_flight[ticket.data_ptr()] = exposed(start, partial, group_named(group_name))
+    _in_flight[ticket.data_ptr()] = apart(start, partial, group_named(group_name))
     return ticket
 
 
@@ -156,7 +146,7 @@ def _wait_all_reduce(partial: Tensor, ticket: Tensor, behind: Tensor | None) -> 
     finish = _in_flight.pop(ticket.data_ptr(), None)
     if finish is None:
         raise RuntimeError("all-reduce waited for with a ticket that it was not started with")
-    return exposed(finish)
+    return finish()
 
 
 def _ticket(partial: Tensor) -> Tensor:
@@ -165,18 +155,7 @@ def _ticket(partial: Tensor) -> Tensor:
 
 
 def _start_on_cpu(partial: Tensor, group: GroupCoordinator) -> Finish:
-    takes_off()
-    finish = _send_to_all(partial.contiguous(), group)
-
-    def land() -> Tensor:
-        total = finish()
-        lands()
-        return total
-
-    return land
-
-
-def _send_to_all(partial: Tensor, group: GroupCoordinator) -> Finish:
+    partial = partial.contiguous()
     ranks, me = group.world_size, group.rank_in_group
     exchange = _exchanges.get(group)
     small = exchange is not None and (ranks - 1) * partial.nbytes <= SMALL_BYTES
@@ -258,14 +237,14 @@ def _connect(group: GroupCoordinator) -> None:
 def _start_on_cuda(partial: Tensor, group: GroupCoordinator) -> Finish:
     if capturing_a_piece():
         # A graph of a piece must end with all its streams joined, and the wait may be in another.
-        total = _on_this_stream(partial, group)
+        total = in_stream(communicator_all_reduce, group, partial)
         return lambda: total
     compute, side = torch.cuda.current_stream(), _side_stream(partial.device)
     # Also what makes reuse of the side stream's memory safe: whatever read an earlier sum was
     # enqueued before this point.
     side.wait_stream(compute)
     with torch.cuda.stream(side):
-        arrived = _on_this_stream(partial, group)
+        arrived = in_stream(communicator_all_reduce, group, partial)
         done = side.record_event()
 
     def finish() -> Tensor:
@@ -273,13 +252,6 @@ def _start_on_cuda(partial: Tensor, group: GroupCoordinator) -> Finish:
         return arrived
 
     return finish
-
-
-def _on_this_stream(partial: Tensor, group: GroupCoordinator) -> Tensor:
-    takes_off()
-    total = communicator_all_reduce(group, partial)
-    lands()
-    return total
 
 
 _side_streams: dict[torch.device, torch.cuda.Stream] = {}
