@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ from vllm_depthpar.cli.main import main
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.plan import resolve
 from vllm_depthpar.plan.precedence import ARCHITECTURE
+from vllm_depthpar.verify.streamed import StreamedModel
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -159,6 +163,108 @@ def test_changed_tensors_and_shards(model: Path, tmp_path: Path) -> None:
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in read.items())
     with pytest.raises(UserError, match=r"^the checkpoint has no tensor 'x'; allowed: "):
         dict(read_tensors(str(sharded), [name, "x"]))
+
+
+def test_one_of_many_makes_the_folder(model: Path, tmp_path: Path) -> None:
+    """All of it; the others end in one line, whether they meet it at work or done."""
+    specs = [{"pair": [start, start + 2]} for start in range(4)]
+    together = threading.Barrier(len(specs))
+
+    def make(out: Path, spec: dict[str, Any]) -> str | None:
+        together.wait()
+        try:
+            export.export(str(model), resolve(spec, LAYERS), out)
+        except UserError as error:
+            return str(error)
+        return None
+
+    for number in range(10):
+        out = tmp_path / f"{number}"
+        if number % 2:
+            out.mkdir()
+        with ThreadPoolExecutor(len(specs)) as threads:
+            ends = list(threads.map(make, [out] * len(specs), specs))
+        (won,) = [spec for spec, end in zip(specs, ends, strict=True) if end is None]
+        for end in ends:
+            assert end is None or end in (
+                f"--out {out} is being made by another command; allowed: another folder",
+                f"--out {out} is there already; allowed: a folder that is new or empty",
+            )
+        plan = resolve(won, LAYERS)
+        assert json.loads((out / "config.json").read_text())["depthpar"] == plan.to_spec()
+        assert f"plan {plan.digest}: " in (out / "README.md").read_text()
+        assert load_file(out / "model.safetensors")
+    assert {path.name for path in tmp_path.iterdir()} == {str(number) for number in range(10)}
+
+
+@pytest.mark.parametrize("command", ["export", "recover"])
+def test_another_command_makes_the_folder(
+    command: str, model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    more = {"export": [], "recover": ["--text", str(text), "--window", "64"]}[command]
+    words = [command, str(model), "--plan", '{"pair": [2, 6]}', *more, "--out", str(out)]
+    with export.claimed(out):
+        assert main(words) == 1
+        # By another name of the same folder.
+        (tmp_path / "link").symlink_to(tmp_path)
+        assert main([*words[:-1], str(tmp_path / "link" / "out")]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert all("out is being made by another command; allowed: another" in line for line in lines)
+    assert {path.name for path in tmp_path.iterdir()} == {"link"}
+
+
+def test_what_a_killed_one_left_is_no_hindrance(model: Path, tmp_path: Path) -> None:
+    (tmp_path / ".out.lock").write_text("")
+    partial = tmp_path / ".out.partial"
+    partial.mkdir()
+    (partial / "model.safetensors").write_text("half")
+    empty = tmp_path / "elsewhere"
+    empty.mkdir()
+    (tmp_path / "out").symlink_to(empty)
+    plan = resolve(PLANS["pairs"], LAYERS)
+    export.export(str(model), plan, tmp_path / "out")
+    assert hf.load(empty).config.depthpar == plan.to_spec()
+    export.export(str(model), plan, tmp_path / "new")
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("out", "elsewhere", "new", ".out.lock", ".out.partial")
+    }
+
+
+@pytest.mark.parametrize("name", ["../x.safetensors", "OUTSIDE", "a/../../x.safetensors", "x\0"])
+def test_no_name_leads_out_of_the_folder(
+    model: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is read there, and nothing written, by whatever reads checkpoints."""
+    outside = tmp_path / "x.safetensors"
+    outside.write_bytes((model / "model.safetensors").read_bytes())
+    before = outside.read_bytes()
+    folder = shutil.copytree(model, tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    named = str(outside) if name == "OUTSIDE" else name
+    index = {"weight_map": dict.fromkeys(load_file(model / "model.safetensors"), named)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    plan, out = json.dumps(PLANS["pairs"]), tmp_path / "out"
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(TEXTS))
+    texts = ["--text", str(text), "--window", "64"]
+    for command, more in (("export", []), ("recover", texts), ("eval", texts)):
+        words = [command, str(folder), "--plan", plan, *more, "--out", str(out)]
+        assert main(words) == 1
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert f"index.json names {repr(named)[:20]}" in line
+        assert "; allowed: files of its folder, by name alone" in line
+    with pytest.raises(UserError, match="allowed: files of its folder"):
+        hf.load(folder, PLANS["pairs"])
+    with pytest.raises(UserError, match="allowed: files of its folder"):
+        StreamedModel(folder, torch.device("cpu"))
+    # Of pickled weights, too, where they are asked for.
+    (folder / "model.safetensors.index.json").rename(folder / "pytorch_model.bin.index.json")
+    with pytest.raises(UserError, match="allowed: files of its folder"):
+        hf.load(folder, PLANS["pairs"], use_safetensors=False)
+    assert outside.read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "x.safetensors", "text.txt"}
 
 
 def test_wrong_input(model: Path, exported: dict[str, Path], tmp_path: Path) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from models import write_llama, write_tokenizer
 from safetensors.torch import load_file
 
 from vllm_depthpar import hf
+from vllm_depthpar.checkpoint import export
 from vllm_depthpar.cli.main import main
 from vllm_depthpar.launch.server import free_port
 
@@ -162,6 +165,70 @@ def test_killed_and_started_again(model: Path, text: Path, tmp_path: Path) -> No
     for one, other in zip(whole, resumed, strict=True):
         assert other["passages"] == pytest.approx(one["passages"], rel=1e-3)
     assert not run.exists()
+
+
+@pytest.fixture(scope="module")
+def ended(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that was ended when all but its checkpoint was written."""
+    out = tmp_path_factory.mktemp("ended") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "write", _interrupt)
+        assert main(arguments(model, text, out, "--tokens", 1024)) == 130
+    return out.with_name(".out.run")
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _list(path: Path) -> None:
+    path.write_text("[1]")
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("run.json", _cut, "can't be read (line "),
+        ("run.json", _list, "holds a run of other settings, plan or texts; allowed: "),
+        ("refit.json", _list, "is damaged (AttributeError"),
+        ("refit.safetensors", _cut, "can't be read (Error while deserializing header"),
+        ("refit.safetensors", Path.unlink, "can't be read (No such file"),
+        ("steps.json", _list, "is damaged (ValueError: no number of steps); allowed: "),
+        # Of checkpoints the newest whole one counts; here there is none, and training starts anew.
+        ("checkpoint-4/trainer_state.json", _cut, None),
+        ("checkpoint-4/model.safetensors", _cut, None),
+        ("checkpoint-4/model.safetensors", Path.unlink, None),
+        ("checkpoint-4/optimizer.pt", _cut, None),
+        ("checkpoint-of-mine", Path.mkdir, None),
+    ],
+)
+def test_a_damaged_run(
+    name: str,
+    damage: Callable[[Path], None],
+    message: str | None,
+    model: Path,
+    text: Path,
+    ended: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = shutil.copytree(ended, tmp_path / ".out.run")
+    damage(run / name)
+    code = main(arguments(model, text, tmp_path / "out", "--tokens", 1024))
+    line = capsys.readouterr().err.splitlines()[-1]
+    if message is None:
+        assert code == 0
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    else:
+        assert code == 1
+        assert line.startswith("depthpar: error: ")
+        assert message in line
+        assert "emove" in line
+        assert [path.name for path in tmp_path.iterdir()] == [".out.run"]
 
 
 def test_another_run_in_the_folder(

@@ -220,7 +220,7 @@ def _evaluate(
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         read_tokenizer(model)  # raises what lm-eval's client would, in one line
         lm = ServedLM(lambda: _start(stack, model, variant, settings), model, settings.seed)
-        stack.enter_context(_keeping(answers))
+        stack.enter_context(keeping(answers))
         caching = CachingLM(lm, str(answers))
         stack.callback(caching.dbdict.close)
         try:
@@ -235,7 +235,7 @@ def _evaluate(
 
 
 @contextlib.contextmanager
-def _keeping(answers: Path) -> Iterator[None]:
+def keeping(answers: Path) -> Iterator[None]:
     """Say in one line why answers can't be kept; found before the first, but for a full disk."""
     try:
         with files.writing(answers):

@@ -12,7 +12,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -145,12 +145,14 @@ class Recovery:
             with files.writing(self._folder):
                 yield
         except RuntimeError as error:
-            if "PytorchStreamWriter" not in str(error):
+            # torch's words for a file that it could not read or write to its end.
+            if "PytorchStreamReader" in str(error):
+                why = f"has a checkpoint that is damaged inside; allowed: {_allowed(self._folder)}"
+            elif "inline_container" in str(error):
+                why = f"can't be written (a file is cut off); allowed: {files.WRITABLE}"
+            else:
                 raise
-            why, allowed = str(error).splitlines()[0], files.WRITABLE
-            raise UserError(
-                f"{self._folder} can't be written ({why}); allowed: {allowed}"
-            ) from None
+            raise UserError(f"{self._folder} {why}") from None
 
     def measure(self) -> dict[str, dict[str, float]]:
         """Measure the student's perplexity on every held-out text, and its KL from the teacher."""
@@ -234,9 +236,10 @@ class Recovery:
             eval_dataset=[],
         )
         trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(_Progress(of_step))
+        progress = _Progress(of_step)
+        trainer.add_callback(progress)
         started = time.monotonic()
-        with self._saving():
+        with closing(progress), self._saving():
             trainer.train(resume_from_checkpoint=_last_complete(self._folder))
         self.curve = [
             entry["quality"] | {"step": entry["step"], "tokens": entry["step"] * of_step}
@@ -322,17 +325,17 @@ def _last_complete(folder: Path) -> str | None:
 
 
 def _is_whole(checkpoint: Path) -> bool:
-    """Whether no file of a checkpoint is cut off."""
-    state = checkpoint / "trainer_state.json"
+    """Whether no file of a checkpoint is missing or cut off."""
+    weights = list(checkpoint.glob("*.safetensors"))
     try:
-        if not isinstance(files.read_json(state, "Trainer's state"), dict):
-            return False
-        for path in checkpoint.glob("*.safetensors"):
+        state = files.read_json(checkpoint / "trainer_state.json", "Trainer's state")
+        for path in weights:
             with opened(path):
                 pass
     except UserError:
         return False
-    return all(zipfile.is_zipfile(path) for path in checkpoint.glob("*.pt*"))
+    whole = all(zipfile.is_zipfile(path) for path in checkpoint.glob("*.pt*"))
+    return whole and bool(weights) and isinstance(state, dict)
 
 
 class _Trainer(Trainer):
@@ -358,6 +361,11 @@ class _Progress(ProgressCallback):
     def __init__(self, tokens: int) -> None:
         super().__init__()
         self._tokens = tokens
+
+    def close(self) -> None:
+        """End the bar, wherever training has ended: what is printed next stands below it."""
+        if self.training_bar is not None:
+            self.training_bar.close()
 
     def on_log(self, *_: Any, **__: Any) -> None:
         """Show nothing: `on_evaluate` shows more."""
