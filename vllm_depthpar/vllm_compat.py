@@ -95,7 +95,7 @@ def is_mistral_format(model_config: ModelConfig) -> bool:
 
 
 def ranks_of(model_config: ModelConfig) -> distributed.ProcessGroup | None:
-    """The ranks that make a model now, as a group of their CPUs; None for one rank alone.
+    """Find the ranks that make a model now, as a group of their CPUs; None for one rank alone.
 
     A draft is made by those that share its layers: the others may have none.
 
@@ -183,7 +183,7 @@ def shut_down(engine: LLM) -> None:
 
 
 def how_it_runs(engine: LLM) -> dict[str, str]:
-    """An engine's dtype, its mode, and what it quantizes, as `depthpar verify` says them.
+    """Read an engine's dtype, its mode, and what it quantizes, as `depthpar verify` says them.
 
     Relies on: `LLMEngine.vllm_config` is as the workers have it; eager engines have no
     `CompilationMode`, and on a CPU there are no CUDA graphs, whatever its mode of them says.
@@ -319,7 +319,7 @@ def _end(*_: Any) -> None:
 
 
 def group_named(name: str) -> GroupCoordinator:
-    """The live group with a unique name, as vLLM's own collective ops look it up.
+    """Find the live group with a unique name, as vLLM's own collective ops look it up.
 
     Relies on: `parallel_state._groups` maps names to weak references.
     """
@@ -330,7 +330,7 @@ def group_named(name: str) -> GroupCoordinator:
 
 
 def communicator_all_reduce(group: GroupCoordinator, tensor: torch.Tensor) -> torch.Tensor:
-    """What vLLM's all-reduce op runs on a GPU: custom all-reduce, NCCL, ..., by size; a new tensor.
+    """All-reduce as vLLM's op does on a GPU, by what suits the size; into a new tensor.
 
     Relies on: `_all_reduce_out_place` uses the current stream.
     """
@@ -375,7 +375,7 @@ def has_shared_memory_all_reduce() -> bool:
 
 
 def this_host() -> str:
-    """The address of this host as other hosts of the model reach it.
+    """Find the address of this host as other hosts of the model reach it.
 
     VLLM_HOST_IP, or that of the interface from which the host of rank 0 is reached.
     """

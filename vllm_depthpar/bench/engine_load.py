@@ -18,14 +18,14 @@ BUDGET = 8192
 
 
 def most_tokens(batch: int, prompt_tokens: int, tokens: int) -> int:
-    """What each of `batch` sequences may generate, so that there are `tokens` steps in which all
-    of them decode: the first are ahead of the last where prefill takes several steps."""
+    """Say how much each of `batch` sequences may generate, so that there are `tokens` steps in which
+    all of them decode: the first are ahead of the last where prefill takes several steps."""
     prefill = -(-batch * prompt_tokens // BUDGET)
     return tokens + (2 * prefill if prefill > 1 else 0)
 
 
 def run_engine(connection: Connection, model: str, flags: Sequence[str]) -> None:
-    """An engine: sends "ready", then answers each job, arguments of `run_batch`, with its figures
+    """Run an engine: send "ready", then answer each job, arguments of `run_batch`, with its figures
     or the RuntimeError that it raised."""
     engine = make_engine(model, flags)
     connection.send("ready")

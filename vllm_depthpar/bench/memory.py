@@ -117,7 +117,7 @@ def available() -> int | None:
 
 
 def _left_by_control_groups() -> list[int]:
-    """What a container's limits leave, of each version of control groups that has one."""
+    """Read what a container's limits leave, of each version of control groups that has one."""
     left = []
     for folder, limit, used in (
         ("", "memory.max", "memory.current"),

@@ -92,14 +92,14 @@ def summarize(record: Mapping[str, Any], loads: Iterable[Load]) -> dict[str, Any
 
 
 def title(record: Mapping[str, Any]) -> str:
-    """What was measured, on one line."""
+    """Say what was measured, on one line."""
     settings = record["settings"]
     mode = "eager" if settings["eager"] else "compiled"
     return f"{record['model']}, TP {settings['tp']}, dtype {settings['dtype']}, {mode}"
 
 
 def markdown(record: Mapping[str, Any], loads: Sequence[Load]) -> str:
-    """The report: what was compared, then for each part what was measured and the speed-ups.
+    """Write the report: what was compared, then for each part what was measured and the speed-ups.
 
     Args:
         record: with its `summary`, and perhaps `predicted`: {load's key: {variant: speed-up of

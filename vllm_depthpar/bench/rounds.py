@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def in_turn(variants: Sequence[T], number: int) -> list[T]:
-    """The order of a round: A B C, B C A, ..., so that what changes meets them all; the rounds
+    """Give the order of a round: A B C, B C A, ..., so that what changes meets them all; the rounds
     before 0, which are not counted, as round 0."""
     first = max(number, 0) % len(variants)
     return [*variants[first:], *variants[:first]]
@@ -32,7 +32,7 @@ def pause(processes: Pausable) -> None:
 
 @contextmanager
 def awake(processes: Pausable) -> Iterator[None]:
-    """What was paused runs meanwhile."""
+    """Let what was paused run meanwhile."""
     processes.signal(signal.SIGCONT)
     try:
         yield
@@ -51,5 +51,5 @@ def spread(values: Sequence[float], form: str = ".2f") -> str:
 
 
 def written(numbers: Mapping[str, float], form: str = ".2f") -> str:
-    """A summary for people."""
+    """Write a summary for people."""
     return "{median:{form}} ({min:{form}} to {max:{form}})".format(form=form, **numbers)

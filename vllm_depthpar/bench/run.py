@@ -28,7 +28,7 @@ _GPU_SHARE = 0.9
 def open_record(
     model: str, variants: Sequence[Variant], settings: BenchSettings, out: Path | None
 ) -> dict[str, Any]:
-    """A record without rounds, or the one in the file `out` to go on with.
+    """Make a record without rounds, or take the one in the file `out` to go on with.
 
     Returns:
         JSON-ready: when, with what and on what; `settings`: everything that the figures depend on;

@@ -79,7 +79,7 @@ class BenchSettings:
     engine_args: tuple[str, ...] = ()
 
     def loads(self) -> list[Load]:
-        """What every variant goes through in each round."""
+        """List what every variant goes through in each round."""
 
         def load(part: str, sizes: str, batch: int, tokens: int, rate: float = math.inf) -> Load:
             most = most_tokens(batch, tokens, self.output_len)

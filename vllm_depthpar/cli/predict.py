@@ -145,7 +145,7 @@ def _calibrated(shape: ModelShape, tp: int) -> Device:
 
 
 def _warnings(row: _Row) -> list[str]:
-    """What to think of before serving a plan: it costs quality."""
+    """Say what to think of before serving a plan: it costs quality."""
     found = []
     for load in row.times:
         name, ratio = LOADS[load], row.speedups.get(load, math.inf)

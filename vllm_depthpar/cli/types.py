@@ -24,7 +24,7 @@ RESERVED_FLAGS = (
 
 
 def engine_flags(text: str, reserved: Sequence[str] = RESERVED_FLAGS) -> tuple[str, ...]:
-    """The flags in the value of `--engine-args`.
+    """Read the flags in the value of `--engine-args`.
 
     Raises:
         UserError: vLLM does not know one, or it is not for there.
@@ -50,7 +50,7 @@ def engine_flags(text: str, reserved: Sequence[str] = RESERVED_FLAGS) -> tuple[s
 
 
 def at_least(lowest: int) -> Callable[[str], int]:
-    """A type for argparse: an integer that is `lowest` or more."""
+    """Make a type for argparse: an integer that is `lowest` or more."""
 
     def integer(text: str) -> int:
         if int(text) < lowest:
@@ -61,7 +61,7 @@ def at_least(lowest: int) -> Callable[[str], int]:
 
 
 def path_or_name(text: str) -> str:
-    """A type for argparse: a path, whose `~` is a home folder, or a name of something else."""
+    """Read, as a type for argparse, a path, whose `~` is a home folder, or another name."""
     return str(files.expanded(text)) if text.startswith("~") else text
 
 
@@ -98,7 +98,7 @@ def _check_file(path: Path) -> None:
 
 
 def out_folder(text: str) -> Path:
-    """A type for argparse: a folder to make, found wrong before any work begins.
+    """Read, as a type for argparse, a folder to make, found wrong before any work begins.
 
     Raises:
         UserError: it can't be made, or holds something.

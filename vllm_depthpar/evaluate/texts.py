@@ -56,7 +56,7 @@ class Windows:
         return replace(self, tokens=self.tokens[~held]), replace(self, tokens=self.tokens[held])
 
     def described(self) -> dict[str, Any]:
-        """What to state beside a perplexity, JSON-ready."""
+        """Say what to state beside a perplexity, JSON-ready."""
         return {
             "text": self.name,
             "window": self.tokens.shape[1],
@@ -67,7 +67,7 @@ class Windows:
 
 
 def read(path: str | Path) -> str:
-    """A UTF-8 text file.
+    """Read a UTF-8 text file.
 
     Raises:
         UserError: it can't be read, or is empty.
@@ -124,7 +124,7 @@ def cut(
 
 
 def names(paths: Sequence[str | Path]) -> list[str]:
-    """The files' names without folder and suffix, made different where they are equal."""
+    """Take the files' names without folder and suffix, made different where they are equal."""
     stems = [Path(path).stem for path in paths]
     return [
         stem if stems.count(stem) == 1 else f"{stem}-{stems[: index + 1].count(stem)}"

@@ -51,7 +51,7 @@ FAMILIES = {
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
-    """The family of a checkpoint.
+    """Find the family of a checkpoint.
 
     Args:
         config: its config.json, parsed.

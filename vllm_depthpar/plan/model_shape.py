@@ -104,7 +104,7 @@ class ModelShape:
         return [tp for tp in range(1, limit + 1) if self.fits_plan(plan, tp)]
 
     def layer_tensors(self, without: Collection[str] = ()) -> dict[str, tuple[int, ...]]:
-        """The shapes of one decoder layer's tensors, by their names in it.
+        """List the shapes of one decoder layer's tensors, by their names in it.
 
         Args:
             without: halves that it does not have, of `spec.HALVES`.
@@ -132,7 +132,7 @@ class ModelShape:
         return {name: tensor for name, tensor in tensors.items() if half_of(name) not in without}
 
     def other_tensors(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of the tensors of no layer, by their names in the decoder; and the head's."""
+        """List the shapes of tensors of no layer, by their names in the decoder; and the head's."""
         matrix = (self.vocab, self.hidden)
         tensors = {"embed_tokens.weight": matrix, "norm.weight": (self.hidden,)}
         return tensors if self.tied else {**tensors, "lm_head.weight": matrix}

@@ -95,7 +95,7 @@ def measure_products(
 
 
 def _product_seconds(size: tuple[int, int], rows: int, timer: Timer, dtype: torch.dtype) -> float:
-    """The shortest of some runs: whatever else the machine does only makes one longer."""
+    """Take the shortest of some runs: whatever else the machine does only makes one longer."""
     inputs = torch.ones(rows, size[1], dtype=dtype, device=timer.device)
     weights = [
         torch.full(size, 0.01, dtype=dtype, device=timer.device)

@@ -199,7 +199,7 @@ class _Reduction:
         return self.link.all_reduce_seconds(self.size, self.tp)
 
     def busy(self, plain: bool) -> float:
-        """What nothing can hide."""
+        """Compute what nothing can hide."""
         if self.link.shared_memory:
             return 0.0  # the threads that compute do it all, in plain vLLM too: see `flight`
         moved = 2 * (self.tp - 1) / self.tp * self.size
@@ -229,6 +229,6 @@ class _Reduction:
         return total
 
     def _left(self, behind: float = 0.0) -> float:
-        """What is left to wait for of an all-reduce behind so many seconds of computation."""
+        """Compute what is left of an all-reduce behind so many seconds of computation."""
         hidden = 0.0 if self.link.shared_memory else self.device.overlap * self.flight
         return self.flight - min(hidden, behind)

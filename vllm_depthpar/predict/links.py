@@ -31,8 +31,8 @@ _RDMA = (30, 5.4)
 
 
 def _one_way(gigabytes: float) -> float:
-    """What one rank sends at, of a data sheet that counts both directions; the share that it
-    achieves was fitted on H100s."""
+    """Compute what one rank sends at, of a data sheet that counts both directions; the share that
+    it achieves was fitted on H100s."""
     return 0.89 * gigabytes / 2
 
 

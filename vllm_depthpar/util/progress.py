@@ -18,7 +18,7 @@ from rich.progress import (
 
 @contextmanager
 def bar(what: str) -> Iterator[Callable[[float], None]]:
-    """A bar for one piece of work; call what it gives with the share done since the last call."""
+    """Draw a bar for one piece of work; tell what it gives the share done since the last call."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -33,7 +33,7 @@ def bar(what: str) -> Iterator[Callable[[float], None]]:
 
 
 def step_bar() -> Progress:
-    """A bar for work in steps: what is being done, counts and time; none without a terminal."""
+    """Draw a bar for work in steps: what is done, counts and time; none without a terminal."""
     console = Console(stderr=True)
     return Progress(
         *Progress.get_default_columns()[:-1],

@@ -29,7 +29,7 @@ def origin(program: str) -> dict[str, Any]:
 
 
 def cpu_model() -> str:
-    """The processor's name as Linux reports it."""
+    """Read the processor's name as Linux reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
