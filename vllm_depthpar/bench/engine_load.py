@@ -18,8 +18,8 @@ BUDGET = 8192
 
 
 def most_tokens(batch: int, prompt_tokens: int, tokens: int) -> int:
-    """Say how much each of `batch` sequences may generate, so that there are `tokens` steps in which
-    all of them decode: the first are ahead of the last where prefill takes several steps."""
+    """Say how much each of `batch` sequences may generate, so that in `tokens` steps all of them
+    decode: the first are ahead of the last where prefill takes several steps."""
     prefill = -(-batch * prompt_tokens // BUDGET)
     return tokens + (2 * prefill if prefill > 1 else 0)
 

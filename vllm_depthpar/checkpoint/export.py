@@ -182,7 +182,7 @@ def card(
     plan: Plan,
     recovery: Mapping[str, Any] | None,
 ) -> str:
-    """Write the model card: what this is, how to serve it, the plan, where its weights come from."""
+    """Write the model card: what this is, how to serve it, its plan, where its weights are from."""
     from huggingface_hub import ModelCardData
 
     name = source.name if files.expanded(model).exists() else model
