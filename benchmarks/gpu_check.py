@@ -91,6 +91,12 @@ def plans(layers: int) -> dict[str, str]:
         "ladder": {"ladder": "all"},
         "ladder over pairs": {"pair": pairs, "ladder": "all"},
         "skip": {"skip": {"speedup": 1.5}},
+        "one all-reduce a block, and halves": {
+            "drop_sync": [0, 1],
+            "parallel_residual": [layers - 2],
+            "drop_attention": [2],
+            "drop_mlp": [3],
+        },
     }
     return {kind: json.dumps(spec) for kind, spec in specs.items()}
 
