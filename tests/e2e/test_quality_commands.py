@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from vllm_depthpar import hf
 from vllm_depthpar.cli.main import main
 from vllm_depthpar.plan import read_spec, resolve
+from vllm_depthpar.plan.model_shape import all_reduces
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -172,6 +173,35 @@ def test_search_for_a_loss_that_cannot_be_kept(
     assert not out.exists()
 
 
+def test_search_for_all_reduces(
+    model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Below the layer: what the plan means depends on the ranks, which it carries, and which its
+    quality is of."""
+    out = tmp_path / "plan.json"
+    calibration = ["--text", text, "--own-text", 0, "--window", 64, "--tokens", 504]
+    methods = "pair,drop_sync,parallel_residual,drop_attention,drop_mlp"
+    goal = ["--all-reduces", 12, "--tp", 2, "--methods", methods, "--rounds", 2]
+    run("search", model, *goal, *calibration, "--out", out)
+    plan = resolve(read_spec(str(out)), LAYERS)
+    assert all_reduces(plan) <= 12 < all_reduces(resolve("identity", LAYERS))
+    assert plan.tp == (2 if plan.drop_sync else None)
+    report = json.loads((tmp_path / "plan-report.json").read_text())
+    assert report["goal"] == {"all_reduces": 12}
+    ways = {(one["mode"], one["without"]) for one in report["alone"]}
+    assert ways == {
+        *(("standard", half) for half in ("", "attention", "mlp")),
+        *((mode, "") for mode in ("drop_sync", "parallel_residual")),
+    }
+    capsys.readouterr()
+    evaluated = tmp_path / "eval.json"
+    tokens = ["--text", text, "--window", 64, "--tokens", 504]
+    run("eval", model, "--plan", out, *tokens, "--tp", 2, "--out", evaluated)
+    (row,) = json.loads(evaluated.read_text())["text"]["plans"]
+    (found,), (wanted,) = row["results"].values(), report["plan"]["quality"].values()
+    assert found["perplexity"] == pytest.approx(wanted["perplexity"], rel=1e-5)
+
+
 def test_search_for_a_speed_on_own_text(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -209,6 +239,14 @@ def test_search_for_a_speed_on_own_text(
         (
             ["search", "--depth", 6, "--methods", "pairs", "--out", "x"],
             "method 'pairs' is unknown; allowed: pair, group, skip, ladder",
+        ),
+        (
+            ["search", "--all-reduces", 17, "--methods", "pair", "--out", "x"],
+            "--all-reduces 17 can't be reached with pair; allowed: 9 to 16",
+        ),
+        (
+            ["search", "--all-reduces", 12, "--methods", "drop_sync", "--out", "x"],
+            "method 'drop_sync' changes nothing on one rank; allowed: --tp 2 or more",
         ),
         (
             ["search", "--speedup", 9, "--device", "h100", "--out", "x"],

@@ -91,7 +91,7 @@ def _run(args: argparse.Namespace) -> str:
     shape = ModelShape.from_config(read_original_config(args.model))
     goal = Goal(args.depth, args.speedup, args.all_reduces, args.max_ppl_increase)
     machine = _machine(args)
-    space = Space(shape, goal, _methods(args.methods), args.group, args.tp, machine)
+    space = Space(shape, goal, _methods(args.methods, args.tp), args.group, args.tp, machine)
     _ = space.target  # raises what is wrong with it, before anything long begins
     texts = _texts(args)  # before the weights load
 
@@ -104,11 +104,13 @@ def _run(args: argparse.Namespace) -> str:
     return SearchReport(args.model, outcome, effort).write(args.out)
 
 
-def _methods(text: str) -> list[str]:
+def _methods(text: str, tp: int) -> list[str]:
     methods = [method.strip() for method in text.split(",")]
     for method in methods:
         if method not in METHODS:
             raise UserError(f"method {method!r} is unknown; allowed: {', '.join(METHODS)}")
+    if "drop_sync" in methods and tp == 1:
+        raise UserError("method 'drop_sync' changes nothing on one rank; allowed: --tp 2 or more")
     return [method for method in METHODS if method in methods]
 
 

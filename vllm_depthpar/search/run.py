@@ -198,6 +198,12 @@ class Outcome:
             # Lengths are rounded; the prediction is not.
             reached = [one for one in known if self._speedup(one) >= wanted]
         if not reached:
+            if wanted is None or not known:
+                (goal,) = self.space.goal.asked.items()
+                raise UserError(
+                    f"no plan that was measured reaches {goal[0]} {goal[1]:g}; allowed: more "
+                    f"--rounds, more --minutes"
+                )
             most = max(self._speedup(one) for one in known)
             raise UserError(f"speed-up {wanted:g} was not reached; nearest: {most:.2f}")
         return min(reached, key=lambda one: one.divergence)
