@@ -42,8 +42,12 @@ class BlockDecoderLayer(LlamaDecoderLayer):
 
     vLLM's decoder layers pass on (hidden_states, residual): a term, and the stream that the next
     layer's norm adds it to. So do these; to a ladder block the term is a `Pending`. Either kind of
-    block adds inside its two norms and nowhere else, as a plain layer does.
+    block adds inside its two norms and nowhere else, as a plain layer does. Blocks that reduce once
+    add their two terms, too.
     """
+
+    # Whether both norms are the same: gains folded in, both read one normalized stream.
+    norms_are_alike = False
 
     def __init__(
         self,
@@ -68,9 +72,6 @@ class BlockDecoderLayer(LlamaDecoderLayer):
             del self.self_attn, self.input_layernorm
         if not feeds:
             del self.mlp, self.post_attention_layernorm
-
-    # Whether both norms are the same: gains folded in, both read one normalized stream.
-    norms_are_alike = False
 
     def take_over_all_reduces(self, mode: str, before_ladder: bool) -> None:
         """Switch vLLM's all-reduces of this block off: from here on `reductions` runs them.
