@@ -34,6 +34,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="test_compiled.py: all plans, placements and dtypes, not a choice of them",
     )
+    parser.addoption(
+        "--kills",
+        type=int,
+        default=3,
+        help="test_killed.py: how often each command is killed, and begun again (3)",
+    )
 
 
 @pytest.fixture
