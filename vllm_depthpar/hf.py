@@ -54,7 +54,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vllm_depthpar.checkpoint import ladder_config
 from vllm_depthpar.checkpoint.config import read_config
-from vllm_depthpar.checkpoint.tensors import check_files, check_folder, split_name
+from vllm_depthpar.checkpoint.tensors import (
+    WEIGHTS,
+    check_files,
+    check_folder,
+    has_safetensors,
+    split_name,
+)
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.plan import Plan, resolve
 from vllm_depthpar.plan.families import family_of, windows
@@ -278,10 +284,11 @@ def outline(path: str | PathLike[str], plan: Plan, device: torch.device) -> PreT
         UserError, OSError: see `load`.
     """
     config = config_of(path)
-    with torch.device("meta"):
-        model = _model_type(config)(config)
-    with device:
-        model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    with _by_transformers(path):
+        with torch.device("meta"):
+            model = _model_type(config)(config)
+        with device:
+            model.model.rotary_emb = type(model.model.rotary_emb)(config)
     return restructure(model.eval(), plan)
 
 
@@ -298,10 +305,25 @@ def config_of(path: str | PathLike[str]) -> PreTrainedConfig:
     ladder_config.register()
     if (Path(path) / "config.json").exists():
         read_config(str(path))  # before transformers does, whose errors are not for users
-    config = AutoConfig.from_pretrained(path)
+    with _by_transformers(path):
+        config = AutoConfig.from_pretrained(path)
     family_of(config.to_dict())
     _check_windows(config)
     return config
+
+
+@contextmanager
+def _by_transformers(path: str | PathLike[str]) -> Iterator[None]:
+    """Say in one line what transformers can't make of a checkpoint: its errors are of any kind."""
+    try:
+        yield
+    except (UserError, OSError):
+        raise
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(
+            f"transformers can't load {path} ({why}); allowed: checkpoints that it can"
+        ) from error
 
 
 def _check_windows(config: PreTrainedConfig) -> None:
@@ -326,12 +348,18 @@ def _weights(
     """Load all layers. Those `absent` need not be in the checkpoint: exported ones lack them."""
     check_files(Path(path))
     if kwargs.get("use_safetensors", True):
+        if Path(path).is_dir() and not has_safetensors(Path(path)):
+            raise UserError(
+                f"{path} has no {WEIGHTS}; allowed: safetensors checkpoints, or "
+                f"use_safetensors=False for pickled ones"
+            )
         run = halves_of(range(config.num_hidden_layers)).difference(absent)
         check_folder(Path(path), config.to_dict(), run)
     options = {"use_safetensors": True, **kwargs}
-    model, report = _model_type(config).from_pretrained(
-        path, config=config, dtype=dtype, output_loading_info=True, **options
-    )
+    with _by_transformers(path):
+        model, report = _model_type(config).from_pretrained(
+            path, config=config, dtype=dtype, output_loading_info=True, **options
+        )
     places = filter(None, map(split_name, report["missing_keys"]))
     missing = {(layer, half_of(rest)) for _, layer, rest in places}
     if lost := sorted(missing.difference(absent)):

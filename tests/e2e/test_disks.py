@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from disks import disk
+from fork_server import forked_engines
 from models import write_llama, write_tokenizer
 
 from vllm_depthpar.checkpoint import bundled
@@ -136,14 +135,28 @@ def test_cache(
 def test_text_that_cannot_be_kept(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The engine's process ends with it; its line is what is shown."""
+    """Found before an engine starts."""
     own = ["search", model, "--depth", 5, "--methods", "pair", "--tokens", 256, "--window", 64]
     with disk(tmp_path / "disk", 4096, read_only=True) as cache:
         monkeypatch.setenv("DEPTHPAR_CACHE", str(cache))
         code = main([*map(str, own), "--out", str(tmp_path / "out.json")])
         line = one_line(capsys, code)
-    assert "could not write text with" in line
-    assert ".jsonl can't be written (Read-only file system); allowed: " in line
+    assert f"{cache} can't be written to; allowed: " in line
+    assert "DEPTHPAR_CACHE=FOLDER" in line
+
+
+def test_text_on_a_full_disk(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine's process ends with it; its line is what is shown."""
+    own = ["search", model, "--depth", 5, "--methods", "pair", "--tokens", 256, "--window", 64]
+    with disk(tmp_path / "disk", 4096) as cache, forked_engines():
+        (cache / "other").write_bytes(bytes(4096))
+        monkeypatch.setenv("DEPTHPAR_CACHE", str(cache))
+        code = main([*map(str, own), "--out", str(tmp_path / "out.json")])
+        line = one_line(capsys, code)
+    assert f"vLLM could not write text with '{model}': {cache}" in line
+    assert ".jsonl can't be written (No space left on device); allowed: " in line
 
 
 @pytest.mark.parametrize("size", [4096, 1 << 20, 6 << 20])
@@ -181,19 +194,6 @@ def test_answers_that_cannot_be_written(read_only: bool, tmp_path: Path) -> None
 
         with pytest.raises(UserError, match=r"answers\.sqlite .*; allowed: .*, with space"):
             keep()
-
-
-def test_temporary_folder_that_is_full(model: Path, text: Path, tmp_path: Path) -> None:
-    """Where libraries keep theirs: what they raise ends in one line, too."""
-    with disk(tmp_path / "disk", 4096) as full:
-        (full / "other").write_bytes(bytes(4096))
-        command = [sys.executable, "-m", "vllm_depthpar.cli", "search", str(model), "--depth", "5"]
-        command += ["--methods", "pair", "--tokens", "256", "--out", str(tmp_path / "out.json")]
-        env = {**os.environ, "TMPDIR": str(full), "DEPTHPAR_CACHE": str(tmp_path / "cache")}
-        done = subprocess.run(command, capture_output=True, text=True, env=env)
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("depthpar: error: "), done.stderr
-    assert "Traceback" not in done.stderr
 
 
 def test_a_plan_on_a_full_disk_is_not_half_written(

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from models import write_llama
 
-from vllm_depthpar.cli.main import main
+from vllm_depthpar.cli.main import main, parser
 from vllm_depthpar.plan import json_schema, precedence, resolve
 from vllm_depthpar.plan.model_shape import ModelShape
 
@@ -219,6 +222,62 @@ def test_a_plan_that_says_nothing_is_refused(
     assert line.startswith("depthpar: error: ")
     assert words in line
     assert len(line.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/tmp/x"), "/tmp/x: No space left on"),
+        (OSError(errno.EROFS, "Read-only file system"), "Read-only file system; allowed: "),
+        (PermissionError(errno.EACCES, "Permission denied", "/x"), "/x: Permission denied; all"),
+    ],
+)
+def test_what_the_system_refuses_to_a_library(
+    error: OSError, line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever in a command it is: one line. What may be a fault of ours is none of these."""
+
+    def raise_it(_: object) -> str:
+        raise error
+
+    def add(commands: Any) -> None:
+        commands.add_parser("command").set_defaults(run=raise_it)
+
+    monkeypatch.setattr("vllm_depthpar.cli.main.COMMANDS", [SimpleNamespace(add=add)])
+    assert main(["command"]) == 1
+    assert capsys.readouterr().err.startswith(f"depthpar: error: {line}")
+    error = FileNotFoundError(errno.ENOENT, "No such file or directory")
+    with pytest.raises(FileNotFoundError):
+        main(["command"])
+
+
+def test_every_path_takes_a_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`--out='~/x'`, which a shell leaves as it is, in every command; and models, and texts."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    seen = set()
+    for words in (
+        ["eval", "~/m", "--text", "~/t", "--tasks", "~/y.yaml", "gsm8k", "--out", "~/x.json"],
+        ["study", "~/m", "--text", "~/t", "--out=~/x.json"],
+        ["search", "~/m", "--text", "~/t", "--depth=3", "--out=~/x.json"],
+        ["recover", "~/m", "--plan=auto", "--text", "~/t", "--held-out", "~/h", "--out=~/x.json"],
+        ["export", "~/m", "--plan=auto", "--out=~/x.json"],
+        ["verify", "~/m", "--out=~/x.json"],
+        ["bench", "~/m", "--out=~/x.json"],
+    ):
+        args = parser().parse_args(words)
+        assert args.model == str(tmp_path / "m")
+        assert args.out == tmp_path / "x.json"
+        for name in ("text", "held_out", "tasks"):
+            for path in [getattr(args, name, None) or []]:
+                assert "~" not in str(path)
+        seen.add(words[0])
+    outs = {
+        name
+        for action in parser()._subparsers._group_actions  # type: ignore[union-attr]
+        for name, one in action.choices.items()  # type: ignore[union-attr]
+        if any(option.dest == "out" for option in one._actions)
+    }
+    assert seen == outs
 
 
 def test_an_empty_variable_is_none(

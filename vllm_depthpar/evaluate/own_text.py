@@ -117,6 +117,7 @@ def write(
     folder = files.cache_folder() / "own-text"
     journal = Journal(settings, folder)
     if not all(_key(*place) in journal for place in openings):
+        journal.check()
         arguments = (model, openings, seed, dtype, settings, folder)
         try:
             engine.call(_sample, *arguments, progress=True)

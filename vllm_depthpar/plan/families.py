@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_depthpar.errors import UserError
+from vllm_depthpar.errors import UserError, shortened
 from vllm_depthpar.plan import ladder_checkpoint
 from vllm_depthpar.plan.plan import Plan
 
@@ -84,8 +84,8 @@ def _check_rotary(config: Mapping[str, Any], kind: object) -> None:
         for key in _ROTARY_SHARE:
             if isinstance(place, Mapping) and place.get(key) not in (None, 1):
                 raise UserError(
-                    f"config.json's key {key!r} is {place[key]}: transformers turns whole heads "
-                    f"of a {kind}, vLLM that share of them; allowed: 1"
+                    f"config.json's key {key!r} is {shortened(place[key])}: transformers turns "
+                    f"whole heads of a {kind}, vLLM that share of them; allowed: 1"
                 )
 
 

@@ -38,14 +38,12 @@ def inside(folder: Path, name: object, origin: str) -> Path:
     Raises:
         UserError: it is none, or one that leads out of the folder, or further in.
     """
-    if not isinstance(name, str) or name in ("", ".", "..") or {"/", "\0"} & set(name):
+    # What can't be printed is no name of a file: ends of lines, NUL, half of a character.
+    alone = isinstance(name, str) and name not in ("", ".", "..") and "/" not in name
+    if not isinstance(name, str) or not alone or not name.isprintable():
         raise UserError(
             f"{origin} names {shortened(name)}; allowed: files of its folder, by name alone"
         )
-    try:
-        os.fsencode(name)
-    except UnicodeEncodeError:
-        raise UserError(f"{origin} names {shortened(name)}; allowed: names in UTF-8") from None
     return folder / name
 
 
@@ -73,11 +71,13 @@ def writing(path: Path | str, allowed: str = WRITABLE) -> Iterator[None]:
         allowed: where it could be.
 
     Raises:
-        UserError: in place of what the system or safetensors raises.
+        UserError: in place of what the system, safetensors or tokenizers raises.
     """
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
+        if not isinstance(error, OSError | SafetensorError) and "(os error " not in str(error):
+            raise
         raise UserError(f"{path} can't be written ({reason(error)}); allowed: {allowed}") from None
 
 
@@ -158,24 +158,27 @@ def write_json(path: Path, content: object) -> None:
     write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
-def check_place(path: Path) -> None:
+def check_place(path: Path, allowed: str = WRITABLE) -> None:
     """Refuse a path at which nothing can be made: below a file, or on a disk that is read-only.
 
     Whether there is space only writing can tell.
 
+    Args:
+        allowed: what would be right, for the message.
+
     Raises:
         UserError: it is one.
     """
-    with writing(path):
+    with writing(path, allowed):
         place = path.parent
         while not place.exists():
             if place.is_symlink():
-                raise UserError(f"{place} is a link to nothing; allowed: {WRITABLE}")
+                raise UserError(f"{place} is a link to nothing; allowed: {allowed}")
             place = place.parent
         if not place.is_dir():
-            raise UserError(f"{place} is not a folder; allowed: {WRITABLE}")
+            raise UserError(f"{place} is not a folder; allowed: {allowed}")
         if not os.access(place, os.W_OK | os.X_OK):
-            raise UserError(f"{place} can't be written to; allowed: {WRITABLE}")
+            raise UserError(f"{place} can't be written to; allowed: {allowed}")
         # Longer than a name can be, for the temporary one that it has first.
         path.with_name(f".{path.name}.{os.getpid()}.partial").exists()
 

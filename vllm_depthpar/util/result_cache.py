@@ -46,6 +46,14 @@ class Journal:
     def __getitem__(self, key: str) -> Any:
         return self._entries[key]
 
+    def check(self) -> None:
+        """Refuse, before what is long begins, a place that can't be written to.
+
+        Raises:
+            UserError: it is one.
+        """
+        files.check_place(self.path, _ALLOWED)
+
     def add(self, entries: dict[str, Any]) -> None:
         """Write entries down, then know them.
 
