@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from models import write_tokenizer
+from models import write_llama, write_tokenizer
 from transformers import AutoTokenizer
 
 from vllm_depthpar.errors import UserError
-from vllm_depthpar.evaluate import texts
+from vllm_depthpar.evaluate import own_text, texts
 from vllm_depthpar.evaluate.texts import cut
+from vllm_depthpar.launch import engine
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -95,3 +97,22 @@ def test_wrong_files(tmp_path: Path) -> None:
 
 def test_names_differ() -> None:
     assert texts.names(["a/news.txt", "b/news.txt", "c.txt"]) == ["news-1", "news-2", "c"]
+
+
+def test_text_is_of_the_dtype_that_wrote_it(
+    tmp_path: Path, own_cache: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another is asked for anew: what a model writes depends on it."""
+    folder = write_tokenizer(write_llama(tmp_path))
+    asked = []
+
+    def call(*args: object, **_: object) -> None:
+        asked.append(args)
+        raise engine.EngineError("no engine here", "no engine here")
+
+    monkeypatch.setattr(own_text.engine, "call", call)
+    for dtype in ("float32", "bfloat16"):
+        with pytest.raises(UserError, match=r"could not write text with .*: no engine here"):
+            own_text.write(str(folder), 100, dtype=dtype)
+    settings = [json.dumps(args[-2]) for args in asked]
+    assert len(set(settings)) == 2
