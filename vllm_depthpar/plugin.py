@@ -26,6 +26,7 @@ from vllm_depthpar.model import last_words
 from vllm_depthpar.plan import ladder_checkpoint
 from vllm_depthpar.plan.families import FAMILIES
 from vllm_depthpar.plan.precedence import ARCHITECTURE, OLD_ARCHITECTURE
+from vllm_depthpar.util import files
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
@@ -162,6 +163,8 @@ def _explain(error: BaseException) -> str | None:
         return said
     if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
         return "the port is taken by another program; allowed: a free one with --port"
+    if isinstance(error, OSError) and (said := files.of_the_system(error)):
+        return said
     if isinstance(error, HFValidationError | RepositoryNotFoundError | LocalEntryNotFoundError):
         return (
             "no such model; allowed: a checkpoint's folder, or a model of the hub that is cached "

@@ -267,6 +267,27 @@ def test_no_name_leads_out_of_the_folder(
     assert {path.name for path in tmp_path.iterdir()} == {"model", "x.safetensors", "text.txt"}
 
 
+@pytest.mark.parametrize(
+    ("readme", "reason"),
+    [
+        (b"\xff\xfe", "not UTF-8 text"),
+        (b"---\na: [\n---\n", "while parsing a flow node"),
+        (b"---\n- x\n---\n", "should be a dict"),
+    ],
+)
+def test_a_model_card_that_is_damaged(
+    readme: bytes, reason: str, model: Path, tmp_path: Path
+) -> None:
+    """A licence that can't be read is not left out without a word."""
+    folder = shutil.copytree(model, tmp_path / "model")
+    (folder / "README.md").write_bytes(readme)
+    with pytest.raises(
+        UserError, match=rf"README\.md can't be read \(.*{reason}.*; allowed: a mod"
+    ):
+        export.export(str(folder), resolve(PLANS["pairs"], LAYERS), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_wrong_input(model: Path, exported: dict[str, Path], tmp_path: Path) -> None:
     plan = resolve(PLANS["pairs"], LAYERS)
     with pytest.raises(UserError, match="is there already; allowed: a folder that is new or empty"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +221,30 @@ def test_search_for_a_speed_on_own_text(
     markdown = (tmp_path / "fast-report.md").read_text()
     assert markdown.count("(written by the model itself)") == 2
     assert "2 x h100" in markdown
+
+
+@pytest.mark.parametrize("content", [None, "", "{", '{"model": {"type": "x"}}', "[1]"])
+@pytest.mark.parametrize("command", ["eval", "study", "search"])
+def test_no_tokenizer(
+    command: str,
+    content: str | None,
+    model: Path,
+    text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = shutil.copytree(model, tmp_path / "model")
+    for path in folder.glob("*token*"):
+        path.unlink()
+    if content is not None:
+        (folder / "tokenizer.json").write_text(content)
+        (folder / "tokenizer_config.json").write_text(content)
+    more = ["--depth", "5"] if command == "search" else []
+    out = tmp_path / "out.json"
+    assert main([command, str(folder), "--text", str(text), *more, "--out", str(out)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"depthpar: error: no tokenizer in '{folder}' (")
+    assert "; allowed: " in line
 
 
 @pytest.mark.parametrize(

@@ -210,7 +210,12 @@ def test_places_to_write_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (tmp_path / "taken.png").mkdir()
     assert file("~/new/x.json") == tmp_path / "new" / "x.json"
     assert file(str(tmp_path / "file")) == tmp_path / "file"
-    assert file("/dev/stdout") == Path("/dev/stdout")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "access", lambda *_: False)  # as in /dev for most users
+        assert out_file()(str(tmp_path / "pipe")) == tmp_path / "pipe"
+        with pytest.raises(UserError, match="can't be written to"):
+            file(str(tmp_path / "x"))
     for text, words in (
         (folder, "is a folder; allowed: a file"),
         (".", "is a folder"),
@@ -240,4 +245,6 @@ def test_places_to_write_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         with pytest.raises(UserError, match=words):
             out_folder(str(text))
     # Nothing was made on the way.
-    assert {path.name for path in tmp_path.iterdir()} == {"folder", "file", "gone", "taken.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("folder", "file", "gone", "taken.png", "pipe")
+    }

@@ -24,6 +24,7 @@ from vllm_depthpar.bench.rounds import awake, in_turn, pause, spread
 from vllm_depthpar.checkpoint import bundled
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.launch.server import Server
+from vllm_depthpar.util import files
 
 QUESTION = "What is gravity? Answer in two sentences."
 TOKENS = 64
@@ -48,6 +49,11 @@ def main() -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    except OSError as error:
+        if (message := files.of_the_system(error)) is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -146,8 +146,10 @@ def write_bytes(path: Path, content: bytes) -> None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        partial.unlink(missing_ok=True)  # of a process of this number that was killed
         try:
-            partial.write_bytes(content)
+            with partial.open("xb") as file:  # through no link
+                file.write(content)
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
@@ -170,6 +172,8 @@ def check_place(path: Path, allowed: str = WRITABLE) -> None:
         UserError: it is one.
     """
     with writing(path, allowed):
+        if path.exists() and not path.is_file() and not path.is_dir():
+            return  # `write_bytes` makes nothing there
         place = path.parent
         while not place.exists():
             if place.is_symlink():
