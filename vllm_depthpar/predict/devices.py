@@ -7,13 +7,12 @@ others reach the same is an assumption, and so is that 50 us a layer are theirs.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.predict.machines import Device
-from vllm_depthpar.util.files import cache_folder, write_json
+from vllm_depthpar.util.files import cache_folder, read_json, write_json
 from vllm_depthpar.util.names import nearest_first
 
 # The device that `depthpar predict --calibrate` measures.
@@ -96,16 +95,16 @@ def save(device: Device) -> Path:
 
 def _measured() -> Device:
     path = _file()
-    try:
-        fields = json.loads(path.read_text())
-        flops = tuple((int(rows), float(rate)) for rows, rate in fields.pop("flops"))
-        return Device(**fields, flops=flops)
-    except FileNotFoundError:
+    if not path.exists():
         raise UserError(
             f"this machine has not been measured yet; allowed: add --calibrate, or --device with "
             f"one of {', '.join(DEVICES)}"
-        ) from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        )
+    fields = read_json(path, allowed="what --calibrate writes")
+    try:
+        flops = tuple((int(rows), float(rate)) for rows, rate in fields.pop("flops"))
+        return Device(**fields, flops=flops)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
             f"{path} can't be read ({type(error).__name__}); allowed: what --calibrate writes"
         ) from None
