@@ -239,6 +239,8 @@ def watch_passes(model: nn.Module, watcher: Watcher, v2: bool) -> None:
     """Tell a watcher of a model's forward passes that serve requests, however they are run; not of
     those by which vLLM profiles memory, compiles, warms up and captures graphs.
 
+    Nor of those that VLLM_USE_BREAKABLE_CUDAGRAPH=1 replays piece by piece without the model.
+
     Relies on: a runner calls its `model` for one forward pass in an `execute_model`, which gets
     what the scheduler made; vLLM's own passes come another way, or with `dummy_run=True`, or with
     requests named as `_WARM_UP`. What replays a CUDA graph of a whole pass, and calls no model, is
