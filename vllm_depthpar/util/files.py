@@ -6,12 +6,11 @@ import errno
 import fcntl
 import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError
 
 from vllm_depthpar.errors import UserError, shortened
 
@@ -59,7 +58,7 @@ def reading(path: Path | str, allowed: str) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+    except (OSError, ValueError, RecursionError, *_of_safetensors()) as error:
         raise UserError(f"{path} can't be read ({reason(error)}); allowed: {allowed}") from None
 
 
@@ -76,9 +75,17 @@ def writing(path: Path | str, allowed: str = WRITABLE) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not isinstance(error, OSError | SafetensorError) and "(os error " not in str(error):
+        ours = isinstance(error, (OSError, *_of_safetensors()))
+        if not ours and "(os error " not in str(error):
             raise
         raise UserError(f"{path} can't be written ({reason(error)}); allowed: {allowed}") from None
+
+
+def _of_safetensors() -> tuple[type[Exception], ...]:
+    """Name what safetensors raises, if anybody here has imported it: this module is imported where
+    it may not be installed."""
+    library = sys.modules.get("safetensors")
+    return () if library is None else (library.SafetensorError,)
 
 
 def reason(error: BaseException) -> str:
