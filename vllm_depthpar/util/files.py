@@ -58,7 +58,9 @@ def reading(path: Path | str, allowed: str) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, ValueError, RecursionError, *_of_safetensors()) as error:
+    except Exception as error:
+        if not isinstance(error, (OSError, ValueError, RecursionError, *_of_safetensors())):
+            raise
         raise UserError(f"{path} can't be read ({reason(error)}); allowed: {allowed}") from None
 
 
