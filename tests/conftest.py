@@ -17,6 +17,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
 
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,13 @@ from texts import TEXTS
 # a new one is found where somebody looks.
 settings.register_profile("depthpar", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("depthpar")
+
+
+def pytest_report_header() -> str:
+    """On which vLLM: `make test-next` puts the next release's Python on the installed kernels."""
+    builds = metadata.distributions(name="vllm-cpu")
+    kernels = [f"kernels of vllm-cpu {build.version}" for build in builds]
+    return ", ".join([f"vllm {metadata.version('vllm')}", *kernels])
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

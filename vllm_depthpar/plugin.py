@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -171,6 +171,14 @@ def _explain(error: BaseException) -> str | None:
             "or can be downloaded"
         )
     if isinstance(error, ValidationError):
-        causes = [str(cause["msg"]).strip().splitlines()[0] for cause in error.errors()]
-        return "; ".join(dict.fromkeys(causes))
+        return "; ".join(dict.fromkeys(map(_cause, error.errors())))
     return None
+
+
+def _cause(error: Mapping[str, Any]) -> str:
+    """Say one of pydantic's errors in one line, with the field and its value where it has them: the
+    message says only what is allowed."""
+    message = str(error["msg"]).strip().splitlines()[0]
+    if error["loc"] and isinstance(error["input"], str | int | float | None):
+        return f"{'.'.join(map(str, error['loc']))} {error['input']!r}: {message}"
+    return message

@@ -290,6 +290,7 @@ def test_metrics(server: Server) -> None:
     assert "vllm:generation_tokens_total" in metrics
 
 
+@pytest.mark.next
 def test_compiled_checkpoint_without_flags(smollm2: Path, tmp_path: Path) -> None:
     """vLLM's defaults (torch.compile, bf16), and a checkpoint that carries its plan."""
     folder = tmp_path / "restructured"
@@ -314,6 +315,7 @@ def test_compiled_checkpoint_without_flags(smollm2: Path, tmp_path: Path) -> Non
         assert "'mode': <CompilationMode.DYNAMO_TRACE_ONCE" in log
 
 
+@pytest.mark.next
 def test_two_ranks(tmp_path: Path) -> None:
     """vLLM's own tensor-parallel workers, each with one member of every pair. The plan's file is
     read once; what is running when the server is told to end is finished."""

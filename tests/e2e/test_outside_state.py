@@ -151,6 +151,7 @@ def distance(result: Result, case: Case) -> float:
     return most
 
 
+@pytest.mark.next
 def test_plans_do_not_share_a_folder(tmp_path: Path) -> None:
     """Engine after engine on one folder, with vLLM's connector that keeps KV caches in files."""
     folder, store = write_llama(tmp_path / "model", layers=LAYERS), tmp_path / "store"

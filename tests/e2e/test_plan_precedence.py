@@ -12,6 +12,8 @@ from models import write_llama
 
 from vllm_depthpar.plan import resolve
 
+pytestmark = pytest.mark.next
+
 LAYERS = 16
 OVERRIDE, ENVIRON, CONFIG = {"pair": [0, 2]}, {"pair": [0, 4]}, {"pair": [0, 6]}
 FLAG = ["--model-impl", "depthpar"]

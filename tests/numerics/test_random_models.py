@@ -17,6 +17,8 @@ from models import LLAMA3_ROPE, prompts, quantize_int8, write_llama
 from vllm_depthpar import hf
 from vllm_depthpar.plan import Plan, resolve
 
+pytestmark = pytest.mark.next
+
 # Ways into and out of ladder blocks, as in test_hf.py.
 LADDERS: list[Any] = [
     {"ladder": "all"},

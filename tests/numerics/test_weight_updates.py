@@ -36,6 +36,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return first, second
 
 
+@pytest.mark.next
 @pytest.mark.parametrize(("ranks", "hosts"), [(1, False), (2, False)], ids=["TP1", "TP2"])
 def test_loaded_again(ranks: int, hosts: bool, folders: tuple[Path, Path]) -> None:
     first, second = folders
@@ -59,6 +60,7 @@ def test_compiled_model_runs_on_the_new_weights(folders: tuple[Path, Path]) -> N
     check(result, case, hf.load(second, case.plan))
 
 
+@pytest.mark.next
 def test_half_of_a_block_is_not_taken(folders: tuple[Path, Path]) -> None:
     """All of its tensors came, but not in one update: the block is what it was."""
     first, second = folders

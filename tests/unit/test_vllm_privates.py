@@ -27,6 +27,7 @@ from vllm.benchmarks import serve
 from vllm.config.model_arch import ModelArchitectureConfig
 from vllm.distributed import parallel_state
 from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+from vllm.distributed.device_communicators.cuda_communicator import CudaCommunicator
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.parallel_state import GroupCoordinator
 from vllm.forward_context import ForwardContext
@@ -47,7 +48,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader
 from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
 from vllm.transformers_utils.repo_utils import is_mistral_model_repo
 from vllm.utils.torch_utils import direct_register_custom_op
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, UniformTypeKVCacheSpecs
@@ -55,8 +56,12 @@ from vllm.v1.metrics.perf import _COMPONENT_METRICS_REGISTRY, ComponentMetrics
 from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
+from vllm.v1.worker import gpu_model_runner
+from vllm.v1.worker.gpu import model_runner, warmup
+from vllm.v1.worker.gpu.cudagraph_utils import ModelCudaGraphManager
 from vllm.v1.worker.utils import AttentionGroup
 
+from vllm_depthpar import vllm_compat
 from vllm_depthpar.metrics import mfu
 from vllm_depthpar.model import outside_state
 from vllm_depthpar.model.blocks import BlockDecoderLayer
@@ -68,6 +73,7 @@ from vllm_depthpar.serving.endpoints import DepthParEndpoints
 pytestmark = pytest.mark.next
 
 ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "vllm_depthpar"
 CONFIGS: dict[str, type] = {
     "vllm_config": vllm.config.VllmConfig,
     "model_config": vllm.config.ModelConfig,
@@ -99,7 +105,7 @@ def named() -> Iterator[str]:
 
 def config_fields() -> Iterator[tuple[str, str]]:
     """What our functions read of vLLM's config: the config's name in `CONFIGS`, and the field."""
-    for path in (ROOT / "vllm_depthpar").rglob("*.py"):
+    for path in PACKAGE.rglob("*.py"):
         for function in ast.walk(ast.parse(path.read_text())):
             if not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
                 continue
@@ -211,6 +217,8 @@ CALLED: list[tuple[Callable[..., Any], str]] = [
     (GroupCoordinator._all_reduce_out_place, "self, input_"),
     (AttentionGroup, "backend, layer_names, kv_cache_spec, kv_cache_group_id"),
     (AttentionGroup.create_metadata_builders, "self, vllm_config, device, kernel_block_size="),
+    (gpu_model_runner.GPUModelRunner.execute_model, "self, scheduler_output"),
+    (model_runner.GPUModelRunner.execute_model, "self, scheduler_output, dummy_run="),
     (EngineArgs.add_cli_args, "parser"),
     (EngineArgs.from_cli_args, "args"),
     (LLM.from_engine_args, "engine_args"),
@@ -255,8 +263,12 @@ HELD: dict[type, str] = {
     LlamaModel: "layers",
     LlamaForCausalLM: "model",
     RMSNorm: "weight hidden_size variance_epsilon",
-    ForwardContext: "attn_metadata cudagraph_runtime_mode",
-    CPUAttentionMetadata: "query_start_loc max_query_len",
+    CudaCommunicator: "fi_pcie_ipc_ar_comm",
+    ForwardContext: "cudagraph_runtime_mode",
+    SchedulerOutput: "num_scheduled_tokens",
+    gpu_model_runner.GPUModelRunner: "model _model_forward",
+    model_runner.GPUModelRunner: "model",
+    ModelCudaGraphManager: "run_fullgraph",
     LLMEngine: "vllm_config engine_core",
     LLM: "llm_engine",
     SpecDecodeBaseProposer: "draft_attn_groups kv_cache_gid vllm_config device",
@@ -273,6 +285,7 @@ HELD: dict[type, str] = {
     ids=id_of,
 )
 def test_instances_have(kind: type, name: str) -> None:
+    assert any(re.search(rf"\b{name}\b", path.read_text()) for path in PACKAGE.rglob("*.py"))
     assert holds(kind, name)
 
 
@@ -339,6 +352,13 @@ def test_attentions_come_last_when_weights_are_loaded() -> None:
     assert "process_weights_after_loading(" in inspect.getsource(
         layerwise._finalize_attention_layer
     )
+
+
+def test_warm_up_is_told_by_its_requests() -> None:
+    made = r'req_id(?:s|_prefix: str) = \[?f?"([^"]+)"'
+    names = re.findall(made, inspect.getsource(warmup))
+    assert len(names) == 2
+    assert all(vllm_compat._WARM_UP.match(name) for name in names)
 
 
 def test_draft_model_inherits_its_attention() -> None:
