@@ -34,7 +34,7 @@ export VLLM_USE_AOT_COMPILE ?= 0
 export TORCHINDUCTOR_CACHE_DIR ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/depthpar/torchinductor
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve chat demo test test-next lint format lock clean
+.PHONY: help install serve chat demo test test-next test-deploy lint format lock clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -95,6 +95,17 @@ test-next: $(INSTALLED) ## Run a choice of the tests on vLLM's next release (its
 	PYTHONPATH="$$next$${PYTHONPATH:+:$$PYTHONPATH}" VLLM_TARGET_DEVICE=cpu \
 		$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m next $(ARGS)
 
+# Not in $(VENV): Ray and the schemas are 300 MB, and vLLM behaves otherwise where it finds Ray.
+test-deploy: $(INSTALLED) ## Run the tests that need Ray and Kubernetes' schemas
+	@test -e $(VENV)-deploy/.installed || { set -e; \
+		$(BIN)/python -m venv --clear $(VENV)-deploy; \
+		packages() { "$$1" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }; \
+		echo "import site; site.addsitedir('$$(packages $(BIN)/python)')" \
+			>"$$(packages $(VENV)-deploy/bin/python)/$(notdir $(VENV)).pth"; \
+		$(VENV)-deploy/bin/pip install -qq --no-compile 'ray>=2.60,<3' 'kubernetes-validate>=1.37,<2'; \
+		touch $(VENV)-deploy/.installed; }
+	@$(VENV)-deploy/bin/python -m pytest tests/e2e/test_ray.py tests/unit/test_kubernetes.py $(ARGS)
+
 lint: $(INSTALLED) ## Check style and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -115,6 +126,6 @@ lock: ## Resolve requirements/ again (ARGS=--upgrade: to the newest versions)
 		--output-file requirements/cpu.lock $(ARGS)
 
 clean: ## Remove the environment and everything that tools left here
-	rm -rf $(VENV) $(VENV)-lock .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-deploy $(VENV)-lock .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
 	rm -rf requirements/vllm-cpu-metadata/build requirements/vllm-cpu-metadata/*.egg-info
 	find vllm_depthpar tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -87,6 +87,7 @@ def install() -> None:
         vllm_compat.register(name, f"vllm_depthpar.model.causal_lm:{ARCHITECTURE}", DepthParConfig)
     ladder_config.register()
     vllm_compat.let_select_architectures(architectures_of)
+    vllm_compat.let_ray_copy("DEPTHPAR_")
     sys.excepthook = _one_line(sys.excepthook)
 
 

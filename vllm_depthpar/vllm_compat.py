@@ -34,6 +34,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 from vllm.platforms import current_platform
+from vllm.ray import ray_env
 from vllm.transformers_utils.repo_utils import is_mistral_model_repo
 from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
 
@@ -85,6 +86,17 @@ def _selecting(method: Callable[..., Any], select: Select) -> Callable[..., Any]
         return method(self, list(select(names, model_config)), model_config)
 
     return look_up
+
+
+def let_ray_copy(prefix: str) -> None:
+    """Have vLLM give the environment variables of a prefix to the processes that Ray starts for it.
+
+    The workers of vLLM's newer executor on Ray get the whole environment; those of the older one
+    (VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0), and engines in data parallelism, what is named.
+
+    Relies on: `ray_env.DEFAULT_ENV_VAR_PREFIXES` is a set that is read when they are started.
+    """
+    ray_env.DEFAULT_ENV_VAR_PREFIXES.add(prefix)
 
 
 def is_mistral_format(model_config: ModelConfig) -> bool:

@@ -12,9 +12,11 @@ from models import write_llama
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+from vllm.ray.ray_env import get_env_vars_to_copy
 from vllm.version import __version__ as vllm_version
 
 from vllm_depthpar.errors import UserError
+from vllm_depthpar.metrics import metric_files
 from vllm_depthpar.model.config import DepthParConfig
 from vllm_depthpar.plan.attached import source_of
 from vllm_depthpar.plan.precedence import ARCHITECTURE, OLD_ARCHITECTURE
@@ -42,6 +44,12 @@ def test_registering_twice_wraps_once() -> None:
     for name in (ARCHITECTURE, OLD_ARCHITECTURE):
         assert name in ModelRegistry.get_supported_archs()
         assert MODELS_CONFIG_MAP[name] is DepthParConfig
+
+
+def test_ray_gets_our_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(metric_files.FOLDER_ENV, "/somewhere")
+    register()
+    assert metric_files.FOLDER_ENV in get_env_vars_to_copy()
 
 
 PAIRS = {"pair": [0, 4]}

@@ -9,8 +9,8 @@ folder, and every API server already merges them; else to a folder of ours, whic
 `collector` reads when it is scraped. Several engines write several files, and
 differ in the label `engine`.
 
-The folder's name is in the environment, as vLLM's is. A worker on another host than the API server,
-or one that Ray started, does not have it, and publishes nothing.
+The folder's name is in the environment, as vLLM's is; vLLM copies it to workers that Ray starts. On
+another host than the API server's there is no such folder, and a worker publishes nothing.
 
 Relies on: `prometheus_client.mmap_dict` (0.18 and later), which that package does not document, and
 the file names and keys that its `MultiProcessCollector` takes apart.
