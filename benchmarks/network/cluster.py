@@ -217,10 +217,10 @@ def measure(args: argparse.Namespace, link: Link | None, out: Path | None) -> di
         plans = {one.label: one.digest for one in chosen}
         record = common.open_record(args, out=out, plans=plans, links=link_name, model=config)
         save = common.saver(record, out)
+        hosts = stack.enter_context(TwoHosts(link or Link()))
         if len(record["rounds"]) < args.rounds:
             needed = {one.label: _memory_bytes(one, args.dtype, link is None) for one in chosen}
             memory.check(needed, 1 if args.one_at_a_time else len(chosen))
-        hosts = stack.enter_context(TwoHosts(link or Link()))
         stage = Deployments(args, hosts, link is None, folder, model, stack)
         common.take_turns(
             stage, chosen, loads, record, args.rounds, save, link_name, args.one_at_a_time
