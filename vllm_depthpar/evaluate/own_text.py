@@ -121,9 +121,8 @@ def write(
         arguments = (model, openings, seed, dtype, settings, folder)
         try:
             engine.call(_sample, *arguments, progress=True)
-        except engine.EngineError as error:
-            why = error.last.rpartition("UserError: ")[2]
-            raise UserError(f"vLLM could not write text with {model!r}: {why}") from None
+        except (engine.EngineError, UserError) as error:
+            raise UserError(f"vLLM could not write text with {model!r}: {error}") from None
         journal = Journal(settings, folder)
     found = {}
     for kind in dict.fromkeys(kind for kind, _ in openings):

@@ -14,6 +14,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_depthpar.errors import UserError
 from vllm_depthpar.launch.process_group import ProcessGroup, last_lines
 
 if TYPE_CHECKING:
@@ -206,4 +207,8 @@ def _run(
 
 
 def _answer(connection: Connection, target: Callable[..., Any], args: tuple[object, ...]) -> None:
-    connection.send(target(*args))
+    try:
+        answer = target(*args)
+    except UserError as error:  # its line is not the last that the process prints
+        answer = error
+    connection.send(answer)
