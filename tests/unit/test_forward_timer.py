@@ -166,7 +166,7 @@ def two_gpus(device: simulated_cuda.Device, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(reductions, "get_tp_group", lambda: group)
     monkeypatch.setattr(reductions, "group_named", lambda _: group)
     monkeypatch.setattr(reductions, "communicator_all_reduce", lambda _, tensor: all_reduce(tensor))
-    monkeypatch.setattr(reductions, "_side_streams", {})
+    monkeypatch.setattr(reductions, "side_streams", {})
     return group
 
 

@@ -254,14 +254,15 @@ def _start_on_cuda(partial: Tensor, group: GroupCoordinator) -> Finish:
     return finish
 
 
-_side_streams: dict[torch.device, torch.cuda.Stream] = {}
+# One for each device that needed one.
+side_streams: dict[torch.device, torch.cuda.Stream] = {}
 
 
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    if device not in _side_streams:
+    if device not in side_streams:
         # High priority: a reduction needs few multiprocessors, and others wait for it.
-        _side_streams[device] = torch.cuda.Stream(device, priority=-1)
-    return _side_streams[device]
+        side_streams[device] = torch.cuda.Stream(device, priority=-1)
+    return side_streams[device]
 
 
 _library = Library("depthpar", "FRAGMENT")
