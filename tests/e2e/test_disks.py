@@ -81,6 +81,17 @@ def test_out_is_checked_before_work_begins(
         assert "is there already; allowed: a folder that is new or empty" in line
 
 
+@pytest.mark.parametrize("command", ["export", "recover"])
+def test_out_on_which_a_disk_is_mounted(
+    command: str, model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a container's volume is: it can't be exchanged for what was made beside it."""
+    with disk(tmp_path / "disk", 1 << 24) as volume:
+        line = one_line(capsys, main(words(command, tmp_path / "nowhere", text, volume)))
+        assert line.endswith("is where a disk is mounted; allowed: a folder on it")
+        assert main(words("export", model, text, volume / "out")) == 0
+
+
 @pytest.mark.parametrize("command", ["eval", "study", "search", "export"])
 def test_full_out(
     command: str, model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

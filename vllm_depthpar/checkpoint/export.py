@@ -44,6 +44,8 @@ def check_out(out: Path) -> None:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out} is there already; allowed: a folder that is new or empty")
+    if out.is_mount():  # what is made elsewhere can't take its place
+        raise UserError(f"--out {out} is where a disk is mounted; allowed: a folder on it")
     files.check_place(out)
 
 
