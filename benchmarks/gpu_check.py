@@ -301,6 +301,8 @@ def published(machine: Machine) -> Iterator[Row]:
 def publish(connection: Connection, model: str, flags: list[str]) -> None:
     """Be an engine's process: generate for two sequences, and send the sums of what was published,
     by metric, phase and kind."""
+    for folder in (metric_files.FOLDER_ENV, metric_files.VLLM_FOLDER_ENV):
+        os.environ.pop(folder, None)  # a server's in whose environment this runs
     engine = make_engine(model, flags)
     from vllm_depthpar import vllm_compat
     from vllm_depthpar.metrics.collector import collect
