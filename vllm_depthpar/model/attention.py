@@ -30,7 +30,10 @@ class Qwen2Attention(LlamaAttention):
 
 
 class Qwen3Attention(LlamaAttention):
-    """With an RMSNorm of every head of q and k before RoPE, by vLLM's own forward pass."""
+    """With an RMSNorm of every head of q and k before RoPE, by vLLM's own forward pass.
+
+    Relies on: `LlamaAttention` has `q_size` and `kv_size`, which that reads.
+    """
 
     def __init__(self, **given: Any) -> None:
         super().__init__(**given)
