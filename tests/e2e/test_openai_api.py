@@ -349,11 +349,11 @@ def test_two_ranks(tmp_path: Path) -> None:
     ):
         file.write_text('{"skip": [1, 2, 3]}')
         generated = generate(server, 12)
-        running = pool.submit(generate, server, 450)  # long enough to be seen running
+        running = pool.submit(generate, server, 200)
         while gauges(server, "num_requests_running") != [1]:
             assert not running.done()
         server.process.send_signal(signal.SIGTERM)
-        assert len(running.result()) == 450
+        assert len(running.result()) == 200
         assert server.process.wait(60) == 0
     expected = hf.load(folder, plan).generate(tokens, max_new_tokens=12, do_sample=False)
     assert generated == expected[0, 30:].tolist()
