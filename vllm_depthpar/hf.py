@@ -31,14 +31,19 @@ F_ir what rank r computes of A_i and F_i,
     a_r = sum_i A_ir(x)
     x <- x + sum_r (a_r + sum_i F_ir(x + a_r))
 
-so that what it means depends on R. A block's query heads, and the inner dimension of its MLPs, are
-those of its layers one after the other, and a rank has a contiguous R-th of them, as in vLLM.
+so that what it means depends on R. A block's heads, and the inner dimension of its MLPs, are those
+of its layers one after the other, and a rank has a contiguous R-th of them, as in vLLM.
+
+Desync residual (the Ladder authors' gpt_desync): where a sum T of a block, its attentions or its
+MLPs, is not reduced, each rank goes on with its own stream, and the next that is makes them one,
+
+    x_r <- x_r + T_r(x_r)           x <- sum_r (x_r / R + T_r(x_r))
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from os import PathLike
@@ -68,7 +73,15 @@ from vllm_depthpar.plan.model_shape import half_of
 from vllm_depthpar.plan.plan import Half, halves_of
 from vllm_depthpar.plan.precedence import KEY
 
-Stream: TypeAlias = Tensor | tuple[Tensor, Tensor]
+
+
+class Apart(tuple[Tensor, ...]):
+    """The residual streams of the ranks, (batch, tokens, hidden) each, where they differ."""
+
+    __slots__ = ()
+
+
+Stream: TypeAlias = Tensor | tuple[Tensor, Tensor] | Apart
 
 
 class ParallelBlock(GradientCheckpointingLayer):
@@ -79,6 +92,7 @@ class ParallelBlock(GradientCheckpointingLayer):
         mode: of the plan's block, see `vllm_depthpar.plan.Plan.mode`.
         before_ladder: whether the next block is a ladder block.
         ranks: R of the equations.
+        unreduced: halves whose sum is not reduced, see `vllm_depthpar.plan.Plan.unreduced`.
         attending, feeding: indices of the members that have an attention, and an MLP.
     """
 
@@ -90,6 +104,7 @@ class ParallelBlock(GradientCheckpointingLayer):
         ranks: int = 1,
         drop_attention: Collection[int] = (),
         drop_mlp: Collection[int] = (),
+        unreduced: Collection[str] = (),
     ) -> None:
         # Not a decoder layer's own constructor (see `restructure`), which would make its weights.
         nn.Module.__init__(self)
@@ -97,6 +112,7 @@ class ParallelBlock(GradientCheckpointingLayer):
         self.mode = mode
         self.before_ladder = before_ladder
         self.ranks = ranks
+        self.unreduced = frozenset(unreduced) if ranks > 1 else frozenset()
         self.attending = [index for index in members if index not in drop_attention]
         self.feeding = [index for index in members if index not in drop_mlp]
 
@@ -105,12 +121,17 @@ class ParallelBlock(GradientCheckpointingLayer):
 
         Args:
             hidden_states: the residual stream, (batch, tokens, hidden); for a ladder block that is
-                not the first, the pair (x, y) of the equations.
+                not the first, the pair (x, y) of the equations; or the streams of all ranks.
             context: what transformers hands every attention (rotary embedding, mask, cache).
 
         Returns:
-            The residual stream after the block, same shape; the pair if a ladder block is next.
+            The residual stream after the block, same shape; the pair if a ladder block is next; the
+            streams of all ranks if the block's last sum is not reduced.
         """
+        if self.unreduced or isinstance(hidden_states, Apart):
+            after = self._desync(hidden_states, **context)
+            # No plan lets a ladder block read what was before this block's MLP.
+            return after if isinstance(after, Apart) or not self.before_ladder else (after, after)
         x, y = hidden_states if isinstance(hidden_states, tuple) else (hidden_states, hidden_states)
         if self.mode == "drop_sync" and self.ranks > 1:
             x = y = x + self._without_sync(x, **context)
@@ -142,37 +163,109 @@ class ParallelBlock(GradientCheckpointingLayer):
 
     def _without_sync(self, x: Tensor, **context: Any) -> Tensor:
         """Sum a_r and f_r over the ranks."""
-        total, attention = torch.zeros_like(x), [torch.zeros_like(x)] * self.ranks
-        for member, layer in enumerate(self.layers):
-            output = layer.self_attn.o_proj
-            with _inputs_of(output) as seen:
-                total = total + layer.self_attn(layer.input_layernorm(x), **context)[0]
-            for rank, mine in self._shares(member, seen[0].shape[-1]):
-                attention[rank] = attention[rank] + _columns(output, seen[0], mine)
-            if getattr(output, "bias", None) is not None:
-                first = self._rank_of_bias(member)
-                attention[first] = attention[first] + output.bias
-        for member, layer in enumerate(self.layers):
-            gate, up = layer.mlp.gate_proj, layer.mlp.up_proj
-            parts = []
-            for rank, mine in self._shares(member, up.out_features):
-                stream = layer.post_attention_layernorm(x + attention[rank])
-                parts.append(layer.mlp.act_fn(_rows(gate, stream, mine)) * _rows(up, stream, mine))
-            # Its columns are cut as these rows are: the sum over ranks is one product.
-            total = total + layer.mlp.down_proj(torch.cat(parts, -1))
-        return total
+        attention, terms = self._attentions(x, **context)
+        mlp, _ = self._mlps(Apart(x + term for term in terms))
+        return attention + mlp
 
-    def _rank_of_bias(self, member: int) -> int:
+    def _desync(self, before: Stream, **context: Any) -> Tensor | Apart:
+        """Run both halves, each reduced or not."""
+        # A block that no ladder block follows may stand after one that hands on a pair.
+        stream = before if isinstance(before, Tensor | Apart) else before[0]
+        if self.attending:
+            stream = self._added("attention", stream, *self._attentions(stream, **context))
+        if self.feeding:
+            stream = self._added("mlp", stream, *self._mlps(stream))
+        return stream
+
+    def _added(
+        self, half: str, stream: Tensor | Apart, total: Tensor, terms: list[Tensor]
+    ) -> Tensor | Apart:
+        """Add the sum of a half to the stream, reduced or not."""
+        if half in self.unreduced:
+            return Apart(map(torch.add, self._of_ranks(stream), terms))
+        if isinstance(stream, Apart):
+            return _total(x / self.ranks for x in stream) + total
+        return stream + total
+
+    def _of_ranks(self, stream: Tensor | Apart) -> Sequence[Tensor]:
+        return stream if isinstance(stream, Apart) else [stream] * self.ranks
+
+    def _attentions(self, stream: Tensor | Apart, **context: Any) -> tuple[Tensor, list[Tensor]]:
+        """Compute sum_r T_r(x_r), and the terms T_r(x_r), of attentions on each rank's stream."""
+        streams = self._of_ranks(stream)
+        total, terms = torch.zeros_like(streams[0]), [torch.zeros_like(x) for x in streams]
+        for member, layer in enumerate(map(self._member, self.attending)):
+            attention, output = layer.self_attn, layer.self_attn.o_proj
+            with _inputs_of(output) as seen:
+                if isinstance(stream, Apart):
+                    normalized = [layer.input_layernorm(x) for x in stream]
+                    with self._cut(attention, member, normalized):
+                        own = attention(normalized[0], **context)[0]
+                else:
+                    own = attention(layer.input_layernorm(stream), **context)[0]
+            total = total + own
+            for rank, mine in self._shares(len(self.attending), member, seen[0].shape[-1]):
+                terms[rank] = terms[rank] + _columns(output, seen[0], mine)
+            if getattr(output, "bias", None) is not None:
+                first = self._rank_of_bias(len(self.attending), member)
+                terms[first] = terms[first] + output.bias
+        return total, terms
+
+    def _mlps(self, stream: Tensor | Apart) -> tuple[Tensor, list[Tensor]]:
+        """Compute the same of MLPs; the terms only where they are not reduced."""
+        streams = self._of_ranks(stream)
+        total, terms = torch.zeros_like(streams[0]), [torch.zeros_like(x) for x in streams]
+        for member, layer in enumerate(self.feeding_layers):
+            gate, up, down = layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj
+            shares = list(self._shares(len(self.feeding), member, up.out_features))
+            parts = []
+            for rank, mine in shares:
+                x = layer.post_attention_layernorm(streams[rank])
+                parts.append(layer.mlp.act_fn(_rows(gate, x, mine)) * _rows(up, x, mine))
+            # Its columns are cut as these rows are: the sum over ranks is one product.
+            inner = torch.cat(parts, -1)
+            total = total + down(inner)
+            if "mlp" not in self.unreduced:
+                continue
+            for rank, mine in shares:
+                terms[rank] = terms[rank] + _columns(down, inner, mine)
+            if getattr(down, "bias", None) is not None:
+                first = self._rank_of_bias(len(self.feeding), member)
+                terms[first] = terms[first] + down.bias
+        return total, terms
+
+    @contextmanager
+    def _cut(self, attention: Any, member: int, streams: list[Tensor]) -> Iterator[None]:
+        """Let an attention's projections take each rank's heads from that rank's stream."""
+        kv_heads = len(self.attending) * attention.k_proj.out_features // attention.head_dim
+        if kv_heads % self.ranks:
+            raise UserError(
+                f"{self.ranks} ranks share {kv_heads} KV heads, and under 'desync' each has its "
+                f"own; allowed: to serve it, or numbers of ranks that divide them"
+            )
+
+        def by_rank(linear: Any, *_: object) -> Tensor:
+            shares = self._shares(len(self.attending), member, linear.out_features)
+            return torch.cat([_rows(linear, streams[rank], mine) for rank, mine in shares], -1)
+
+        projections = [attention.q_proj, attention.k_proj, attention.v_proj]
+        hooks = [linear.register_forward_hook(by_rank) for linear in projections]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _rank_of_bias(self, members: int, member: int) -> int:
         """Find the rank that adds a layer's output bias: vLLM's layers do it on their first."""
-        members = len(self.layers)
         return member * self.ranks // members if self.ranks % members == 0 else 0
 
-    def _shares(self, member: int, size: int) -> Iterator[tuple[int, slice]]:
+    def _shares(self, members: int, member: int, size: int) -> Iterator[tuple[int, slice]]:
         """List the ranks that have a part of a layer's dimension of a size, and which part."""
-        per_rank, rest = divmod(len(self.layers) * size, self.ranks)
+        per_rank, rest = divmod(members * size, self.ranks)
         if rest:
             raise UserError(
-                f"{self.ranks} ranks can't cut {len(self.layers)} times {size} evenly; allowed: "
+                f"{self.ranks} ranks can't cut {members} times {size} evenly; allowed: "
                 f"tensor-parallel sizes that fit the plan"
             )
         for rank in range(self.ranks):
@@ -218,7 +311,7 @@ def _rows(linear: nn.Module, inputs: Tensor, mine: slice) -> Tensor:
     if isinstance(linear, nn.Linear):
         bias = None if linear.bias is None else linear.bias[mine]
         return nn.functional.linear(inputs, linear.weight[mine], bias)
-    return cast(Tensor, linear(inputs)[..., mine])
+    return cast(Tensor, linear.forward(inputs)[..., mine])  # without hooks: one may call this
 
 
 def load(
@@ -236,7 +329,7 @@ def load(
             the checkpoint's config.json carries.
         dtype: what the weights are converted to.
         ranks: the tensor-parallel size whose model it is to be (default: the plan's `tp`, else 1);
-            it matters to drop-sync blocks alone.
+            it matters to `drop_sync` and `desync` alone.
         kwargs: more arguments of `from_pretrained`. Pickled weights are read only where they say
             ``use_safetensors=False``.
 
@@ -410,6 +503,7 @@ def restructure(model: PreTrainedModel, plan: Plan, ranks: int | None = None) ->
             ranks=ranks or plan.tp or 1,
             drop_attention=plan.drop_attention,
             drop_mlp=plan.drop_mlp,
+            unreduced=plan.unreduced(position),
         )
         for position, block in enumerate(plan.blocks)
     )

@@ -117,7 +117,7 @@ def test_gauges_are_the_plans(run: Run) -> None:
     assert value(found, "plan_info", digest=PLAN.digest, tensor_parallel_size="2") == 1
     assert value(found, "effective_depth") == 5
     kinds = {s.labels["kind"]: s.value for s in found if s.name == "vllm:depthpar_layers"}
-    none = {"drop_sync": 0, "parallel_residual": 0, "half": 0}
+    none = {"drop_sync": 0, "parallel_residual": 0, "desync": 0, "half": 0}
     assert kinds == {"single": 2, "parallel": 2, "ladder": 3, "skipped": 1, **none}
     assert value(found, "all_reduces_per_forward") == all_reduces(PLAN)
     assert value(found, "hidden_all_reduces_per_forward") == hidden_all_reduces(PLAN)

@@ -18,7 +18,8 @@ def plain_logits(path: Path, plan: Plan, ids: Tensor, ranks: int = 1) -> Tensor:
 
     Every layer sees as far as its kind in the config's `layer_types` says, or, without these, those
     from `max_window_layers` on see `sliding_window` tokens.
-    Takes token ids (tokens,), returns logits (tokens, vocab). A drop-sync block is that of `ranks`.
+    Takes token ids (tokens,), returns logits (tokens, vocab). What depends on
+    the tensor-parallel size is that of `ranks`.
     """
     config = json.loads((path / "config.json").read_text())
     weights = {k: v.double() for k, v in load_file(path / "model.safetensors").items()}
@@ -80,21 +81,43 @@ def plain_logits(path: Path, plan: Plan, ids: Tensor, ranks: int = 1) -> Tensor:
         gate, up = apply(f"{name}.mlp.gate_proj", x), apply(f"{name}.mlp.up_proj", x)
         return apply(f"{name}.mlp.down_proj", silu(gate) * up * on, biased)
 
-    def without_sync(block: tuple[int, ...], x: Tensor) -> Tensor:
-        total, inner = torch.zeros_like(x), len(weights["model.layers.0.mlp.up_proj.weight"])
-        for rank in range(ranks):
-            a = torch.zeros_like(x)
-            for at, layer in enumerate(block):
-                # Where a member is a group of ranks, the first of them adds its output bias.
-                first = at * ranks // len(block) if ranks % len(block) == 0 else 0
-                a = a + attention(layer, x, mine(block, layer, heads * width, rank), rank == first)
-            total = total + a
-            for layer in block:
-                total = total + mlp(layer, x + a, mine(block, layer, inner, rank), rank == 0)
+    def term(block: tuple[int, ...], half: str, x: Tensor, rank: int) -> Tensor:
+        """What a rank computes of a sum."""
+        total = torch.zeros_like(x)
+        for at, layer in enumerate(block):
+            # Where a member is a group of ranks, the first of them adds its output bias.
+            first = at * ranks // len(block) if ranks % len(block) == 0 else 0
+            size, of = (heads * width, attention) if half == "attention" else (inner, mlp)
+            total = total + of(layer, x, mine(block, layer, size, rank), rank == first)
         return total
 
+    def without_sync(block: tuple[int, ...], x: Tensor) -> Tensor:
+        total = torch.zeros_like(x)
+        for rank in range(ranks):
+            a = term(block, "attention", x, rank)
+            total = total + a + term(block, "mlp", x + a, rank)
+        return total
+
+    def desync(position: int, streams: list[Tensor]) -> list[Tensor]:
+        for half in ("attention", "mlp"):
+            if not (block := getattr(plan, half)(position)):
+                continue
+            terms = [term(block, half, x, rank) for rank, x in enumerate(streams)]
+            if (block[0], half) in plan.desync:
+                streams = [x + t for x, t in zip(streams, terms, strict=True)]
+            else:
+                whole = torch.stack([x / ranks + t for x, t in zip(streams, terms, strict=True)])
+                streams = [whole.sum(0)] * ranks
+        return streams
+
+    inner = len(weights["model.layers.0.mlp.up_proj.weight"])
+    streams: list[Tensor] = []
     x = after_attention = embedding(ids, weights["model.embed_tokens.weight"])
     for position, block in enumerate(plan.blocks):
+        if plan.desync and plan.mode(position) == "standard" and not plan.is_ladder(position + 1):
+            streams = desync(position, streams if plan.is_apart(position) else [x] * ranks)
+            x = after_attention = streams[0]
+            continue
         if position in plan.drop_sync:
             x = after_attention = x + without_sync(block, x)
             continue

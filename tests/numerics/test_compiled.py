@@ -34,6 +34,7 @@ PLANS: dict[str, Any] = {
     "ladder over pairs": {"pair": [2, 8], "ladder": "all"},
     "parallel residual": {"pair": [2, 6], "parallel_residual": "all"},
     "dropped sync points": {"pair": [2, 6], "drop_sync": "all"},
+    "desync": {"pair": [2, 6], "desync": {"every": 4}},
     # Alone, side by side in twos and threes, in another order, skipped; a ladder over some.
     "all mixed": {"blocks": [[0], [2, 1], [3], [4, 5, 7]], "ladder": [1, 2, 3]},
     "halves": {
@@ -45,6 +46,7 @@ PLANS: dict[str, Any] = {
         "ladder": [3],
         "drop_sync": [0, 1, 2],
         "parallel_residual": [4, 5, 7],
+        "desync": {"attention": [6], "mlp": []},
     },
 }
 DTYPES = ("float32", "bfloat16")

@@ -33,6 +33,7 @@ PLANS: dict[str, Any] = {
         "parallel_residual": [4],
         "tp": 2,
     },
+    "not reduced": {"pair": [2, 4], "desync": {"every": 3}, "tp": 2},
     "nothing": "identity",
 }
 

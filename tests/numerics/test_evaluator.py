@@ -35,6 +35,8 @@ SPECS: list[Any] = [
     {"drop_sync": [2, 3]},
     {"blocks": [[0], [2, 1, 3], [4], [5]], "drop_sync": [1, 2, 3, 4], "ladder": [5]},
     {"blocks": [[0], [1, 2, 3], [4], [5]], "drop_sync": [1, 2, 3, 4], "ladder": [5]},
+    {"desync": {"every": 3}},
+    {"pair": [1, 5], "desync": {"attention": [0, 1, 2], "mlp": [0]}, "ladder": [5]},
 ]
 PLANS = [resolve(spec, LAYERS) for spec in SPECS]
 

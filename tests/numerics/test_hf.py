@@ -63,6 +63,18 @@ DROPS: dict[str, Any] = {
         "drop_sync": [2, 3],
         "parallel_residual": [5],
     },
+    "one all-reduce in three": {"desync": {"every": 3}},
+    "one in four, of pairs": {"pair": [0, 6], "desync": {"every": 4}},
+    "desync beside other blocks": {
+        "blocks": [[0], [3, 2], [1], [5]],
+        "desync": {"attention": [0, 2, 3, 5], "mlp": [0]},
+        "parallel_residual": [1],
+    },
+    "desync and missing halves": {
+        "drop_attention": [1, 4],
+        "drop_mlp": [3],
+        "desync": {"attention": [0, 2], "mlp": [0, 1, 4]},
+    },
 }
 ALL_SLIDING = {"use_sliding_window": True, "max_window_layers": 0}
 MODELS: dict[str, dict[str, Any]] = {
@@ -123,7 +135,7 @@ CUT = {"hidden": 96, "heads": 6, "kv_heads": 6, "intermediate": 96}
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 6])
 @pytest.mark.parametrize("model", ["GQA", "biases", "Qwen3"])
-def test_dropped_sync_points_equal_the_equations(model: str, ranks: int, tmp_path: Path) -> None:
+def test_what_depends_on_ranks_equals_the_equations(model: str, ranks: int, tmp_path: Path) -> None:
     path = write_llama(tmp_path, layers=LAYERS, seed=1, **{**MODELS[model], **CUT})
     ids = prompts(2, 48, seed=2)
     for name, spec in DROPS.items():
@@ -132,7 +144,7 @@ def test_dropped_sync_points_equal_the_equations(model: str, ranks: int, tmp_pat
         for model_of in (hf.load(path, plan, ranks=ranks), hf.load(path, {**spec, "tp": ranks})):
             with torch.no_grad():
                 assert (model_of(ids).logits - expected).abs().max() < 1e-4, name
-        standard = resolve({**spec, "drop_sync": []}, LAYERS)
+        standard = resolve({**spec, "drop_sync": [], "desync": None}, LAYERS)
         far = (plain_logits(path, standard, ids[0]) - expected[0]).abs().max()
         # A ladder block after one that reduces once reads the complete stream.
         assert (far < 1e-9) == (ranks == 1 and name != "every mode"), name
@@ -144,9 +156,16 @@ def test_ranks_that_do_not_fit_are_refused(folder: Path) -> None:
         model(prompts(1, 8))
 
 
-def test_dropped_sync_points_generate_and_learn(folder: Path) -> None:
+def test_ranks_that_share_kv_heads_are_refused(folder: Path) -> None:
+    model = hf.load(folder, {"desync": {"every": 4}}, ranks=4)
+    with pytest.raises(UserError, match=r"4 ranks share 2 KV heads, and under 'desync' each has"):
+        model(prompts(1, 8))
+
+
+@pytest.mark.parametrize("spec", [{"drop_sync": "all"}, {"desync": {"every": 3}}], ids=str)
+def test_what_depends_on_ranks_generates_and_learns(folder: Path, spec: Any) -> None:
     """With a KV cache the same, and the gradient is that of the loss."""
-    model = hf.load(folder, {"drop_sync": "all", "parallel_residual": []}, ranks=2)
+    model = hf.load(folder, spec, ranks=2)
     ids = prompts(1, 12)
     generated = model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None)
     with torch.no_grad():

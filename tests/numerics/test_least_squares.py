@@ -31,6 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"pair": [0, 4]},
         {"drop_sync": [2, 3], "tp": 2},
         {"parallel_residual": [1, 4]},
+        {"desync": {"attention": [2, 3], "mlp": []}, "tp": 2},
     ],
     ids=str,
 )

@@ -34,6 +34,11 @@ ONCE: list[Any] = [
     {"blocks": [[0, 3, 1], [4], [2, 5]], "parallel_residual": [0, 1, 3, 4], "ladder": [2, 5]},
     {"pair": [0, 4], "parallel_residual": "all"},
 ]
+# Sums that are not reduced: of one layer, dealt out and wide, one after the other and alone.
+DESYNC: list[Any] = [
+    {"blocks": [[0], [3, 1, 2], [4, 5]], "desync": {"attention": [0, 3, 1, 2, 4, 5], "mlp": [0]}},
+    {"pair": [0, 4], "drop_attention": [4], "desync": {"every": 4}},
+]
 # Missing halves: of layers alone and side by side, first and last, before and after ladders.
 HALF: list[Any] = [
     {"drop_attention": [0, 3], "drop_mlp": [2, 5]},
@@ -66,6 +71,7 @@ RANDOM: dict[str, tuple[dict[str, Any], list[Any]]] = {
     "halves": ({"attention_bias": True, "mlp_bias": True}, HALF),
     "Qwen3, halves": ({"model_type": "qwen3"}, HALF[2:]),
     "reduced once": ({"attention_bias": True, "mlp_bias": True}, ONCE),
+    "not reduced": ({"attention_bias": True, "mlp_bias": True}, DESYNC),
     **{name: (shape, FAMILY) for name, shape in FAMILIES.items()},
     # 3 heads: TP 2 cuts no layer of it, but does cut a pair.
     "odd heads, in pairs": ({"hidden": 96, "heads": 3, "kv_heads": 3}, [{"pair": [0, 6]}]),
@@ -75,7 +81,7 @@ RANDOM: dict[str, tuple[dict[str, Any], list[Any]]] = {
 def test_ladders_between_two_hosts(tmp_path: Path) -> None:
     """With messages that are started and waited for apart, and plans without any ladder."""
     folder = write_llama(tmp_path, attention_bias=True, mlp_bias=True)
-    plans = [*LADDERS, *ONCE, *HALF[1:], {"pair": [1, 5]}]
+    plans = [*LADDERS, *ONCE, *HALF[1:], *DESYNC[:1], {"pair": [1, 5]}]
     cases = [Case(folder, plan, prompts(4, 40).tolist(), max_tokens=16) for plan in plans]
     for case, result in zip(cases, run(cases, ranks=2, hosts=True), strict=True):
         check(result, case, hf.load(folder, case.plan, ranks=2))

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,43 @@ def test_half_form(
     assert changed == [one != other for one, other in zip(attentions, mlps, strict=True)]
 
 
+# (spec, the attentions and the MLPs that are not reduced), of six layers
+DESYNC_FORMS: list[tuple[Any, list[int], list[int]]] = [
+    ({"desync": {"every": 4}}, [0, 1, 2, 3, 4, 5], [0, 2, 4]),
+    ({"desync": {"every": 3}}, [0, 2, 3, 5], [0, 1, 3, 4]),
+    ({"desync": {"every": 100}}, [0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4]),
+    ({"pair": [2, 6], "desync": {"every": 2}}, [0, 1, 2, 3, 4, 5], []),
+    ({"drop_attention": [2], "desync": {"every": 2}}, [0, 1], [2, 3, 4]),
+    # Streams are one where other blocks begin, and before a ladder nothing is left out.
+    ({"parallel_residual": [3], "desync": {"every": 100}}, [0, 1, 2, 4, 5], [0, 1, 4]),
+    ({"ladder": [3], "desync": {"every": 100}}, [0, 1, 4, 5], [0, 4]),
+    ({"desync": {"attention": [5, 1], "mlp": [1]}}, [1, 5], [1]),
+    ({"desync": {"attention": [], "mlp": []}}, [], []),
+]
+
+
+@pytest.mark.parametrize(("spec", "attention", "mlp"), DESYNC_FORMS)
+def test_desync_form(spec: Any, attention: list[int], mlp: list[int]) -> None:
+    plan = resolve(spec, 6)
+    named = {"attention": attention, "mlp": mlp}
+    assert plan.desync == {(layer, half) for half in named for layer in named[half]}
+    assert plan.to_spec().get("desync", {"attention": [], "mlp": []}) == named
+    assert resolve(plan.to_spec(), 6) == plan
+    assert plan.depends_on_ranks == bool(attention or mlp)
+    without = replace(plan, desync=frozenset())
+    left_out = sum(len(plan.unreduced(at)) for at in range(plan.depth))
+    assert all_reduces(without) - all_reduces(plan) == left_out
+    assert not plan.is_apart(0)
+    assert not plan.is_apart(plan.depth)
+    for at in range(1, plan.depth):
+        assert plan.is_apart(at) == (plan.halves(at - 1)[-1] in plan.unreduced(at - 1))
+        if plan.is_apart(at):
+            assert plan.mode(at) == "standard"
+            assert plan.end(at - 1) is None
+            assert plan.is_changed(at - 1)
+            assert plan.is_changed(at)
+
+
 def test_ladder_after_a_block_that_reduces_once() -> None:
     """It reads the complete stream: there is nothing of that block left to hide."""
     plan = resolve({"drop_sync": [1], "ladder": [0, 2, 3]}, 4)
@@ -250,12 +288,20 @@ def moded(draw: st.DrawFn, specs: st.SearchStrategy[Case]) -> Case:
     return spec, layers
 
 
+@st.composite
+def desynced(draw: st.DrawFn, specs: st.SearchStrategy[Case]) -> Case:
+    """One all-reduce in so many, of the blocks below that can."""
+    spec, layers = draw(specs)
+    return {**spec, "desync": {"every": draw(st.integers(2, 9))}}, layers
+
+
 short_forms = skips() | pairs(whole) | pairs(skips())
 short_forms |= moded(whole) | moded(short_forms)
 specs = (
     short_forms
     | blocks()
     | moded(blocks())
+    | desynced(moded(blocks()))
     | st.integers(1, 200).map(lambda layers: ("identity", layers))
 )
 
@@ -348,19 +394,19 @@ ERRORS: list[tuple[Any, str]] = [
     ({"skip": {"speedup": True}}, "'skip.speedup': True is wrong"),
     ({1: 2}, "is not a mapping"),
     # The value as a whole
-    (None, "None is not a mapping; allowed keys: 'blocks', 'drop_attention', 'drop_mlp', "),
+    (None, "None is not a mapping; allowed keys: 'blocks', 'desync', 'drop_attention', 'drop_mlp', "),
     ([[0], [1]], "[[0], [1]] is not a mapping"),
     (3, "3 is not a mapping"),
     ("atuo", "'atuo' is unknown; allowed: 'auto', 'identity' or a mapping"),
     ("two\nlines", r"'two\nlines' is unknown"),
     ("x" * 1000, "... is unknown"),
     ("auto", "'auto' needs the model"),
-    ({}, "empty; it needs one of the keys 'blocks', 'drop_attention', 'drop_mlp', "),
+    ({}, "empty; it needs one of the keys 'blocks', 'desync', 'drop_attention', "),
     ({"layers": 30}, "empty"),
     ({"blocks": None}, "empty"),
     # Keys
     ({"pairs": [0, 2]}, "'pairs' is unknown; did you mean 'pair'?"),
-    ({"pairs": [0, 2]}, "allowed: 'blocks', 'drop_attention', 'drop_mlp', 'drop_sync', 'group', "),
+    ({"pairs": [0, 2]}, "allowed: 'blocks', 'desync', 'drop_attention', 'drop_mlp', 'drop_sync', 'group', "),
     ({"pair": [0, 2], "grp": 2}, "'grp' is unknown; did you mean 'group'?"),
     ({"zzz": 1}, "'zzz' is unknown (allowed:"),
     ({"a\nb": 1}, r"'a\nb' is unknown"),
@@ -433,6 +479,39 @@ ERRORS: list[tuple[Any, str]] = [
     ({"dropsync": "all"}, "'dropsync' is unknown; did you mean 'drop_sync'?"),
     ({"drop_sync": 3, "tp": 0}, "'tp': 0 is wrong; allowed: the tensor-parallel size that"),
     ({"tp": 3}, "empty; it needs one of the keys"),
+    # desync
+    ({"desync": 4}, "'desync': 4 is wrong; allowed: {\"every\": n}, n from 2 on"),
+    ({"desync": {"every": 1}}, "'desync': 1 is wrong; allowed: {\"every\": n}, n from 2 on"),
+    ({"desync": {"evry": 4}}, "'desync': 4 is wrong; allowed: {\"every\": n}"),
+    ({"desync": {"attention": [1]}}, "'desync': [1] is wrong; allowed: {\"every\": n}, n from"),
+    (
+        {"desync": {"attention": [30], "mlp": []}},
+        "the attention of layer 30 does not run; allowed: what does",
+    ),
+    (
+        {"drop_mlp": [3], "desync": {"attention": [], "mlp": [3]}},
+        "'desync': the mlp of layer 3 does not run; allowed: what does",
+    ),
+    (
+        {"pair": [2, 6], "desync": {"attention": [3], "mlp": []}},
+        "attention [3] takes some layers of the block [2, 3]; allowed: all layers of a block",
+    ),
+    (
+        {"desync": {"attention": [], "mlp": [29]}},
+        "the last half that runs has no all-reduce; allowed: all before it",
+    ),
+    (
+        {"drop_sync": [3], "desync": {"attention": [3], "mlp": []}},
+        "'desync': the block [3] is under 'drop_sync' and needs one stream and its all-reduces",
+    ),
+    (
+        {"parallel_residual": [3], "desync": {"attention": [], "mlp": [2]}},
+        "'desync': the block [3] is under 'parallel_residual' and needs one stream",
+    ),
+    (
+        {"ladder": [3], "desync": {"attention": [2], "mlp": []}},
+        "'desync': the block [2] comes before one under 'ladder' and needs one stream",
+    ),
     # halves
     ({"drop_attention": 3}, "'drop_attention': 3 is wrong; allowed: a list of layer indices"),
     ({"drop_mlp": [30]}, "'drop_mlp': layer 30 is out of range; allowed: 0 to 29"),
@@ -487,12 +566,16 @@ json_values = st.recursive(
 )
 spec_like = st.dictionaries(
     st.sampled_from(
-        ["blocks", "pair", "group", "skip", *MODES, *HALVES.values(), "tp", "layers", "speedup"]
+        ["blocks", "pair", "group", "skip", *MODES, "desync", *HALVES.values(), "tp", "layers", "x"]
     ),
     json_values
     | st.lists(st.integers(-2, 32), max_size=3)
     | st.lists(st.lists(st.integers(-2, 32), max_size=3), max_size=3)
-    | st.dictionaries(st.sampled_from(["speedup", "schedule"]), json_values),
+    | st.dictionaries(st.sampled_from(["speedup", "schedule"]), json_values)
+    | st.dictionaries(
+        st.sampled_from(["every", "attention", "mlp"]),
+        st.integers(0, 32) | st.lists(st.integers(0, 32), max_size=3),
+    ),
 )
 
 

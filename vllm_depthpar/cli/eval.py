@@ -62,7 +62,7 @@ def add_text_arguments(parser: argparse.ArgumentParser) -> None:
         "--tp",
         type=at_least(1),
         metavar="N",
-        help="tensor-parallel size, on which drop-sync blocks depend (the plans' own, else 1)",
+        help="tensor-parallel size, on which drop_sync and desync depend (the plans' own, else 1)",
     )
     group.add_argument("--dtype", choices=DTYPES, default="auto", help="(auto)")
 
@@ -143,7 +143,7 @@ def _ranks(given: int | None, plans: Sequence[Plan]) -> int:
     Raises:
         UserError: the plans were made for several.
     """
-    sizes = sorted({plan.tp or 1 for plan in plans if plan.drop_sync})
+    sizes = sorted({plan.tp or 1 for plan in plans if plan.depends_on_ranks})
     if given is None and len(sizes) > 1:
         raise UserError(
             f"the plans were made for the tensor-parallel sizes {', '.join(map(str, sizes))}; "

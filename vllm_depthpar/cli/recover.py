@@ -49,7 +49,7 @@ def add(commands: Any) -> None:
         "--tp",
         type=at_least(1),
         metavar="N",
-        help="tensor-parallel size, on which drop-sync blocks depend (the plan's own, else 1)",
+        help="tensor-parallel size, on which drop_sync and desync depend (the plan's own, else 1)",
     )
     parser.add_argument(
         "--out", type=out_folder, required=True, metavar="DIR", help="folder to make"
@@ -215,7 +215,7 @@ def _check(args: argparse.Namespace, processes: int) -> Plan:
     if ladder_of(config):
         raise UserError("the model is a ladder checkpoint; allowed: a model that runs every layer")
     chosen, _ = precedence.choose(config, read_spec(args.plan), override_name="--plan")
-    if args.tp is not None and chosen.drop_sync:
+    if args.tp is not None and chosen.depends_on_ranks:
         chosen = replace(chosen, tp=args.tp)
     if chosen.is_identity:
         raise UserError("the plan changes nothing, and nothing is lost; allowed: another --plan")

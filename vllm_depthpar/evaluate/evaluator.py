@@ -80,8 +80,8 @@ class Evaluator:
             on disk (`result_cache`) and not measured again.
         batch: windows that run together.
         absent: halves of layers whose weights are not the checkpoint's: no plan may run them.
-        ranks: the tensor-parallel size whose models plans are to be: it matters to drop-sync
-            blocks alone.
+        ranks: the tensor-parallel size whose models plans are to be: it matters to
+            `drop_sync` and `desync` alone.
     """
 
     def __init__(
@@ -173,8 +173,9 @@ class Evaluator:
         context = hf.context(self._model, stream)
         # The unmodified model's distribution is what the others are compared with, hence first.
         unmodified = row_of(self.unmodified)
-        # streams[i] is (x, y) after i blocks: the stream, and what it was before the last MLP.
-        streams: list[tuple[Tensor, Tensor]] = [(stream, stream)]
+        # streams[i] is (x, y) after i blocks: the stream, and what it was before the last MLP; or
+        # those of all ranks, where they are apart.
+        streams: list[tuple[Tensor, ...]] = [(stream, stream)]
         before: Row = ()
         probabilities: list[Tensor] = []
         entropies: list[Tensor] = []
@@ -204,7 +205,7 @@ class Evaluator:
         return found
 
     def _key(self, batch: int, row: Row) -> str:
-        depends = any(block.mode == "drop_sync" for block in row)
+        depends = any(block.depends_on_ranks for block in row)
         return f"{batch}: {' '.join(map(str, row))}" + (f" on {self.ranks}" if depends else "")
 
     def _module(self, block: Block) -> nn.Module:
@@ -219,6 +220,7 @@ class Evaluator:
             ranks=self.ranks,
             drop_attention=block.drop_attention,
             drop_mlp=block.drop_mlp,
+            unreduced=block.unreduced,
         )
 
 

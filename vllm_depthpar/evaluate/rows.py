@@ -20,6 +20,7 @@ class Block:
         layers: the layers that run side by side.
         mode: of the block (see `vllm_depthpar.plan.Plan.mode`).
         drop_attention, drop_mlp: those of the layers that run without that half.
+        unreduced: halves whose sum is not reduced (see `vllm_depthpar.plan.Plan.unreduced`).
         merged: run one layer whose weights are the mean of these layers' (a transformation of the
             effective-depth study, arXiv 2502.02790, section 3, that no plan can ask for).
     """
@@ -28,7 +29,13 @@ class Block:
     mode: str = STANDARD
     drop_attention: tuple[int, ...] = ()
     drop_mlp: tuple[int, ...] = ()
+    unreduced: tuple[str, ...] = ()
     merged: bool = False
+
+    @property
+    def depends_on_ranks(self) -> bool:
+        """Whether what it computes depends on the tensor-parallel size."""
+        return self.mode == "drop_sync" or bool(self.unreduced)
 
     @property
     def runs(self) -> frozenset[Half]:
@@ -41,7 +48,8 @@ class Block:
             f"{layer}" + "m" * (layer in self.drop_attention) + "a" * (layer in self.drop_mlp)
             for layer in self.layers
         )
-        return "+".join(named) + _LETTERS[self.mode] + "M" * self.merged
+        unreduced = "".join(f"~{half}" for half in self.unreduced)
+        return "+".join(named) + _LETTERS[self.mode] + unreduced + "M" * self.merged
 
 
 # Blocks in the order they run.
@@ -57,8 +65,9 @@ def _block(plan: Plan, position: int) -> Block:
     mode, layers = plan.mode(position), plan.blocks[position]
     return Block(
         # Side by side is a sum, without order; but here it says which ranks have which layer.
-        layers if mode == "drop_sync" else tuple(sorted(layers)),
+        layers if mode == "drop_sync" or plan.desync else tuple(sorted(layers)),
         mode,
         tuple(sorted(plan.drop_attention.intersection(layers))),
         tuple(sorted(plan.drop_mlp.intersection(layers))),
+        plan.unreduced(position),
     )

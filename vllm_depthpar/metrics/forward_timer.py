@@ -141,15 +141,17 @@ def _saved(change: dict[str, int]) -> int:
 
 def layers_by_kind(plan: Plan) -> dict[str, int]:
     """Count the layers that run alone, side by side, in blocks of another mode (whatever their
-    width), with one half only, not at all."""
+    width), in blocks that leave an all-reduce out, with one half only, not at all."""
     halves = plan.drop_attention | plan.drop_mlp
+    desync = {layer for layer, _ in plan.desync} - halves
     widths: dict[str, list[int]] = {mode: [] for mode in (STANDARD, *MODES)}
     for position, block in enumerate(plan.blocks):
-        widths[plan.mode(position)].append(len(set(block) - halves))
+        widths[plan.mode(position)].append(len(set(block) - halves - desync))
     return {
         "single": widths[STANDARD].count(1),
         "parallel": sum(width for width in widths[STANDARD] if width > 1),
         **{mode: sum(widths[mode]) for mode in MODES},
+        "desync": len(desync),
         "half": len(halves),
         "skipped": len(plan.skipped),
     }

@@ -50,7 +50,7 @@ def attention_of(family: Family) -> type[LlamaAttention]:
     return Qwen2Attention if family.qkv_bias else LlamaAttention
 
 
-class HeadNorm(RMSNorm):
+class HeadNorm(nn.Module):
     """`q_norm` or `k_norm` of a wide layer: every head has the gain of the layer that it is of.
 
     The gain can't be folded as those of the stream's norms are: it comes after the projection, and
@@ -62,9 +62,12 @@ class HeadNorm(RMSNorm):
 
     def __init__(self, norm: RMSNorm, heads: int) -> None:
         """Take the place of `norm` for so many heads on this rank."""
-        super().__init__(norm.hidden_size, norm.variance_epsilon, has_weight=False)
+        super().__init__()
+        # Held, not inherited: what `RMSNorm` does with its own weight is vLLM's and changes.
+        self.norm = RMSNorm(norm.hidden_size, norm.variance_epsilon, has_weight=False)
         self.weight = nn.Parameter(torch.ones(heads, norm.hidden_size))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalize x, (tokens, heads, head_dim)."""
-        return super().forward(x) * self.weight
+        normalized: torch.Tensor = self.norm(x)
+        return normalized * self.weight

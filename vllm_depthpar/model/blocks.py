@@ -1,18 +1,19 @@
 """Blocks of a plan as decoder layers: one term of attention and one of MLP each, reduced by us.
 
 Layer Parallelism: arXiv 2502.02790, equation 2. Ladder Residual: arXiv 2501.06589, section 3.
-Sync-Point Drop: arXiv 2502.20727, section 3.
+Sync-Point Drop: arXiv 2502.20727, section 3. Desync residual: arXiv 2501.06589, section 5.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
 from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.models.llama import LlamaDecoderLayer
 from vllm.model_executor.models.utils import AutoWeightsLoader
@@ -73,7 +74,13 @@ class BlockDecoderLayer(LlamaDecoderLayer):
         if not feeds:
             del self.mlp, self.post_attention_layernorm
 
-    def take_over_all_reduces(self, mode: str, before_ladder: bool) -> None:
+    def take_over_all_reduces(
+        self,
+        mode: str,
+        before_ladder: bool,
+        unreduced: Collection[str] = (),
+        apart: bool = False,
+    ) -> None:
         """Switch vLLM's all-reduces of this block off: from here on `reductions` runs them.
 
         After the layer is built, and not while it is: a dealt layer is built in its member's share
@@ -82,11 +89,16 @@ class BlockDecoderLayer(LlamaDecoderLayer):
         Args:
             mode: of the block, see `vllm_depthpar.plan.Plan.mode`.
             before_ladder: whether the next block is a ladder block.
+            unreduced, apart: see `Plan.unreduced` and `Plan.is_apart`.
         """
         self.mode = mode
         self.ladder = mode == "ladder"
         self.before_ladder = before_ladder
         self.reductions = Reductions()
+        self.ranks = get_tensor_model_parallel_world_size()
+        # One rank is never apart from others.
+        self.unreduced = frozenset(unreduced) if self.ranks > 1 else frozenset()
+        self.apart = apart and self.ranks > 1
         if self.attends:
             self.self_attn.o_proj.reduce_results = False
         if self.feeds:
@@ -110,6 +122,8 @@ class BlockDecoderLayer(LlamaDecoderLayer):
         """
         if self.ladder:
             return self._ladder(positions, hidden_states, residual)
+        if self.unreduced or self.apart:
+            return self._desync(positions, hidden_states, residual)
         if not self.attends:
             return self._feed(hidden_states, residual)
         hidden_states, residual = _norm(self.input_layernorm, hidden_states, residual)
@@ -141,6 +155,32 @@ class BlockDecoderLayer(LlamaDecoderLayer):
         if not self.norms_are_alike:
             normalized = self.post_attention_layernorm(stream)
         return self.reductions.all_reduce(attention + self.mlp(normalized)), stream
+
+    def _desync(
+        self, positions: torch.Tensor, term: torch.Tensor, stream: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        apart = self.apart
+        if self.attends:
+            normalized, stream = _norm(self.input_layernorm, term, stream)
+            term, stream = self._reduced(
+                "attention", self.self_attn(positions, normalized), stream, apart
+            )
+            apart = "attention" in self.unreduced
+        if self.feeds:
+            normalized, stream = _norm(self.post_attention_layernorm, term, stream)
+            term, stream = self._reduced("mlp", self.mlp(normalized), stream, apart)
+        return term, stream
+
+    def _reduced(
+        self, half: str, term: torch.Tensor, stream: torch.Tensor, apart: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Reduce a term, unless it is under `desync`; with it the streams, where they differ."""
+        if half in self.unreduced:
+            return term, stream
+        if not apart:
+            return self.reductions.all_reduce(term), stream
+        # The sum is the whole stream; nothing is left to add it to.
+        return self.reductions.all_reduce(term + stream / self.ranks), torch.zeros_like(stream)
 
     def _ladder(
         self,

@@ -53,7 +53,12 @@ def make_decoder_layer(*, vllm_config: VllmConfig, prefix: str) -> nn.Module:
         layer = DealtDecoderLayer(vllm_config, prefix, members=len(block))
     else:
         layer = WideDecoderLayer(vllm_config, prefix, attention, mlp)
-    layer.take_over_all_reduces(plan.mode(position), plan.is_ladder(position + 1))
+    layer.take_over_all_reduces(
+        plan.mode(position),
+        plan.is_ladder(position + 1),
+        plan.unreduced(position),
+        plan.is_apart(position),
+    )
     return layer
 
 

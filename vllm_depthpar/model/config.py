@@ -92,10 +92,10 @@ class DepthParConfig(VerifyAndUpdateConfig):
         metric_files.prepare()
         last_words.prepare()
         logger.info("plan %s: %s (from %s)", plan.digest, plan.name, source_of(model_config))
-        if plan.drop_sync and plan.tp not in (None, tp):
+        if plan.depends_on_ranks and plan.tp not in (None, tp):
             logger.warning(
-                "plan %s was made for --tensor-parallel-size %d: on %d ranks its drop-sync blocks "
-                "are %s the unmodified model's",
+                "plan %s was made for --tensor-parallel-size %d: on %d ranks its model is %s "
+                "the unmodified one",
                 plan.digest,
                 plan.tp,
                 tp,

@@ -29,6 +29,7 @@ def effects(plan: Plan, shape: ModelShape, tp: int = 1) -> dict[str, Any]:
         "skipped": list(plan.skipped),
         "depth": {"before": plan.layers, "after": plan.depth},
         **{key: plan.to_spec().get(key, []) for key in (*MODES, *HALVES.values())},
+        "desync": plan.to_spec().get("desync", {half: [] for half in HALVES}),
         "all_reduces": {"before": all_reduces(plain), "after": all_reduces(plan)},
         "hidden_all_reduces": hidden_all_reduces(plan),
         "weight_bytes_per_rank": {
@@ -73,19 +74,20 @@ def _column(plan: Plan) -> list[str]:
     """Draw a line per block; runs of layers that stay alone, and of skipped ones, on one line."""
     lines: list[str] = []
     run: list[int] = []
-    mode_of_run = STANDARD
+    mode_of_run, unreduced_of_run = STANDARD, ""
     last = -1
 
     def close() -> None:
         if run:
             notes = [f"{len(run)} layers"] * (len(run) > 1)
             notes += [words(mode_of_run)] * (mode_of_run != STANDARD)
+            notes += [unreduced_of_run] * bool(unreduced_of_run)
             mark = _MARKS[mode_of_run]
             lines.append(f"  {mark} {_span(run)}" + (f"   {', '.join(notes)}" if notes else ""))
             run.clear()
 
     for position, block in enumerate(plan.blocks):
-        mode = plan.mode(position)
+        mode, unreduced = plan.mode(position), _unreduced(plan, position)
         gap = [layer for layer in range(last + 1, min(block)) if layer in set(plan.skipped)]
         if gap:
             close()
@@ -94,12 +96,14 @@ def _column(plan: Plan) -> list[str]:
             close()
             mark = "╪" if len(block) > 1 else "╎"
             notes = [words(mode)] * (mode != STANDARD) + _without(plan, position)
+            notes += [unreduced] * bool(unreduced)
             side_by_side = " ║ ".join(str(layer) for layer in block)
             lines.append(f"  {mark} {side_by_side}" + (f"   {', '.join(notes)}" if notes else ""))
         else:
-            if run and (block[0] != run[-1] + 1 or mode != mode_of_run):
+            kind = (mode, unreduced)
+            if run and (block[0] != run[-1] + 1 or kind != (mode_of_run, unreduced_of_run)):
                 close()
-            mode_of_run = mode
+            mode_of_run, unreduced_of_run = kind
             run.append(block[0])
         last = max(last, *block)
     close()
@@ -107,6 +111,12 @@ def _column(plan: Plan) -> list[str]:
     if tail:
         lines.append(f"  ┊ {_span(tail)}   skipped")
     return lines
+
+
+def _unreduced(plan: Plan, position: int) -> str:
+    """Name the halves of a block whose sum is not reduced."""
+    names = ["MLP" if half == "mlp" else half for half in plan.unreduced(position)]
+    return f"no all-reduce of {' and '.join(names)}" if names else ""
 
 
 def _without(plan: Plan, position: int) -> list[str]:

@@ -5,8 +5,8 @@ checkpoint's number of layers into a `Plan`, the one normal form that every othe
 program takes. Plain data: no torch, no vLLM.
 
 Methods: Layer Parallelism (arXiv 2502.02790), Ladder Residual (arXiv 2501.06589), Unified Layer
-Skipping (arXiv 2404.06954), Sync-Point Drop (arXiv 2502.20727), parallel residual (GPT-J, PaLM).
-They compose.
+Skipping (arXiv 2404.06954), Sync-Point Drop (arXiv 2502.20727), parallel residual (GPT-J, PaLM),
+desync residual (arXiv 2501.06589). They compose.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vllm_depthpar.errors import UserError, shortened
-from vllm_depthpar.plan.spec import HALVES, MODES, STANDARD, Halves, Skip, Spec, parse
+from vllm_depthpar.plan.spec import HALVES, MODES, STANDARD, Every, Halves, Skip, Spec, parse
 
 # A layer of the checkpoint, and one of `spec.HALVES`.
 Half = tuple[int, str]
@@ -41,6 +41,9 @@ class Plan:
             A block of parallel residual computes x + A(x) + F(x): one all-reduce.
             A drop-sync block on R ranks, A_r and F_r a rank's terms of A and F, computes
             x + sum_r (A_r(x) + F_r(x + A_r(x))): one all-reduce, and at R = 1 a standard block.
+        desync: halves of layers whose sum is not reduced, all of a block's or none: each rank r
+            goes on with its own stream, x_r + T_r(x_r), with T_r its terms of that half. The next
+            that is reduced makes them one again: sum_r (x_r / R + T_r(x_r)).
         drop_attention, drop_mlp: layers that run without that half: its term is left out of the
             sums of its block.
         tp: the tensor-parallel size that the plan was made for, if it was made for one.
@@ -51,6 +54,7 @@ class Plan:
     ladder: frozenset[int] = frozenset()
     drop_sync: frozenset[int] = frozenset()
     parallel_residual: frozenset[int] = frozenset()
+    desync: frozenset[Half] = frozenset()
     drop_attention: frozenset[int] = frozenset()
     drop_mlp: frozenset[int] = frozenset()
     tp: int | None = None
@@ -79,7 +83,7 @@ class Plan:
     def is_identity(self) -> bool:
         """True when the plan runs every layer alone and in order, as plain vLLM does."""
         alone = tuple((layer,) for layer in range(self.layers))
-        changed = any(getattr(self, key) for key in (*MODES, *HALVES.values()))
+        changed = any(getattr(self, key) for key in (*MODES, "desync", *HALVES.values()))
         return self.blocks == alone and not changed
 
     @property
@@ -113,12 +117,35 @@ class Plan:
 
         One for its attentions and one for its MLPs; but where the sync point between them is
         dropped, where both read the same stream, and in a ladder block that no other follows, both
-        are summed on each rank first and reduced once.
+        are summed on each rank first and reduced once. None for what is under `desync`.
         """
         once = self.is_ladder(position) and not self.is_ladder(position + 1)
         if once or self.reduces_once(position):
             return 1
-        return bool(self.attention(position)) + bool(self.mlp(position))
+        return len(self.halves(position)) - len(self.unreduced(position))
+
+    def halves(self, position: int) -> tuple[str, ...]:
+        """List the halves of which a block has any, in the order they run."""
+        return tuple(half for half in HALVES if getattr(self, half)(position))
+
+    def unreduced(self, position: int) -> tuple[str, ...]:
+        """List the halves of a block whose sum is not reduced."""
+        return tuple(
+            half
+            for half in self.halves(position)
+            if (getattr(self, half)(position)[0], half) in self.desync
+        )
+
+    def is_apart(self, position: int) -> bool:
+        """Say whether the streams of the ranks differ before a block; past the last, after it."""
+        if position == 0:
+            return False
+        return self.halves(position - 1)[-1] in self.unreduced(position - 1)
+
+    @property
+    def depends_on_ranks(self) -> bool:
+        """Whether what the plan means depends on the tensor-parallel size."""
+        return bool(self.drop_sync or self.desync)
 
     def mode(self, position: int) -> str:
         """Say how a block runs: one of `MODES`, or `STANDARD`; this past the last, too."""
@@ -136,8 +163,10 @@ class Plan:
         """Count the checkpoint's layers that the stream after a block stands for.
 
         Those that ran and the skipped ones between them and the next: the first d layers, or None
-        if the layers that ran so far and those to come are interleaved.
+        if the layers that ran so far and those to come are interleaved, or the streams are apart.
         """
+        if self.is_apart(position + 1):
+            return None
         done = [layer for block in self.blocks[: position + 1] for layer in block]
         to_come = [layer for block in self.blocks[position + 1 :] for layer in block]
         end = min(to_come, default=self.layers)
@@ -150,6 +179,7 @@ class Plan:
             bool(more)
             or self.mode(position) != STANDARD
             or not self.is_whole(position)
+            or bool(self.unreduced(position))
             or (begin, self.end(position)) != (first, first + 1)
         )
 
@@ -161,6 +191,9 @@ class Plan:
         for mode in MODES:
             if positions := getattr(self, mode):
                 notes.append(f"{len(positions)} {mode.replace('_', ' ')}")
+        if self.desync:
+            count = sum(len(self.unreduced(at)) for at in range(self.depth))
+            notes.append(f"{count} without all-reduce")
         for half, key in HALVES.items():
             if layers := getattr(self, key):
                 notes.append(f"{len(layers)} without {'MLP' if half == 'mlp' else half}")
@@ -184,6 +217,10 @@ class Plan:
         for mode in MODES:
             if positions := getattr(self, mode):
                 spec[mode] = sorted(layer for at in positions for layer in self.blocks[at])
+        if self.desync:
+            spec["desync"] = {
+                half: sorted(layer for layer, of in self.desync if of == half) for half in HALVES
+            }
         for key in HALVES.values():
             if layers := getattr(self, key):
                 spec[key] = sorted(layers)
@@ -229,6 +266,12 @@ def resolve(spec: object, layers: int) -> Plan:
         raise UserError("plan key 'drop_attention': no attention is left; allowed: to keep one")
     plan = Plan(layers, blocks, **of_mode, **dropped, tp=parsed.tp)
     _check_modes(plan, of_mode)
+    if parsed.desync is None:
+        return plan
+    if isinstance(parsed.desync, Every):
+        return replace(plan, desync=_all_but_one_in(parsed.desync.every, plan))
+    plan = replace(plan, desync=_halves_named(parsed.desync, plan))
+    _check_desync(plan)
     return plan
 
 
@@ -292,6 +335,63 @@ def _check_modes(plan: Plan, of_mode: dict[str, frozenset[int]]) -> None:
                     f"blocks of whole layers"
                 )
             taken[position] = mode
+
+
+def _all_but_one_in(every: int, plan: Plan) -> frozenset[Half]:
+    """Choose what is not reduced: in each row of standard blocks all but one in `every`, and the
+    row's last, because what follows reads one stream."""
+    found: set[Half] = set()
+    row: list[tuple[int, str]] = []
+    for position in range(plan.depth + 1):
+        if position < plan.depth and _can_desync(plan, position):
+            row += [(position, half) for half in plan.halves(position)]
+            continue
+        for number, (at, half) in enumerate(row[:-1], 1):
+            if number % every:
+                found.update((layer, half) for layer in getattr(plan, half)(at))
+        row = []
+    return frozenset(found)
+
+
+def _can_desync(plan: Plan, position: int) -> bool:
+    return plan.mode(position) == STANDARD and not plan.is_ladder(position + 1)
+
+
+def _halves_named(choice: Halves, plan: Plan) -> frozenset[Half]:
+    named = {(layer, half) for half in HALVES for layer in getattr(choice, half)}
+    if missing := sorted(named - plan.runs):
+        layer, half = missing[0]
+        raise UserError(
+            f"plan key 'desync': the {half} of layer {layer} does not run; allowed: what does"
+        )
+    for position in range(plan.depth):
+        for half in plan.halves(position):
+            layers = getattr(plan, half)(position)
+            if 0 < len(named.intersection((layer, half) for layer in layers)) < len(layers):
+                raise UserError(
+                    f"plan key 'desync': {half} {shortened(getattr(choice, half))} takes some "
+                    f"layers of the block {shortened(list(layers))}; allowed: all layers of a "
+                    f"block, or none"
+                )
+    return frozenset(named)
+
+
+def _check_desync(plan: Plan) -> None:
+    """Refuse streams that are apart where one is read."""
+    if plan.is_apart(plan.depth):
+        raise UserError(
+            "plan key 'desync': the last half that runs has no all-reduce; allowed: all before it"
+        )
+    for position in range(plan.depth):
+        if _can_desync(plan, position) or not (plan.is_apart(position) or plan.unreduced(position)):
+            continue
+        mode = plan.mode(position)
+        where = f"is under {mode!r}" if mode != STANDARD else "comes before one under 'ladder'"
+        raise UserError(
+            f"plan key 'desync': the block {shortened(list(plan.blocks[position]))} {where} and "
+            f"needs one stream and its all-reduces; allowed: other blocks, the last of them in a "
+            f"row with an all-reduce at its end"
+        )
 
 
 def _dropped(

@@ -39,8 +39,15 @@ class Skip(BaseModel):
     )
 
 
+class Every(BaseModel):
+    """One in so many."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    every: Annotated[StrictInt, Field(ge=2)]
+
+
 class Halves(BaseModel):
-    """A block whose attentions and MLPs are those of different layers; either may be none."""
+    """Attentions and MLPs of different layers; either may be none."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     attention: list[LayerIndex] = Field(
@@ -87,6 +94,11 @@ class Spec(BaseModel):
         description="in which layers attention and MLP read the same stream: a number (that many, "
         "the last), a list of layer indices, or 'all'",
     )
+    desync: Every | Halves | None = Field(
+        default=None,
+        description='{"every": n}, n from 2 on: one all-reduce in n stays; or {"attention": [...], '
+        '"mlp": [...]}: the layers of which these have none',
+    )
     drop_attention: list[LayerIndex] | None = Field(
         default=None, description="a list of layer indices: layers without their attention"
     )
@@ -108,7 +120,7 @@ STANDARD = "standard"
 MODES = ("ladder", "drop_sync", "parallel_residual")
 # The halves of a layer, and the keys that leave them out.
 HALVES = {"attention": "drop_attention", "mlp": "drop_mlp"}
-_METHODS = ("blocks", "pair", "skip", *MODES, *HALVES.values())
+_METHODS = ("blocks", "pair", "skip", *MODES, "desync", *HALVES.values())
 _ADAPTER: TypeAdapter[Any] = TypeAdapter(Spec | Literal["auto", "identity"])
 
 
@@ -203,6 +215,9 @@ def _explain(error: ValidationError) -> str:
     elif path[0] in ("blocks", *MODES):
         path = path[:1]  # without pydantic's name for the form that it tried
     key, leaf = ".".join(path), path[-1]
+    if key.startswith("desync"):
+        found, allowed = shortened(first["input"]), fields["desync"].description
+        return f"plan key 'desync': {found} is wrong; allowed: {allowed}"
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(leaf, fields, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}?" if near else ""

@@ -221,9 +221,10 @@ class _Reduction:
             if plan.reduces_once(at) or (ladder and not before_ladder):
                 total += busy + self._left()  # of attention and MLP together
                 continue
-            if plan.attention(at):
+            unreduced = plan.unreduced(at)
+            if plan.attention(at) and "attention" not in unreduced:
                 total += busy + self._left(mlp[len(plan.mlp(at))] if ladder else 0.0)
-            if plan.mlp(at):
+            if plan.mlp(at) and "mlp" not in unreduced:
                 behind = attention[len(plan.attention(at + 1))] if before_ladder else 0.0
                 total += busy + self._left(behind)
         return total
