@@ -51,6 +51,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+# What takes minutes begins first, so that no worker is left with it while the others are done.
+_LONG = ("test_compiled.py", "test_smollm2.py", "test_verify.py", "test_bench.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in _LONG)
+
+
 @pytest.fixture
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """An empty cache: nothing is known from another test."""

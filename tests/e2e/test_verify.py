@@ -83,8 +83,8 @@ def broken_ask(connection: Connection, model: str, flags: list[str], *more: Any)
 
     take_over = BlockDecoderLayer.take_over_all_reduces
 
-    def break_too(self: BlockDecoderLayer, mode: str, before_ladder: bool) -> None:
-        take_over(self, mode, before_ladder)
+    def break_too(self: BlockDecoderLayer, mode: str, *rest: Any) -> None:
+        take_over(self, mode, *rest)
         if mode == "ladder":
             self.mlp.register_forward_hook(lambda _module, _inputs, term: 0.95 * term)
 
@@ -157,7 +157,8 @@ def test_compiled_as_it_is_served(
     """The plan is taken from where the server would take it; no tokenizer, random tokens."""
     model = write_llama(tmp_path, layers=2)
     monkeypatch.setenv("DEPTHPAR_PLAN", '{"pair": [0, 2]}')
-    assert main(["verify", str(model), "--dtype", "float32"]) == 0
+    with forked_engines(compiled=True):
+        assert main(["verify", str(model), "--dtype", "float32"]) == 0
     shown = capsys.readouterr().out
     assert '| {"pair": [0, 2]} | 1 | float32 | compiled | 1 | prompt |' in shown
 

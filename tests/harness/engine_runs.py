@@ -3,7 +3,7 @@
 `run` starts one process per tensor-parallel rank (vLLM's external launcher: every rank is an
 ordinary process that holds its own engine) and returns what rank 0 saw. The processes are forked
 from one that has imported vLLM and done nothing else. Tests of numbers use it; tests of the product
-start `vllm serve`. Compiled engines pay: whether anything is compiled is decided at import.
+start `vllm serve`.
 """
 
 from __future__ import annotations
@@ -18,14 +18,12 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import compiled_order
 import fork_server
 import torch
 import weight_updates
 
-from vllm_depthpar.launch import engine
 from vllm_depthpar.launch.server import free_port
 
 # The same in every process, from its first import on.
@@ -98,14 +96,13 @@ def run(
         # rank would find the store of the engine before, which is about to end, and wait there.
         ports = _different_ports(len(cases))
         logs = [Path(folder, f"{rank}.log") for rank in range(ranks)]
-        start = engine.spawn if compiled else fork_server.fork
         deadline = time.monotonic() + timeout
-        # A new process imports with it; a fork takes it later.
-        with patch.dict(os.environ, env if compiled else {}):
-            processes = [
-                start(_rank, rank, env, ports, timeout, log, job, answer, compiled, hosts)
-                for rank, log in enumerate(logs)
-            ]
+        arguments = (env, ports, timeout)
+        rest = (job, answer, compiled, hosts)
+        processes = [
+            fork_server.fork(_rank, rank, *arguments, log, *rest, compiled=compiled)
+            for rank, log in enumerate(logs)
+        ]
         try:
             # Not one after the other: a rank whose peer is gone may wait for it for half an hour.
             while running := [process for process in processes if process.exitcode is None]:

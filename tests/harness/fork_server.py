@@ -1,6 +1,6 @@
 """Processes forked from one that has imported vLLM, which takes longer than most tests do.
 
-Compiled models pay for their imports: whether anything is compiled is decided there.
+From one of two: whether anything is compiled is decided when PyTorch is imported.
 """
 
 from __future__ import annotations
@@ -23,30 +23,34 @@ import setproctitle
 # It finds a process's title now, and not once the environment has been exchanged.
 setproctitle.getproctitle()
 
+_EAGER = [
+    "engine_runs",
+    "forked_serve",
+    "vllm.entrypoints.llm",
+    "vllm.entrypoints.cli.main",
+    "vllm.entrypoints.cli.serve",
+    "vllm.entrypoints.openai.api_server",
+    "vllm.model_executor.models.llama",
+    "vllm.v1.worker.cpu_worker",
+]
 _forks = multiprocessing.get_context("forkserver")
-_forks.set_forkserver_preload(
-    [
-        "engine_runs",
-        "forked_serve",
-        "vllm.entrypoints.llm",
-        "vllm.entrypoints.cli.main",
-        "vllm.entrypoints.cli.serve",
-        "vllm.entrypoints.openai.api_server",
-        "vllm.model_executor.models.llama",
-        "vllm.v1.worker.cpu_worker",
-    ]
-)
+# By whether what they fork compiles; each begins with the first call.
+_servers = {compiled: forkserver.ForkServer() for compiled in (False, True)}
+_servers[False].set_forkserver_preload(_EAGER)
+_servers[True].set_forkserver_preload([*_EAGER, "torch._inductor.compile_fx"])
 
 
-def fork(target: Callable[..., None], *args: object) -> BaseProcess:
+def fork(target: Callable[..., None], *args: object, compiled: bool = False) -> BaseProcess:
     """As `launch.engine.spawn`, and `target` finds vLLM imported.
 
     The process's environment is that of the first call; it must `become` what it is to be.
     """
-    with patch.dict(os.environ, TORCHDYNAMO_DISABLE="1"):
-        forkserver.ensure_running()
+    server = _servers[compiled]
+    with patch.dict(os.environ, TORCHDYNAMO_DISABLE=str(int(not compiled))):
+        server.ensure_running()
     process = _forks.Process(target=target, args=args)
-    process.start()
+    with patch.object(forkserver, "connect_to_new_process", server.connect_to_new_process):
+        process.start()
     return process
 
 
@@ -70,11 +74,11 @@ def _answer(
 
 
 @contextmanager
-def forked_engines() -> Iterator[None]:
+def forked_engines(compiled: bool = False) -> Iterator[None]:
     """Every `launch.engine.Worker` is forked like this meanwhile."""
 
     def start(target: Callable[..., None], *args: object) -> BaseProcess:
-        return fork(_with, dict(os.environ), target, *args)
+        return fork(_with, dict(os.environ), target, *args, compiled=compiled)
 
     with patch("vllm_depthpar.launch.engine.spawn", start):
         yield

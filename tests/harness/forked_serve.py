@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -30,8 +31,11 @@ class Process:
     It leads a process group of its own. With the methods of `subprocess.Popen` that `Server` uses.
     """
 
-    def __init__(self, args: Sequence[str], env: Mapping[str, str], log: Path) -> None:
-        self._process = fork_server.fork(_vllm_serve, args, dict(env), str(log))
+    def __init__(
+        self, args: Sequence[str], env: Mapping[str, str], log: Path, compiled: bool = False
+    ) -> None:
+        forked = fork_server.fork(_vllm_serve, args, dict(env), str(log), compiled=compiled)
+        self._process = forked
         assert self._process.pid
         self.pid = self._process.pid
 
@@ -52,9 +56,10 @@ class Process:
 
 
 @contextmanager
-def forked_servers() -> Iterator[None]:
+def forked_servers(compiled: bool = False) -> Iterator[None]:
     """Every `Server` is started like this meanwhile."""
-    with patch("vllm_depthpar.launch.server.start_vllm_serve", Process):
+    start = partial(Process, compiled=compiled)
+    with patch("vllm_depthpar.launch.server.start_vllm_serve", start):
         yield
 
 

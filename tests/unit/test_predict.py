@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from fork_server import forked_engines
 
 from vllm_depthpar.cli.main import main
 from vllm_depthpar.errors import UserError
@@ -432,24 +432,32 @@ def test_weights_take_turns() -> None:
     assert [CpuTimer().copies(mib, rows) for rows in (1, 8)] == [64, 1]
 
 
-def test_calibrates(model: str, tmp_path: Path, cache: Path) -> None:
-    """The command as a user runs it: measures, keeps, predicts; and the next one needs no flag."""
+def test_calibrates(
+    model: str,
+    tmp_path: Path,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Measures, keeps, predicts; and the next command, as a user runs it, needs no flag."""
     small = tmp_path / "small"
     small.mkdir()
     config = {**CONFIG, "num_hidden_layers": 4, "hidden_size": 256, "intermediate_size": 512}
     (small / "config.json").write_text(json.dumps(config))
-    command = [sys.executable, "-m", "vllm_depthpar.cli", "predict", str(small)]
-    command += ["--plan", '{"pair": [0, 4]}', "--json"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    first = subprocess.run([*command, "--calibrate"], env=env, capture_output=True, text=True)
-    assert first.returncode == 0, first.stderr
-    assert "Saved in" in first.stderr
+    arguments = ["predict", str(small), "--plan", '{"pair": [0, 4]}', "--json"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    with forked_engines():
+        assert main([*arguments, "--calibrate"]) == 0
+    first = capsys.readouterr()
+    assert "Saved in" in first.err
     kept = device_named("this")
     assert 1e-5 < kept.layer_seconds < 0.1
     assert 0 < kept.step_seconds < 0.5
     assert kept.reduce_seconds < kept.plain_reduce_seconds
     assert "bfloat16" in asdict(kept)["source"]
-    again = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert again.stdout == first.stdout
+    command = [sys.executable, "-m", "vllm_depthpar.cli", *arguments]
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.stdout == first.out
     # Two blocks for four, on one rank: all of it is the fixed cost of layers.
-    assert json.loads(first.stdout)["plans"][0]["decode"]["speedup"] > 1
+    assert json.loads(first.out)["plans"][0]["decode"]["speedup"] > 1
