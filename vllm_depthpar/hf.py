@@ -74,7 +74,6 @@ from vllm_depthpar.plan.plan import Half, halves_of
 from vllm_depthpar.plan.precedence import KEY
 
 
-
 class Apart(tuple[Tensor, ...]):
     """The residual streams of the ranks, (batch, tokens, hidden) each, where they differ."""
 

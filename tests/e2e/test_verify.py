@@ -83,8 +83,8 @@ def broken_ask(connection: Connection, model: str, flags: list[str], *more: Any)
 
     take_over = BlockDecoderLayer.take_over_all_reduces
 
-    def break_too(self: BlockDecoderLayer, mode: str, *rest: Any) -> None:
-        take_over(self, mode, *rest)
+    def break_too(self: Any, mode: str, *rest: Any, **more: Any) -> None:
+        take_over(self, mode, *rest, **more)
         if mode == "ladder":
             self.mlp.register_forward_hook(lambda _module, _inputs, term: 0.95 * term)
 

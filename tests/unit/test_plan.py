@@ -394,7 +394,10 @@ ERRORS: list[tuple[Any, str]] = [
     ({"skip": {"speedup": True}}, "'skip.speedup': True is wrong"),
     ({1: 2}, "is not a mapping"),
     # The value as a whole
-    (None, "None is not a mapping; allowed keys: 'blocks', 'desync', 'drop_attention', 'drop_mlp', "),
+    (
+        None,
+        "None is not a mapping; allowed keys: 'blocks', 'desync', 'drop_attention', 'drop_mlp', ",
+    ),
     ([[0], [1]], "[[0], [1]] is not a mapping"),
     (3, "3 is not a mapping"),
     ("atuo", "'atuo' is unknown; allowed: 'auto', 'identity' or a mapping"),
@@ -406,7 +409,10 @@ ERRORS: list[tuple[Any, str]] = [
     ({"blocks": None}, "empty"),
     # Keys
     ({"pairs": [0, 2]}, "'pairs' is unknown; did you mean 'pair'?"),
-    ({"pairs": [0, 2]}, "allowed: 'blocks', 'desync', 'drop_attention', 'drop_mlp', 'drop_sync', 'group', "),
+    (
+        {"pairs": [0, 2]},
+        "allowed: 'blocks', 'desync', 'drop_attention', 'drop_mlp', 'drop_sync', 'group', ",
+    ),
     ({"pair": [0, 2], "grp": 2}, "'grp' is unknown; did you mean 'group'?"),
     ({"zzz": 1}, "'zzz' is unknown (allowed:"),
     ({"a\nb": 1}, r"'a\nb' is unknown"),

@@ -256,12 +256,16 @@ def resolve(spec: object, layers: int) -> Plan:
             f"allowed: {layers}"
         )
     blocks = _blocks(parsed, layers)
-    dropped = {key: _dropped(half, key, parsed, blocks, layers) for half, key in HALVES.items()}
+    dropped: dict[str, Any] = {
+        key: _dropped(half, key, parsed, blocks, layers) for half, key in HALVES.items()
+    }
     if both := sorted(dropped["drop_attention"] & dropped["drop_mlp"]):
         raise UserError(
             f"plan key 'drop_mlp': layer {both[0]} has no attention, either; allowed: to skip it"
         )
-    of_mode = {mode: _blocks_named(mode, getattr(parsed, mode), blocks, layers) for mode in MODES}
+    of_mode: dict[str, Any] = {
+        mode: _blocks_named(mode, getattr(parsed, mode), blocks, layers) for mode in MODES
+    }
     if dropped["drop_attention"] == {layer for block in blocks for layer in block}:
         raise UserError("plan key 'drop_attention': no attention is left; allowed: to keep one")
     plan = Plan(layers, blocks, **of_mode, **dropped, tp=parsed.tp)
