@@ -57,7 +57,7 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["'blocks'", "layer 1", "twice", "once"],
     ),
     "odd span": ({"args": plan({"pair": [1, 4]})}, ["'pair'", "[1, 4]", "3 layers", "multiple"]),
-    "empty plan": ({"args": plan({})}, ["empty", "'blocks', 'drop_attention', 'drop_mlp', "]),
+    "empty plan": ({"args": plan({})}, ["empty", "'blocks', 'desync', 'drop_attention', "]),
     "unknown key": ({"args": plan({"pairs": [0, 2]})}, ["'pairs'", "did you mean 'pair'?"]),
     "speed-up below 1": (
         {"args": plan({"skip": {"speedup": 0.5}})},
