@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import _thread
 import json
 import math
 import os
 import signal
-import subprocess
 import sys
-import time
-from contextlib import redirect_stderr, redirect_stdout
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict
 from io import StringIO
 from pathlib import Path
@@ -21,7 +22,7 @@ import pytest
 from fork_server import forked_engines
 from forked_serve import forked_servers
 from models import write_llama, write_tokenizer
-from processes import are_stopped, command_line, wait_until_stopped
+from processes import are_stopped, wait_until_stopped
 
 from vllm_depthpar.bench import report
 from vllm_depthpar.bench.rounds import pause
@@ -65,46 +66,61 @@ def measured(sizes: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path
     """A bench that was interrupted when its engines were done and its servers were starting, and
     then given again."""
     out = tmp_path_factory.mktemp("bench") / "results.json"
-    command = [sys.executable, "-m", "vllm_depthpar.cli", *sizes, "--out", str(out)]
-    env = {**os.environ, "TORCHDYNAMO_DISABLE": "1"}
-    bench = subprocess.Popen(
-        command,
-        env=env,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-        # A shell makes what it runs in the background ignore it.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    try:
-        started: list[psutil.Process] = []
-        deadline = time.monotonic() + 900
-        while not any("serve" in command_line(process) for process in started):
-            assert bench.poll() is None, bench.stderr and bench.stderr.read().decode()
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
-            started = psutil.Process(bench.pid).children(recursive=True)
-        bench.send_signal(signal.SIGINT)
-        assert bench.wait(120) == 130
-    finally:
-        bench.kill()
-        bench.wait()
-    _, alive = psutil.wait_procs(started, timeout=10)
-    assert alive == []
-    engines = json.loads(out.read_text())["stages"]["engines"]
-    assert len(engines["rounds"]) == 1
-
     with (
-        patch.dict(os.environ, env),
+        patch.dict(os.environ, TORCHDYNAMO_DISABLE="1"),
         forked_engines(),
         forked_servers(),
         redirect_stdout(StringIO()) as stdout,
         redirect_stderr(StringIO()) as stderr,
     ):
+        with interrupted_when_servers_start(out) as started:
+            assert main([*sizes, "--out", str(out)]) == 130
+        _, alive = psutil.wait_procs(started, timeout=10)
+        assert started
+        assert alive == []
+        engines = json.loads(out.read_text())["stages"]["engines"]
+        assert len(engines["rounds"]) == 1
         assert main([*sizes, "--out", str(out)]) == 0
     assert stderr.getvalue() == "", "quiet where there is no terminal"
     assert json.loads(out.read_text())["stages"]["engines"] == engines, "was not measured again"
     assert stdout.getvalue() == out.with_suffix(".md").read_text()
     return out
+
+
+@contextmanager
+def interrupted_when_servers_start(out: Path) -> Iterator[list[psutil.Process]]:
+    """A Ctrl-C for this process once `out` has what the engines did; and what ran then."""
+    started: list[psutil.Process] = []
+    over = threading.Event()
+
+    def running() -> list[psutil.Process]:
+        """Without the server that forks them, which stays."""
+        return [
+            process
+            for child in psutil.Process().children()
+            for process in child.children(recursive=True)
+        ]
+
+    def watch() -> None:
+        while not out.exists() or "engines" not in json.loads(out.read_text())["stages"]:
+            if over.wait(0.1):
+                return
+        engines = running()
+        while not started:
+            if over.wait(0.1):
+                return
+            started.extend(one for one in running() if one not in engines)
+        _thread.interrupt_main()
+
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest's workers ignore it
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield started
+    finally:
+        over.set()
+        watcher.join()
+        signal.signal(signal.SIGINT, handler)
 
 
 def test_measures_every_part(measured: Path) -> None:

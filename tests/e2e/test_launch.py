@@ -36,7 +36,8 @@ def test_too_late(smollm2: Path, tmp_path: Path) -> None:
 def test_nothing_remains(tmp_path: Path) -> None:
     """A server answers, and once stopped none of its processes is left."""
     model = models.write_llama(tmp_path / "model", layers=2)
-    with serve(model, "--skip-tokenizer-init", "--enforce-eager", log=tmp_path / "log") as server:
+    arguments = ["--skip-tokenizer-init", "--enforce-eager"]
+    with forked_servers(), serve(model, *arguments, log=tmp_path / "log") as server:
         assert server.healthy()
         assert "Application startup complete" in server.log_text()
         leader = psutil.Process(server.process.pid)
@@ -52,11 +53,12 @@ SERVER = """
 from vllm_depthpar.launch.server import Server
 started = Server(model)
 """
-# With workers of vLLM's, one for each of two ranks.
+# With a worker of vLLM's.
 ENGINE = """
 from vllm_depthpar.bench import engine_load
 from vllm_depthpar.launch.engine import Worker
-flags = ["--enforce-eager", "--load-format", "dummy", "--tensor-parallel-size", "2"]
+flags = ["--enforce-eager", "--load-format", "dummy"]
+flags += ["--distributed-executor-backend", "mp"]
 started = Worker("an engine", engine_load.run_engine, model, flags)
 started.receive()
 """
@@ -70,7 +72,7 @@ time.sleep(600)
 """
 
 
-@pytest.mark.parametrize(("start", "least"), [(SERVER, 1), (ENGINE, 3)], ids=["server", "engine"])
+@pytest.mark.parametrize(("start", "least"), [(SERVER, 1), (ENGINE, 2)], ids=["server", "engine"])
 def test_ends_with_a_killed_caller(start: str, least: int, tmp_path: Path) -> None:
     """Even while it is stopped, as the variants of a benchmark are that wait."""
     model = models.write_llama(tmp_path / "model", layers=2)
