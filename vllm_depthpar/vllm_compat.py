@@ -1,8 +1,8 @@
 """Every touch of vLLM that is not documented API, in one place.
 
-Checked on CPUs with vLLM 0.32.0; 0.33.0 was read against its source, and `make test-next` tries its
-Python on 0.32.0's kernels. Each entry says what it relies on. A later vLLM: re-read the places
-named here, run the tests, then widen `plugin.SUPPORTED`.
+Checked on CPUs with vLLM 0.32.0, and with 0.33.0's Python on 0.32.0's kernels (`make test-next`).
+Each entry says what it relies on. A later vLLM: re-read the places named here, run the tests, then
+widen `plugin.SUPPORTED`.
 """
 
 from __future__ import annotations
