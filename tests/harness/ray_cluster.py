@@ -68,7 +68,7 @@ def servers() -> Iterator[None]:
                 start_new_session=True,
             )
 
-    with patch("vllm_depthpar.launch.server.start_process", start):
+    with patch("vllm_depthpar.launch.server.start_vllm_serve", start):
         yield
 
 
