@@ -74,10 +74,12 @@ LOADS = {
     for load in (
         Load("decode, batch 1", 1, 16, 64, "decode"),
         Load("decode, batch 8", 8, 16, 24, "decode"),
+        Load("decode, batch 32", 32, 16, 12, "decode"),
         Load("prefill, 4 x 128", 4, 128, 1, "prefill"),
     )
 }
 LONGEST = max(load.prompt_tokens + load.tokens for load in LOADS.values())
+WIDEST = max(load.batch for load in LOADS.values())
 # The model: sizes as in the design's prototype; the vocabulary is Llama 2's.
 MODEL: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -279,7 +281,7 @@ def _plan(one: Variant) -> Plan:
 
 def _kv_bytes(one: Variant, dtype: str) -> int:
     """Of each rank."""
-    lengths = [LONGEST] * max(load.batch for load in LOADS.values())
+    lengths = [LONGEST] * WIDEST
     shape = ModelShape.from_config(MODEL).in_dtype(dtype)
     return kv_cache.needed_bytes(shape, _plan(one), lengths, RANKS)
 
@@ -365,7 +367,7 @@ class Deployments:
         if not self._together:
             options += ["--nnodes", "2", "--master-addr", addresses[0]]
             options += ["--master-port", f"{29500 + self._started}"]
-        options += ["--max-model-len", f"{LONGEST}", "--max-num-seqs", "8"]
+        options += ["--max-model-len", f"{LONGEST}", "--max-num-seqs", f"{WIDEST}"]
         options += ["--no-enable-prefix-caching", "--max-num-batched-tokens", "2048"]
         options += ["--kv-cache-memory-bytes", f"{_kv_bytes(variant, args.dtype)}"]
         options += ["--host", addresses[0], "--port", f"{deployment.port}", *variant.flags]
