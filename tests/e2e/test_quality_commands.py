@@ -191,6 +191,8 @@ def test_search_for_all_reduces(
     assert plan.tp == (2 if plan.drop_sync else None)
     report = json.loads((tmp_path / "plan-report.json").read_text())
     assert report["goal"] == {"all_reduces": 12}
+    assert report["plan"]["all_reduces"] == all_reduces(plan)
+    assert "| depth | all-reduces | KL |" in (tmp_path / "plan-report.md").read_text()
     ways = {(one["mode"], one["without"]) for one in report["alone"]}
     assert ways == {
         *(("standard", half) for half in ("", "attention", "mlp")),

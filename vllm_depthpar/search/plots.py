@@ -8,6 +8,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from vllm_depthpar.plan import Plan
+from vllm_depthpar.plan.model_shape import all_reduces
 from vllm_depthpar.util.plots import save
 
 _MARKS = {"span of pairs": ("s", "tab:orange"), "skipping": ("x", "tab:red")}
@@ -18,6 +19,7 @@ def front(
     known: Sequence[tuple[str, Plan, float]],
     best: Sequence[tuple[Plan, float]],
     speedup: Callable[[Plan], float | None] | None = None,
+    reductions: bool = False,
 ) -> None:
     """Plot divergence against depth, and against predicted speed-up if there is one: a PNG.
 
@@ -25,9 +27,12 @@ def front(
         known: every measured plan: its kind, itself, its divergence in nats per token.
         best: the Pareto front.
         speedup: of a plan.
+        reductions: against all-reduces in place of depth.
     """
     axes: list[tuple[str, Callable[[Plan], float]]] = [
-        ("effective depth (blocks)", lambda plan: plan.depth)
+        ("all-reduces a forward pass, TP > 1", all_reduces)
+        if reductions
+        else ("effective depth (blocks)", lambda plan: plan.depth)
     ]
     if speedup is not None:
         axes.append(("predicted speed-up over plain vLLM", lambda plan: speedup(plan) or 1.0))

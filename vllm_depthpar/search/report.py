@@ -11,6 +11,7 @@ from typing import Any
 from vllm_depthpar.evaluate.evaluator import Quality
 from vllm_depthpar.evaluate.suite import reported
 from vllm_depthpar.plan import Plan, drawing
+from vllm_depthpar.plan.model_shape import all_reduces
 from vllm_depthpar.plan.spec import HALVES, MODES
 from vllm_depthpar.search.baselines import kind
 from vllm_depthpar.search.run import Effort, Outcome
@@ -94,6 +95,7 @@ class SearchReport:
             "name": plan.name,
             "kind": kind(one.tiling),
             "depth": plan.depth,
+            "all_reduces": all_reduces(plan),
             "kl": one.divergence,
             "predicted_speedup": self.outcome.space.speedup(plan),
         }
@@ -104,7 +106,9 @@ class SearchReport:
     def _header(self) -> list[str]:
         names = [text.name for text in self.outcome.suite.texts]
         speed = ["predicted speed-up"] if self.outcome.space.machine else []
-        return ["depth", *speed, "KL", *(f"perplexity: {name}" for name in names), "plan"]
+        reductions = ["all-reduces"] if self.outcome.space.tp > 1 else []
+        texts = [f"perplexity: {name}" for name in names]
+        return ["depth", *reductions, *speed, "KL", *texts, "plan"]
 
     def _row(self, one: Found) -> list[str]:
         plan = self.outcome.space.plan(one.tiling)
@@ -112,6 +116,7 @@ class SearchReport:
         qualities: dict[str, Quality] = self.outcome.quality(one.tiling)
         return [
             str(plan.depth),
+            *([str(all_reduces(plan))] if self.outcome.space.tp > 1 else []),
             *([f"{speed:.2f}x"] if speed else []),
             f"{one.divergence:.3f}",
             *(f"{quality.perplexity:.2f}" for quality in qualities.values()),
@@ -135,7 +140,7 @@ class SearchReport:
             drawing.draw(plan, space.shape, space.tp),
             "```",
             "",
-            "## Quality against depth",
+            "## Quality against length",
             "",
             "The best plan measured of each length. KL: mean divergence of the next-token",
             "distribution from the unmodified model's, in nats per token, each text with equal",
@@ -172,7 +177,8 @@ class SearchReport:
             (kind(tiling), space.plan(tiling), value) for tiling, value in search.known.items()
         ]
         front = [(space.plan(one.tiling), one.divergence) for one in search.front()]
-        plots.front(path, known, front, space.speedup if space.machine else None)
+        speedup = space.speedup if space.machine else None
+        plots.front(path, known, front, speedup, reductions=space.goal.all_reduces is not None)
         return True
 
 
