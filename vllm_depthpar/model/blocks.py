@@ -1,7 +1,7 @@
 """Blocks of a plan as decoder layers: one term of attention and one of MLP each, reduced by us.
 
 Layer Parallelism: arXiv 2502.02790, equation 2. Ladder Residual: arXiv 2501.06589, section 3.
-Sync-Point Drop: arXiv 2502.20727, section 3. Desync residual: arXiv 2501.06589, section 5.
+Sync-Point Drop: arXiv 2502.20727, section 3. Desync residual: gpt_desync in Ladder Residual's code.
 """
 
 from __future__ import annotations

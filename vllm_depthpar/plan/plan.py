@@ -6,7 +6,7 @@ program takes. Plain data: no torch, no vLLM.
 
 Methods: Layer Parallelism (arXiv 2502.02790), Ladder Residual (arXiv 2501.06589), Unified Layer
 Skipping (arXiv 2404.06954), Sync-Point Drop (arXiv 2502.20727), parallel residual (GPT-J, PaLM),
-desync residual (arXiv 2501.06589). They compose.
+desync residual (Ladder Residual's authors). They compose.
 """
 
 from __future__ import annotations
