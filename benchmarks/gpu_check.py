@@ -97,6 +97,7 @@ def plans(layers: int) -> dict[str, str]:
             "drop_attention": [2],
             "drop_mlp": [3],
         },
+        "desync": {"desync": {"every": 4}},
     }
     return {kind: json.dumps(spec) for kind, spec in specs.items()}
 
