@@ -5,6 +5,14 @@ import time
 import psutil
 
 
+def command_line(process: psutil.Process) -> list[str]:
+    """A process's arguments; empty for one that has ended."""
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
+
+
 def are_stopped(leader: int) -> set[bool]:
     """Whether a process and its descendants are stopped (SIGSTOP); both answers if they differ."""
     first = psutil.Process(leader)
