@@ -82,7 +82,8 @@ def test_a_killed_benchmark_goes_on_with_the_same_settings(
     assert found["2"][: len(kept["2"])] == kept["2"]
     assert len(found["2"]) == ROUNDS
     report = json.loads(out.read_text())
-    assert report["command"].startswith("python benchmarks/serving/metrics_overhead.py model0 ")
+    asked = f"python benchmarks/serving/metrics_overhead.py {Path(command[1]).name} "
+    assert report["command"].startswith(asked)
     assert report["to_off"]["1"]["2"]["passes"] == ROUNDS * 2
     assert "| DEPTHPAR_METRICS | batch | ms a step, without |" in capsys.readouterr().out
 
