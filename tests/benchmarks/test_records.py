@@ -21,8 +21,7 @@ from benchmarks.serving import metrics_overhead
 from vllm_depthpar.bench import memory
 from vllm_depthpar.bench.memory import GIB
 
-# So many that one is seen, and the benchmark killed, before the last.
-ROUNDS = 60
+ROUNDS = 12
 
 
 @pytest.fixture(scope="module")
