@@ -191,8 +191,8 @@ class ParallelBlock(GradientCheckpointingLayer):
 
     def _attentions(self, stream: Tensor | Apart, **context: Any) -> tuple[Tensor, list[Tensor]]:
         """Compute sum_r T_r(x_r), and the terms T_r(x_r), of attentions on each rank's stream."""
-        streams = self._of_ranks(stream)
-        total, terms = torch.zeros_like(streams[0]), [torch.zeros_like(x) for x in streams]
+        total = torch.zeros_like(self._of_ranks(stream)[0])
+        terms = [total] * self.ranks
         for member, layer in enumerate(map(self._member, self.attending)):
             attention, output = layer.self_attn, layer.self_attn.o_proj
             with _inputs_of(output) as seen:
@@ -213,7 +213,8 @@ class ParallelBlock(GradientCheckpointingLayer):
     def _mlps(self, stream: Tensor | Apart) -> tuple[Tensor, list[Tensor]]:
         """Compute the same of MLPs; the terms only where they are not reduced."""
         streams = self._of_ranks(stream)
-        total, terms = torch.zeros_like(streams[0]), [torch.zeros_like(x) for x in streams]
+        total = torch.zeros_like(streams[0])
+        terms = [total] * self.ranks
         for member, layer in enumerate(self.feeding_layers):
             gate, up, down = layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj
             shares = list(self._shares(len(self.feeding), member, up.out_features))

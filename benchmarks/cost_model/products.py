@@ -43,8 +43,11 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="(float32)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON")
     args = parser.parse_args()
+    from vllm.platforms import current_platform
+
     shape = ModelShape.from_config(read_config(str(bundled.prepare())))
     dtype = DTYPES[args.dtype]
+    current_platform.import_kernels()
     ways = {
         "alone": products(shape, 1, dtype),
         "pairs": products(shape, 2, dtype),
@@ -124,9 +127,7 @@ def merged(shape: ModelShape, dtype: torch.dtype) -> Products:
 
 def _packed(out: int, size: int, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
     from vllm import _custom_ops
-    from vllm.platforms import current_platform
 
-    current_platform.import_kernels()
     weight = torch.full((size, out), 0.01, dtype=dtype)
     handler = _custom_ops.create_onednn_mm(weight, primitive_cache_size=8)
     return lambda inputs: _custom_ops.onednn_mm(handler, inputs, None)

@@ -78,8 +78,8 @@ class BlockDecoderLayer(LlamaDecoderLayer):
         self,
         mode: str,
         before_ladder: bool,
-        unreduced: Collection[str] = (),
-        apart: bool = False,
+        unreduced: Collection[str],
+        apart: bool,
     ) -> None:
         """Switch vLLM's all-reduces of this block off: from here on `reductions` runs them.
 

@@ -74,14 +74,14 @@ def _column(plan: Plan) -> list[str]:
     """Draw a line per block; runs of layers that stay alone, and of skipped ones, on one line."""
     lines: list[str] = []
     run: list[int] = []
-    mode_of_run, unreduced_of_run = STANDARD, ""
+    mode_of_run, unreduced_of_run = STANDARD, list[str]()
     last = -1
 
     def close() -> None:
         if run:
             notes = [f"{len(run)} layers"] * (len(run) > 1)
             notes += [words(mode_of_run)] * (mode_of_run != STANDARD)
-            notes += [unreduced_of_run] * bool(unreduced_of_run)
+            notes += unreduced_of_run
             mark = _MARKS[mode_of_run]
             lines.append(f"  {mark} {_span(run)}" + (f"   {', '.join(notes)}" if notes else ""))
             run.clear()
@@ -95,8 +95,7 @@ def _column(plan: Plan) -> list[str]:
         if len(block) > 1 or not plan.is_whole(position):
             close()
             mark = "╪" if len(block) > 1 else "╎"
-            notes = [words(mode)] * (mode != STANDARD) + _without(plan, position)
-            notes += [unreduced] * bool(unreduced)
+            notes = [words(mode)] * (mode != STANDARD) + _without(plan, position) + unreduced
             side_by_side = " ║ ".join(str(layer) for layer in block)
             lines.append(f"  {mark} {side_by_side}" + (f"   {', '.join(notes)}" if notes else ""))
         else:
@@ -113,10 +112,10 @@ def _column(plan: Plan) -> list[str]:
     return lines
 
 
-def _unreduced(plan: Plan, position: int) -> str:
+def _unreduced(plan: Plan, position: int) -> list[str]:
     """Name the halves of a block whose sum is not reduced."""
     names = ["MLP" if half == "mlp" else half for half in plan.unreduced(position)]
-    return f"no all-reduce of {' and '.join(names)}" if names else ""
+    return [f"no all-reduce of {' and '.join(names)}"] if names else []
 
 
 def _without(plan: Plan, position: int) -> list[str]:

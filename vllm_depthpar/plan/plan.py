@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -314,12 +314,17 @@ def _blocks_named(
     else:
         named = set(range(layers)) if choice == "all" else set()
     for block in blocks:
-        if 0 < len(named.intersection(block)) < len(block):
-            raise UserError(
-                f"plan key {key!r}: {shortened(choice)} takes some layers of the block "
-                f"{shortened(list(block))}; allowed: all layers of a block, or none"
-            )
+        _check_whole(f"{key!r}: {shortened(choice)}", named, block)
     return frozenset(position for position, block in enumerate(blocks) if named.issuperset(block))
+
+
+def _check_whole(what: str, named: Collection[int], block: tuple[int, ...]) -> None:
+    """Refuse a key's value that names some of a block's layers and not all."""
+    if 0 < len(set(named).intersection(block)) < len(block):
+        raise UserError(
+            f"plan key {what} takes some layers of the block {shortened(list(block))}; allowed: "
+            f"all layers of a block, or none"
+        )
 
 
 def _check_modes(plan: Plan, of_mode: dict[str, frozenset[int]]) -> None:
@@ -370,13 +375,9 @@ def _halves_named(choice: Halves, plan: Plan) -> frozenset[Half]:
         )
     for position in range(plan.depth):
         for half in plan.halves(position):
-            layers = getattr(plan, half)(position)
-            if 0 < len(named.intersection((layer, half) for layer in layers)) < len(layers):
-                raise UserError(
-                    f"plan key 'desync': {half} {shortened(getattr(choice, half))} takes some "
-                    f"layers of the block {shortened(list(layers))}; allowed: all layers of a "
-                    f"block, or none"
-                )
+            chosen = getattr(choice, half)
+            what = f"'desync': {half} {shortened(chosen)}"
+            _check_whole(what, chosen, getattr(plan, half)(position))
     return frozenset(named)
 
 

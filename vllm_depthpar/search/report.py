@@ -190,6 +190,4 @@ def changed(plan: Plan) -> dict[str, Any]:
     if plan.skipped:
         found["skip"] = list(plan.skipped)
     spec = plan.to_spec()
-    return found | {
-        mode: spec[mode] for mode in (*MODES, "desync", *HALVES.values()) if mode in spec
-    }
+    return found | {mode: spec[mode] for mode in (*MODES, *HALVES.values()) if mode in spec}
