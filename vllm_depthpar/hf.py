@@ -32,7 +32,8 @@ F_ir what rank r computes of A_i and F_i,
     x <- x + sum_r (a_r + sum_i F_ir(x + a_r))
 
 so that what it means depends on R. A block's heads, and the inner dimension of its MLPs, are those
-of its layers one after the other, and a rank has a contiguous R-th of them, as in vLLM.
+of its layers one after the other, and a rank has a contiguous R-th of them, as in vLLM; in the
+layout "whole" a rank has a contiguous R-th of those of each layer.
 
 Desync residual (the Ladder authors' gpt_desync): where a sum T of a block, its attentions or its
 MLPs, is not reduced, each rank goes on with its own stream, and the next that is makes them one,
@@ -72,6 +73,7 @@ from vllm_depthpar.plan.families import family_of, windows
 from vllm_depthpar.plan.model_shape import half_of
 from vllm_depthpar.plan.plan import Half, halves_of
 from vllm_depthpar.plan.precedence import KEY
+from vllm_depthpar.plan.spec import WHOLE
 
 
 class Apart(tuple[Tensor, ...]):
@@ -92,6 +94,7 @@ class ParallelBlock(GradientCheckpointingLayer):
         before_ladder: whether the next block is a ladder block.
         ranks: R of the equations.
         unreduced: halves whose sum is not reduced, see `vllm_depthpar.plan.Plan.unreduced`.
+        whole: whether each layer is cut into R parts by itself, see `Plan.layout`.
         attending, feeding: indices of the members that have an attention, and an MLP.
     """
 
@@ -104,6 +107,7 @@ class ParallelBlock(GradientCheckpointingLayer):
         drop_attention: Collection[int] = (),
         drop_mlp: Collection[int] = (),
         unreduced: Collection[str] = (),
+        whole: bool = False,
     ) -> None:
         # Not a decoder layer's own constructor (see `restructure`), which would make its weights.
         nn.Module.__init__(self)
@@ -112,6 +116,7 @@ class ParallelBlock(GradientCheckpointingLayer):
         self.before_ladder = before_ladder
         self.ranks = ranks
         self.unreduced = frozenset(unreduced) if ranks > 1 else frozenset()
+        self.whole = whole
         self.attending = [index for index in members if index not in drop_attention]
         self.feeding = [index for index in members if index not in drop_mlp]
 
@@ -237,7 +242,8 @@ class ParallelBlock(GradientCheckpointingLayer):
     @contextmanager
     def _cut(self, attention: Any, member: int, streams: list[Tensor]) -> Iterator[None]:
         """Let an attention's projections take each rank's heads from that rank's stream."""
-        kv_heads = len(self.attending) * attention.k_proj.out_features // attention.head_dim
+        members, _ = self._cut_together(len(self.attending), member)
+        kv_heads = members * attention.k_proj.out_features // attention.head_dim
         if kv_heads % self.ranks:
             raise UserError(
                 f"{self.ranks} ranks share {kv_heads} KV heads, and under 'desync' each has its "
@@ -258,10 +264,12 @@ class ParallelBlock(GradientCheckpointingLayer):
 
     def _rank_of_bias(self, members: int, member: int) -> int:
         """Find the rank that adds a layer's output bias: vLLM's layers do it on their first."""
+        members, member = self._cut_together(members, member)
         return member * self.ranks // members if self.ranks % members == 0 else 0
 
     def _shares(self, members: int, member: int, size: int) -> Iterator[tuple[int, slice]]:
         """List the ranks that have a part of a layer's dimension of a size, and which part."""
+        members, member = self._cut_together(members, member)
         per_rank, rest = divmod(members * size, self.ranks)
         if rest:
             raise UserError(
@@ -273,6 +281,10 @@ class ParallelBlock(GradientCheckpointingLayer):
             high = min((member + 1) * size, (rank + 1) * per_rank) - member * size
             if low < high:
                 yield rank, slice(low, high)
+
+    def _cut_together(self, members: int, member: int) -> tuple[int, int]:
+        """Say of how many layers' dimensions one is made that is cut, and which of them this is."""
+        return (1, 0) if self.whole else (members, member)
 
     @property
     def feeding_layers(self) -> list[Any]:
@@ -504,6 +516,7 @@ def restructure(model: PreTrainedModel, plan: Plan, ranks: int | None = None) ->
             drop_attention=plan.drop_attention,
             drop_mlp=plan.drop_mlp,
             unreduced=plan.unreduced(position),
+            whole=plan.layout == WHOLE,
         )
         for position, block in enumerate(plan.blocks)
     )

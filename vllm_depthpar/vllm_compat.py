@@ -278,8 +278,8 @@ def watch_passes(model: nn.Module, watcher: Watcher, v2: bool) -> None:
     _wrap(GPUModelRunner, "execute_model", _telling_of_steps)
 
 
-def _wrap(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
-    """Replace a method by one that tells, once."""
+def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+    """Replace a method by what a wrapper makes of it, once."""
     method = getattr(owner, name)
     if not hasattr(method, _WATCHER):
         telling = wrapper(method)
@@ -331,6 +331,64 @@ def _begin(*_: Any) -> None:
 def _end(*_: Any) -> None:
     if not torch.compiler.is_compiling() and _step is not None:
         _step[0].end()
+
+
+# The attribute of a model that is told of adapters.
+_TOLD = "depthpar_told_of_adapters"
+
+
+def tell_of_adapters(model: nn.Module, tell: Callable[[Collection[str]], None]) -> None:
+    """Have a function called with the names of an adapter's modules whenever one is added.
+
+    And mend what makes a batch with adapters and without wrong on a CPU: see
+    `_leaving_others_alone`.
+
+    Relies on: `LoRAModelManager._add_adapter` gets each, with its weights by module in `loras`.
+    """
+    # Imported by a worker that serves adapters anyway, and by nobody else.
+    from vllm.lora.model_manager import LoRAModelManager
+    from vllm.lora.ops.torch_ops import lora_ops
+    from vllm.lora.punica_wrapper import punica_cpu
+
+    setattr(model, _TOLD, tell)
+    _wrap(LoRAModelManager, "_add_adapter", _telling_of_adapters)
+    _wrap(lora_ops, "bgmv_shrink", _leaving_others_alone)
+    punica_cpu.bgmv_shrink = lora_ops.bgmv_shrink
+
+
+def _telling_of_adapters(add: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(add)
+    def add_adapter(self: Any, lora: Any) -> Any:
+        names = list(lora.loras)  # adding merges some
+        added = add(self, lora)
+        if (tell := getattr(self.model, _TOLD, None)) is not None:
+            tell(names)
+        return added
+
+    return add_adapter
+
+
+def _leaving_others_alone(shrink: Callable[..., Any]) -> Callable[..., Any]:
+    """Let the first of an adapter's two products be zero for tokens without an adapter.
+
+    Their index is -1, by which vLLM's PyTorch kernels take the weights in the last slot
+    (vllm-project/vllm#48421, open in 0.33).
+
+    Relies on: the second product is of this one's output, and all prefill goes through it.
+    """
+
+    @wraps(shrink)
+    def shrink_those_with_one(
+        inputs: torch.Tensor,
+        weights: torch.Tensor,
+        output: torch.Tensor,
+        slots: torch.Tensor,
+        scaling: float = 1.0,
+    ) -> None:
+        shrink(inputs, weights, output, slots, scaling)
+        output.masked_fill_((slots < 0)[:, None], 0)
+
+    return shrink_those_with_one
 
 
 def group_named(name: str) -> GroupCoordinator:

@@ -137,9 +137,9 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"model": "eight of six", "args": plan({"pair": [0, 2]})},
         ["has no layer 6", "allowed: layers 0, 1, 2, 3, 4, 5"],
     ),
-    "windows that differ side by side": (
-        {"model": "windows", "args": plan({"pair": [0, 6]})},
-        ["layers 2 and 3 can't run side by side", "windows None and 8", "allowed: "],
+    "windows that differ in what is to be folded": (
+        {"model": "windows", "args": plan({"pair": [0, 6], "layout": "folded"})},
+        ["key 'layout': the layers [2, 3], whose windows", "allowed: 'whole'"],
     ),
     "RoPE of a part of each head": (
         {"model": "rotary"},
@@ -242,16 +242,19 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
                 *["--tensor-parallel-size", "4", "--decode-context-parallel-size", "2"],
             ]
         },
-        ["--decode-context-parallel-size 2", "allowed: 1, or a plan without parallel blocks"],
+        ["--decode-context-parallel-size 2", 'allowed: 1, or the plan\'s "layout": "whole"'],
     ),
-    "LoRA": ({"args": ["--enable-lora"]}, ["--enable-lora", "merge the adapter"]),
+    "adapters on what is to be folded": (
+        {"args": [*plan({"pair": [0, 2], "layout": "folded"}), "--enable-lora"]},
+        ["key 'layout': the layers [0, 1]", "served with adapters", "allowed: 'whole'"],
+    ),
     "pipeline parallelism": (
         {"args": ["--pipeline-parallel-size", "2"]},
         ["--pipeline-parallel-size 2", "--tensor-parallel-size"],
     ),
-    "quantization that cannot be folded": (
-        {"args": [*plan({"pair": [0, 2]}), "--quantization", "fp8"]},
-        ["'fp8'", "--tensor-parallel-size a multiple of 2"],
+    "quantization of what is to be folded": (
+        {"args": [*plan({"pair": [0, 2], "layout": "folded"}), "--quantization", "fp8"]},
+        ["key 'layout': the layers [0, 1]", "quantized", "allowed: 'whole'"],
     ),
     "speculation with the model's insides": (
         {"args": speculation("eagle")},

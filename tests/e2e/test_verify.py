@@ -79,16 +79,17 @@ def test_right_models_pass(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 def broken_ask(connection: Connection, model: str, flags: list[str], *more: Any) -> None:
     """As `verify.run.ask`, but in ladder blocks a twentieth of the MLP's term is lost."""
-    from vllm_depthpar.model.blocks import BlockDecoderLayer
+    from vllm_depthpar.model.blocks import Block
 
-    take_over = BlockDecoderLayer.take_over_all_reduces
+    make = Block.__init__
 
-    def break_too(self: Any, mode: str, *rest: Any, **more: Any) -> None:
-        take_over(self, mode, *rest, **more)
-        if mode == "ladder":
-            self.mlp.register_forward_hook(lambda _module, _inputs, term: 0.95 * term)
+    def break_too(self: Any, *given: Any) -> None:
+        make(self, *given)
+        if self.ladder:
+            for layer in self.mlps:
+                layer.mlp.register_forward_hook(lambda _module, _inputs, term: 0.95 * term)
 
-    BlockDecoderLayer.take_over_all_reduces = break_too  # type: ignore[method-assign]
+    Block.__init__ = break_too  # type: ignore[method-assign]
     ask(connection, model, flags, *more)
 
 

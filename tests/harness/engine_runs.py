@@ -55,6 +55,7 @@ class Case:
     cached: bool = False
     # First load the weights of this checkpoint in one of the ways of `weight_updates`.
     update: tuple[str, Path] | None = None
+    adapters: list[Path | None] | None = None  # of each prompt
     engine: dict[str, Any] = field(default_factory=dict)
     prepare: Callable[[], None] | None = None  # in the engine's process, before it starts
 
@@ -146,6 +147,7 @@ def _engine_run(case: Case, ranks: int, compiled: bool) -> Result:
     from torch._inductor import metrics
     from vllm import LLM, SamplingParams
     from vllm.inputs import TokensPrompt
+    from vllm.lora.request import LoRARequest
 
     counters.clear()
     metrics.reset()
@@ -189,6 +191,11 @@ def _engine_run(case: Case, ranks: int, compiled: bool) -> Result:
     if case.update is not None:
         way, folder = case.update
         weight_updates.WAYS[way](llm, folder)
+    known = sorted({path for path in case.adapters or () if path is not None})
+    requests = [
+        LoRARequest(path.name, 1 + known.index(path), str(path)) if path is not None else None
+        for path in case.adapters or ()
+    ]
     outputs = llm.generate(
         [TokensPrompt(prompt_token_ids=prompt) for prompt in case.prompts],
         SamplingParams(
@@ -200,6 +207,7 @@ def _engine_run(case: Case, ranks: int, compiled: bool) -> Result:
             detokenize=False,
         ),
         use_tqdm=False,
+        lora_request=requests or None,
     )
     return Result(
         prompt_logprobs=[

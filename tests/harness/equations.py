@@ -54,6 +54,8 @@ def plain_logits(path: Path, plan: Plan, ids: Tensor, ranks: int = 1) -> Tensor:
 
     def mine(block: tuple[int, ...], layer: int, size: int, rank: int) -> Tensor:
         """1 where an element of a layer's dimension is on a rank, else 0."""
+        if plan.layout == "whole":
+            block = (layer,)
         place = block.index(layer) * size + torch.arange(size)
         return (place * ranks // (len(block) * size) == rank).double()
 
@@ -86,7 +88,8 @@ def plain_logits(path: Path, plan: Plan, ids: Tensor, ranks: int = 1) -> Tensor:
         total = torch.zeros_like(x)
         for at, layer in enumerate(block):
             # Where a member is a group of ranks, the first of them adds its output bias.
-            first = at * ranks // len(block) if ranks % len(block) == 0 else 0
+            dealt = ranks % len(block) == 0 and plan.layout != "whole"
+            first = at * ranks // len(block) if dealt else 0
             size, of = (heads * width, attention) if half == "attention" else (inner, mlp)
             total = total + of(layer, x, mine(block, layer, size, rank), rank == first)
         return total

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 # `write_llama`'s model type to what config.json names.
 ARCHITECTURES = {
@@ -168,6 +168,32 @@ def prompts(count: int, tokens: int, *, vocab: int = 512, seed: int = 0) -> torc
     """Seeded random token ids, (count, tokens)."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(vocab, (count, tokens), generator=generator)
+
+
+def write_adapter(
+    model: Path, folder: Path, *, rank: int = 8, seed: int = 0, projections: str = "all-linear"
+) -> tuple[Path, Path]:
+    """Write an adapter of a checkpoint's projections, by peft, with seeded weights.
+
+    Returns:
+        The folder of the adapter, and of a checkpoint with the adapter merged.
+    """
+    # Only here: it takes seconds.
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    config = LoraConfig(
+        r=rank, lora_alpha=rank, target_modules=projections, init_lora_weights=False
+    )
+    adapted = get_peft_model(plain, config)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=0.5 / parameter.shape[1] ** 0.5)
+    folders = folder / f"rank{rank}", folder / f"rank{rank}-merged"
+    adapted.save_pretrained(folders[0])
+    adapted.merge_and_unload().save_pretrained(folders[1])
+    return folders
 
 
 def quantize_int8(source: Path, folder: Path) -> tuple[Path, Path]:

@@ -37,6 +37,15 @@ PLANS: dict[str, Any] = {
     "desync": {"pair": [2, 6], "desync": {"every": 4}},
     # Alone, side by side in twos and threes, in another order; a ladder over some.
     "all mixed": {"blocks": [[0], [2, 1], [3, 4, 5]], "ladder": [1, 2, 3, 4, 5]},
+    "whole": {"blocks": [[0], [2, 1], [3, 4, 5]], "ladder": [1, 2, 3, 4, 5], "layout": "whole"},
+    "whole, every mode": {
+        "blocks": [[1, 0], [2], [3, 4], [5]],
+        "ladder": [2],
+        "drop_sync": [0, 1],
+        "parallel_residual": [3, 4],
+        "desync": {"attention": [5], "mlp": []},
+        "layout": "whole",
+    },
     "halves": {
         "blocks": [[0], {"attention": [1], "mlp": [1, 2]}, {"attention": [], "mlp": [3]}, [4, 5]],
         "ladder": [4, 5],
@@ -57,10 +66,10 @@ Combination = tuple[str, str, str]
 ALWAYS: dict[str, dict[str, tuple[str, ...]]] = {
     "one rank": {
         "float32": ("ladder of 4", "ladder, scattered, skipping", "ladder over pairs", "halves"),
-        "bfloat16": ("plain", "all mixed", "every mode"),
+        "bfloat16": ("plain", "all mixed", "every mode", "whole"),
     },
     "one host": {"float32": ("ladder", "every mode")},
-    "two hosts": {"float32": ("all mixed", "dropped sync points")},
+    "two hosts": {"float32": ("all mixed", "dropped sync points", "whole, every mode")},
 }
 CHOSEN = [
     (placement, dtype, plan)

@@ -52,6 +52,11 @@ FAMILY: list[Any] = [
     {"blocks": [[0, 3, 1], [4], [2, 5]], "ladder": [0, 1, 3, 4]},
     {"blocks": [[0, 3, 1], [4], [2, 5]], "drop_sync": [0, 1, 3, 4], "parallel_residual": [2, 5]},
 ]
+# The same with every layer as it is, in all modes.
+WHOLE: list[Any] = [
+    {**plan, "layout": "whole"}
+    for plan in ({"pair": [0, 6]}, *LADDERS[2:4], *ONCE[:3], *DESYNC, *HALF[2:])
+]
 FAMILIES: dict[str, dict[str, Any]] = {
     "Mistral": {"model_type": "mistral", "sliding_window": 8},
     "Qwen2": {"model_type": "qwen2", "hidden": 128, "tie": True},
@@ -73,6 +78,11 @@ RANDOM: dict[str, tuple[dict[str, Any], list[Any]]] = {
     "reduced once": ({"attention_bias": True, "mlp_bias": True}, ONCE),
     "not reduced": ({"attention_bias": True, "mlp_bias": True}, DESYNC),
     **{name: (shape, FAMILY) for name, shape in FAMILIES.items()},
+    "whole": ({"attention_bias": True, "mlp_bias": True}, WHOLE),
+    "whole, one KV head": ({"kv_heads": 1}, WHOLE[:1]),
+    **{f"{name}, whole": (shape, WHOLE[3:4]) for name, shape in FAMILIES.items()},
+    # TP 2 can't deal out three KV heads evenly: such a block is whole there, on one rank folded.
+    "three KV heads": ({"kv_heads": 1}, [{"pair": [0, 6], "group": 3}]),
     # 3 heads: TP 2 cuts no layer of it, but does cut a pair.
     "odd heads, in pairs": ({"hidden": 96, "heads": 3, "kv_heads": 3}, [{"pair": [0, 6]}]),
 }
@@ -81,7 +91,7 @@ RANDOM: dict[str, tuple[dict[str, Any], list[Any]]] = {
 def test_ladders_between_two_hosts(tmp_path: Path) -> None:
     """With messages that are started and waited for apart, and plans without any ladder."""
     folder = write_llama(tmp_path, attention_bias=True, mlp_bias=True)
-    plans = [*LADDERS, *ONCE, *HALF[1:], *DESYNC[:1], {"pair": [1, 5]}]
+    plans = [*LADDERS, *ONCE, *HALF[1:], *DESYNC[:1], {"pair": [1, 5]}, *WHOLE[1:5]]
     cases = [Case(folder, plan, prompts(4, 40).tolist(), max_tokens=16) for plan in plans]
     for case, result in zip(cases, run(cases, ranks=2, hosts=True), strict=True):
         check(result, case, hf.load(folder, case.plan, ranks=2))
@@ -167,7 +177,8 @@ def test_windows_of_some_layers(tmp_path: Path) -> None:
     """Each block has the window of its layers, wherever it runs. Against the equations."""
     kinds = ["full_attention", "sliding_attention"] * 3
     some: dict[str, tuple[dict[str, Any], Any]] = {
-        "Mistral": ({"layer_types": kinds}, [[3, 1], [0, 2, 4], [5]]),
+        # Side by side with different windows, too.
+        "Mistral": ({"layer_types": kinds}, [[3, 0], [1, 2, 4], [5]]),
         "Qwen2": ({"use_sliding_window": True, "max_window_layers": 3}, [[0, 2, 1], [3], [5, 4]]),
         "Qwen3": ({"use_sliding_window": True, "layer_types": kinds}, [[3, 1], [0, 2, 4], [5]]),
     }

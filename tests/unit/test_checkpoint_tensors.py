@@ -16,7 +16,7 @@ from vllm_depthpar import hf
 from vllm_depthpar.checkpoint.tensors import Expected, check_folder, split_name, stored
 from vllm_depthpar.cli.main import main
 from vllm_depthpar.errors import UserError
-from vllm_depthpar.model.causal_lm import addressed
+from vllm_depthpar.model.causal_lm import addressed, places_of
 from vllm_depthpar.plan import resolve
 from vllm_depthpar.plan.model_shape import ModelShape
 from vllm_depthpar.plan.plan import halves_of
@@ -151,12 +151,13 @@ def test_hf_and_export(
 def test_tensors_that_come_from_elsewhere(models: dict[str, Path]) -> None:
     """Those of no file that was looked at before: of a stream, of a trainer."""
     expected, plan = Expected(config_of(models["llama"])), resolve(PLAN, LAYERS)
+    places = places_of(plan, (FOLDED,) * plan.depth)
     weights = [("model.layers.0.mlp.up_proj.weight", torch.zeros(96, 64))]
-    names = [name for name, _ in addressed(weights, plan, expected)]
+    names = [name for name, _ in addressed(weights, places, expected)]
     assert names == ["model.layers.0.0.mlp.up_proj.weight"]
     weights.append(("model.layers.3.mlp.up_proj.weight", torch.zeros(80, 64)))
     with pytest.raises(UserError, match=r"^layer 3 of the checkpoint: .* \[80, 64\]; "):
-        list(addressed(weights, plan, expected))
+        list(addressed(weights, places, expected))
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,9 @@ from vllm.distributed.device_communicators.cuda_communicator import CudaCommunic
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.parallel_state import GroupCoordinator
 from vllm.forward_context import ForwardContext
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.model_manager import LoRAModelManager
+from vllm.lora.ops.torch_ops import lora_ops
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.model_loader import LoadFormats, reload
@@ -64,9 +67,9 @@ from vllm.v1.worker.utils import AttentionGroup
 from vllm_depthpar import vllm_compat
 from vllm_depthpar.metrics import mfu
 from vllm_depthpar.model import outside_state
-from vllm_depthpar.model.blocks import BlockDecoderLayer
 from vllm_depthpar.model.causal_lm import DepthParForCausalLM, DepthParModel
 from vllm_depthpar.model.config import DepthParConfig
+from vllm_depthpar.model.decoder_layers import DealtDecoderLayer, DecoderLayer
 from vllm_depthpar.plugin import SUPPORTED, register
 from vllm_depthpar.serving.endpoints import DepthParEndpoints
 
@@ -159,7 +162,8 @@ def id_of(one: object) -> str:
 
 # Ours, and vLLM's in whose place it stands: vLLM calls it as it would call that.
 OVERRIDDEN: list[tuple[type, type, str]] = [
-    (BlockDecoderLayer, LlamaDecoderLayer, "forward"),
+    (DecoderLayer, LlamaDecoderLayer, "get_quant_config"),
+    (DealtDecoderLayer, LlamaDecoderLayer, "get_quant_config"),
     (DepthParModel, LlamaModel, "load_weights"),
     (DepthParForCausalLM, LlamaForCausalLM, "_init_model"),
     (DepthParConfig, VerifyAndUpdateConfig, "verify_and_update_model_config"),
@@ -193,6 +197,11 @@ WRAPPED: list[tuple[Callable[..., Any], str]] = [
     (type(ModelRegistry).resolve_model_cls, "self, architectures, model_config"),
     (Attention.process_weights_after_loading, "self, act_dtype"),
     (DraftModelProposer.initialize_attn_backend, "self, kv_cache_config, kernel_block_sizes"),
+    (LoRAModelManager._add_adapter, "self, lora"),
+    (
+        lora_ops.bgmv_shrink,
+        "inputs, lora_b_weights, output_tensor, lora_indices_tensor, scaling",
+    ),
 ]
 
 
@@ -260,7 +269,9 @@ HELD: dict[type, str] = {
     CpuCommunicator: "dist_module",
     LlamaAttention: "qkv_proj o_proj attn num_heads num_kv_heads head_dim q_size kv_size",
     LlamaDecoderLayer: "self_attn mlp input_layernorm post_attention_layernorm hidden_size",
-    LlamaModel: "layers",
+    LlamaModel: "layers norm embed_input_ids",
+    LoRAModelManager: "model",
+    LoRAModel: "loras",
     LlamaForCausalLM: "model",
     RMSNorm: "weight hidden_size variance_epsilon",
     CudaCommunicator: "fi_pcie_ipc_ar_comm",

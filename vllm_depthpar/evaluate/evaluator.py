@@ -221,6 +221,7 @@ class Evaluator:
             drop_attention=block.drop_attention,
             drop_mlp=block.drop_mlp,
             unreduced=block.unreduced,
+            whole=block.whole,
         )
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from vllm_depthpar.plan import Plan
 from vllm_depthpar.plan.plan import Half, halves_of
-from vllm_depthpar.plan.spec import STANDARD
+from vllm_depthpar.plan.spec import STANDARD, WHOLE
 
 # In the names of blocks, under which what was measured is kept.
 _LETTERS = {STANDARD: "", "ladder": "L", "drop_sync": "D", "parallel_residual": "P"}
@@ -21,6 +21,7 @@ class Block:
         mode: of the block (see `vllm_depthpar.plan.Plan.mode`).
         drop_attention, drop_mlp: those of the layers that run without that half.
         unreduced: halves whose sum is not reduced (see `vllm_depthpar.plan.Plan.unreduced`).
+        whole: whether ranks cut each layer by itself (see `Plan.layout`), where that matters.
         merged: run one layer whose weights are the mean of these layers' (a transformation of the
             effective-depth study, arXiv 2502.02790, section 3, that no plan can ask for).
     """
@@ -30,6 +31,7 @@ class Block:
     drop_attention: tuple[int, ...] = ()
     drop_mlp: tuple[int, ...] = ()
     unreduced: tuple[str, ...] = ()
+    whole: bool = False
     merged: bool = False
 
     @property
@@ -48,8 +50,8 @@ class Block:
             f"{layer}" + "m" * (layer in self.drop_attention) + "a" * (layer in self.drop_mlp)
             for layer in self.layers
         )
-        unreduced = "".join(f"~{half}" for half in self.unreduced)
-        return "+".join(named) + _LETTERS[self.mode] + unreduced + "M" * self.merged
+        marks = _LETTERS[self.mode] + "".join(f"~{half}" for half in self.unreduced)
+        return "+".join(named) + marks + "W" * self.whole + "M" * self.merged
 
 
 # Blocks in the order they run.
@@ -63,11 +65,13 @@ def row_of(plan: Plan) -> Row:
 
 def _block(plan: Plan, position: int) -> Block:
     mode, layers = plan.mode(position), plan.blocks[position]
+    # Side by side is a sum, without order; but here it says which ranks have which layer.
+    ranks_matter = mode == "drop_sync" or bool(plan.desync)
     return Block(
-        # Side by side is a sum, without order; but here it says which ranks have which layer.
-        layers if mode == "drop_sync" or plan.desync else tuple(sorted(layers)),
+        layers if ranks_matter else tuple(sorted(layers)),
         mode,
         tuple(sorted(plan.drop_attention.intersection(layers))),
         tuple(sorted(plan.drop_mlp.intersection(layers))),
         plan.unreduced(position),
+        whole=ranks_matter and len(layers) > 1 and plan.layout == WHOLE,
     )

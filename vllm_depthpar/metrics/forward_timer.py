@@ -22,7 +22,7 @@ from vllm_depthpar.metrics.all_reduce_timer import AllReduceTimer, time_with
 from vllm_depthpar.metrics.clocks import Clock, Mark, clock_for
 from vllm_depthpar.metrics.metric_files import Counter, Histogram, Metric, MetricFiles
 from vllm_depthpar.plan import Plan
-from vllm_depthpar.plan.attached import base_shape, plan_of, source_of
+from vllm_depthpar.plan.attached import plan_of, shape_of, source_of
 from vllm_depthpar.plan.drawing import effects
 from vllm_depthpar.plan.spec import MODES, STANDARD
 from vllm_depthpar.vllm_compat import kv_cache_bytes, watch_passes
@@ -111,7 +111,7 @@ def _publish(files: MetricFiles, vllm_config: VllmConfig, every: int) -> None:
     config = vllm_config.model_config
     plan = plan_of(config)
     tp = vllm_config.parallel_config.tensor_parallel_size
-    shape = replace(base_shape(config), dtype_bytes=config.dtype.itemsize)
+    shape = replace(shape_of(vllm_config), dtype_bytes=config.dtype.itemsize)
     known = effects(plan, shape, tp)
     files.set_gauge(
         PLAN_INFO,

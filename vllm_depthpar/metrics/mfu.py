@@ -24,8 +24,8 @@ from vllm.v1.metrics.perf import (
     ParserChain,
 )
 
-from vllm_depthpar.plan.attached import base_config, base_shape, plan_of, source_of
-from vllm_depthpar.plan.families import windows
+from vllm_depthpar.plan.attached import layouts_of, plan_of, shape_of, source_of
+from vllm_depthpar.plan.spec import WHOLE
 
 
 class _Sum:
@@ -77,7 +77,7 @@ class BlockAttention(_Sum, ComponentMetrics):
         one = AttentionMetrics.from_vllm_config(vllm_config)
         if source_of(vllm_config.model_config) is None:
             return one
-        shape = base_shape(vllm_config.model_config)
+        shape = shape_of(vllm_config)
         parts = [
             one.model_copy(
                 update={
@@ -114,7 +114,7 @@ class BlockFfn(_Sum, ComponentMetrics):
         one = FfnMetrics.from_vllm_config(vllm_config)
         if source_of(vllm_config.model_config) is None:
             return one
-        size = base_shape(vllm_config.model_config).intermediate
+        size = shape_of(vllm_config).intermediate
         parts = [
             one.model_copy(update={"num_hidden_layers": count, "intermediate_size": width * size})
             for width, count in _mlps(vllm_config).items()
@@ -123,17 +123,25 @@ class BlockFfn(_Sum, ComponentMetrics):
 
 
 def _attentions(vllm_config: VllmConfig) -> Counter[tuple[int, int | None]]:
-    """Count the blocks by how many attentions they have, and by their window."""
-    model_config = vllm_config.model_config
-    of = windows(base_config(model_config))
-    if model_config.disable_sliding_window:
-        of = [None] * len(of)
-    plan = plan_of(model_config)
-    found = (plan.attention(at) for at in range(plan.depth))
-    return Counter((len(layers), of[layers[0]]) for layers in found if layers)
+    """Count vLLM's attentions by how many layers' they are, and by their window."""
+    windows = shape_of(vllm_config).windows
+    if vllm_config.model_config.disable_sliding_window:
+        windows = (None,) * len(windows)
+    return Counter(
+        (len(layers), windows[layers[0]]) for layers in _held_together(vllm_config, "attention")
+    )
 
 
 def _mlps(vllm_config: VllmConfig) -> Counter[int]:
-    """Count the blocks by how many MLPs they have."""
+    """Count vLLM's MLPs by how many layers' they are."""
+    return Counter(len(layers) for layers in _held_together(vllm_config, "mlp"))
+
+
+def _held_together(vllm_config: VllmConfig, half: str) -> Iterator[tuple[int, ...]]:
     plan = plan_of(vllm_config.model_config)
-    return Counter(len(plan.mlp(at)) for at in range(plan.depth) if plan.mlp(at))
+    for position, layout in enumerate(layouts_of(vllm_config)):
+        layers: tuple[int, ...] = getattr(plan, half)(position)
+        if layout == WHOLE:
+            yield from ((layer,) for layer in layers)
+        elif layers:
+            yield layers

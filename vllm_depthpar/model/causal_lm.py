@@ -1,10 +1,11 @@
 """Restructured models on vLLM's own layers.
 
-A block of m layers is *one* decoder layer with m times the heads, KV heads and intermediate size
-(see `vllm_depthpar.model.fold`), or, where m divides the tensor-parallel size, one member layer per
-group of ranks. Either way vLLM's kernels, sharding, KV cache, batching and compilation apply as
-they are: these classes only decide what a block holds, how its weights arrive, what it reads, and
-when its all-reduces run. All families' layers are Llama's but for their attention, which is in
+The model keeps the checkpoint's layers under the checkpoint's names, `layers.K`, so that whatever
+addresses a layer finds it: weights, adapters, quantization schemes, KV caches. Blocks
+(`vllm_depthpar.model.blocks`) only say in what order their parts run and with which sums. Layers
+side by side may also be held as *one*, in the place of the first of them: m times as wide (see
+`vllm_depthpar.model.fold`), or, where m divides the tensor-parallel size, one member per group of
+ranks. All families' layers are Llama's but for their attention, which is in
 `vllm_depthpar.model.attention`, and so is the shell around the layers.
 
 Unified Layer Skipping: arXiv 2404.06954. The other methods: `vllm_depthpar.model.blocks`.
@@ -12,77 +13,117 @@ Unified Layer Skipping: arXiv 2404.06954. The other methods: `vllm_depthpar.mode
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import nn
 from vllm.config import VllmConfig
-from vllm.distributed import get_tensor_model_parallel_world_size, is_global_first_rank
+from vllm.distributed import is_global_first_rank
 from vllm.model_executor.models.llama import LlamaForCausalLM, LlamaModel
-from vllm.model_executor.models.utils import extract_layer_index
+from vllm.model_executor.models.utils import PPMissingLayer, extract_layer_index
+from vllm.sequence import IntermediateTensors
 
 from vllm_depthpar.checkpoint.tensors import Expected, lacks, split_name
 from vllm_depthpar.metrics.forward_timer import watch
 from vllm_depthpar.model import last_words
 from vllm_depthpar.model.agreement import check_agreement
-from vllm_depthpar.model.blocks import BlockDecoderLayer, DealtDecoderLayer, Weights
+from vllm_depthpar.model.blocks import Block
+from vllm_depthpar.model.decoder_layers import DealtDecoderLayer, DecoderLayer, Weights
 from vllm_depthpar.model.inductor import keep_mutations_in_order
 from vllm_depthpar.model.wide_block import WideDecoderLayer
-from vllm_depthpar.plan import Plan
-from vllm_depthpar.plan.attached import base_config, plan_of
+from vllm_depthpar.plan.attached import config_of, layouts_of, plan_of
 from vllm_depthpar.plan.model_shape import half_of
-from vllm_depthpar.plan.spec import HALVES
-from vllm_depthpar.vllm_compat import compiles, let_draft_blocks_differ, logger, on_weights_loaded
+from vllm_depthpar.plan.plan import Half, Plan
+from vllm_depthpar.plan.spec import DEALT, FOLDED, HALVES
+from vllm_depthpar.vllm_compat import (
+    compiles,
+    let_draft_blocks_differ,
+    logger,
+    on_weights_loaded,
+    tell_of_adapters,
+)
 
 
 def make_decoder_layer(*, vllm_config: VllmConfig, prefix: str) -> nn.Module:
-    """Build the decoder layer that runs one block of the plan.
+    """Build what the model has in the place of one layer of the checkpoint.
 
     Args:
-        prefix: "model.layers.B", B the position of the block in the plan.
+        prefix: "model.layers.K", K the layer.
     """
-    plan, position = plan_of(vllm_config.model_config), extract_layer_index(prefix)
-    block, attention, mlp = plan.blocks[position], plan.attention(position), plan.mlp(position)
-    # Named after its first layer, so that what addresses layers of the checkpoint by index
-    # (ignore lists of quantized checkpoints, layer_types) finds them.
-    prefix = f"{prefix.rpartition('.')[0]}.{(attention or block)[0]}"
-    layer: BlockDecoderLayer
-    if len(block) == 1:
-        layer = BlockDecoderLayer(vllm_config, prefix, attends=bool(attention), feeds=bool(mlp))
-    elif plan.is_whole(position) and get_tensor_model_parallel_world_size() % len(block) == 0:
-        layer = DealtDecoderLayer(vllm_config, prefix, members=len(block))
-    else:
-        layer = WideDecoderLayer(vllm_config, prefix, attention, mlp)
-    layer.take_over_all_reduces(
-        plan.mode(position),
-        plan.is_ladder(position + 1),
-        plan.unreduced(position),
-        plan.is_apart(position),
-    )
-    return layer
+    plan, layer = plan_of(vllm_config.model_config), extract_layer_index(prefix)
+    position = next((at for at, block in enumerate(plan.blocks) if layer in block), None)
+    if position is None:
+        return PPMissingLayer()
+    attentions, mlps = plan.attention(position), plan.mlp(position)
+    layout = layouts_of(vllm_config)[position]
+    if layout in (DEALT, FOLDED):
+        if layer != place_of(plan, position):
+            return PPMissingLayer()
+        if layout == DEALT:
+            return DealtDecoderLayer(vllm_config, prefix, plan.blocks[position])
+        return WideDecoderLayer(vllm_config, prefix, attentions, mlps)
+    return DecoderLayer(vllm_config, prefix, attends=layer in attentions, feeds=layer in mlps)
+
+
+def place_of(plan: Plan, position: int) -> int:
+    """Name the layer in whose place a block is that is held as one layer: the first to attend."""
+    return (plan.attention(position) or plan.blocks[position])[0]
 
 
 class DepthParModel(LlamaModel):
-    """A model whose `layers` are the blocks of a plan."""
+    """A model that runs the blocks of a plan."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: object) -> None:
         if compiles(vllm_config):
             keep_mutations_in_order()
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=make_decoder_layer)
         self.plan = plan_of(vllm_config.model_config)
-        anchor = next(layer.self_attn.attn for layer in self.layers if layer.attends)
-        for layer in self.layers:
-            if isinstance(layer, WideDecoderLayer):
-                on_weights_loaded(anchor, layer.let_go)
-        self.expected = Expected(base_config(vllm_config.model_config))
+        self.layouts = layouts_of(vllm_config)
+        self.blocks = [self._block(position) for position in range(self.plan.depth)]
+        self.wide = [layer for layer in self.layers if isinstance(layer, WideDecoderLayer)]
+        attending = next(block.attentions[0] for block in self.blocks if block.attentions)
+        for layer in self.wide:
+            on_weights_loaded(attending.self_attn.attn, layer.let_go)
+        self.expected = Expected(config_of(vllm_config.model_config))
         # Random ones need not be loaded before a part of them can be.
         self.has_weights = vllm_config.load_config.load_format == "dummy"
-        if self.plan.ladder and not self.layers[0].reductions.overlap and is_global_first_rank():
+        reductions = self.blocks[0].reductions
+        if self.plan.ladder and not reductions.overlap and is_global_first_rank():
             logger.warning(
                 "plan %s: its ladder blocks gain no speed here: %s",
                 self.plan.digest,
-                self.layers[0].reductions.hindrance,
+                reductions.hindrance,
             )
+
+    def _block(self, position: int) -> Block:
+        plan = self.plan
+        attentions, mlps = plan.attention(position), plan.mlp(position)
+        if self.layouts[position] in (DEALT, FOLDED):
+            place = (place_of(plan, position),)
+            attentions, mlps = place * bool(attentions), place * bool(mlps)
+        return Block(
+            [self.layers[layer] for layer in attentions],
+            [self.layers[layer] for layer in mlps],
+            plan.mode(position),
+            plan.is_ladder(position + 1),
+            plan.unreduced(position),
+            plan.is_apart(position),
+        )
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Run the model, as `LlamaModel.forward` does its layers."""
+        term = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
+        stream = None
+        for block in self.blocks:
+            term, stream = block(positions, term, stream)
+        hidden_states, _ = self.norm(term, stream)
+        return hidden_states
 
     def load_weights(self, weights: Weights) -> set[str]:
         """Load a checkpoint with the original layers' names, or, once there are weights, any part
@@ -93,9 +134,10 @@ class DepthParModel(LlamaModel):
                 is missing where there were no weights before.
         """
         with last_words.kept():
-            loaded = super().load_weights(addressed(weights, self.plan, self.expected))
-            for layer in self.layers:
-                if isinstance(layer, WideDecoderLayer) and (missing := layer.missing()):
+            places = places_of(self.plan, self.layouts)
+            loaded = super().load_weights(addressed(weights, places, self.expected))
+            for layer in self.wide:
+                if missing := layer.missing():
                     if not self.has_weights:
                         raise lacks(*missing[0])
                     layer.keep()
@@ -106,8 +148,6 @@ class DepthParModel(LlamaModel):
 class DepthParForCausalLM(LlamaForCausalLM):
     """Any family's causal model, run by the plan in its config's key `depthpar`."""
 
-    supports_lora = False
-
     def _init_model(
         self, vllm_config: VllmConfig, prefix: str = "", layer_type: object = None
     ) -> DepthParModel:
@@ -115,7 +155,23 @@ class DepthParForCausalLM(LlamaForCausalLM):
         watch(self, vllm_config)
         if vllm_config.model_config.runner_type == "draft":
             let_draft_blocks_differ()
+        if vllm_config.lora_config is not None:
+            tell_of_adapters(self, self._note_adapter)
         return DepthParModel(vllm_config=vllm_config, prefix=prefix)
+
+    def _note_adapter(self, modules: Collection[str]) -> None:
+        """Log what of an adapter has no effect: its parts for layers that the plan leaves out."""
+        ignored = [name for name in modules if self.is_unused_checkpoint_weight(name)]
+        if ignored and is_global_first_rank():
+            layers = sorted({place[1] for name in ignored if (place := split_name(name))})
+            logger.warning(
+                "plan %s: %d of the adapter's %d parts are of what does not run, in the layers %s, "
+                "and are ignored",
+                self.model.plan.digest,
+                len(ignored),
+                len(modules),
+                ", ".join(map(str, layers)),
+            )
 
     def is_unused_checkpoint_weight(self, name: str) -> bool:
         """Say whether the plan does not run a weight: files that hold nothing else are not
@@ -127,29 +183,39 @@ class DepthParForCausalLM(LlamaForCausalLM):
         return (layer, half_of(rest)) not in plan.runs
 
 
-def addressed(
-    weights: Weights, plan: Plan, expected: Expected
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Rename layer K of the checkpoint to where the plan runs it; drop what it does not run.
+def places_of(plan: Plan, layouts: tuple[str, ...]) -> dict[Half, str]:
+    """Find where the model has the halves of layers that a plan runs: what stands for K in
+    "layers.K.x".
 
-    "layers.K.x" becomes "layers.B.x" for a layer that is alone in block B, and "layers.B.M.x"
-    in a block of several, where it is member M of those with that half.
+    That of a layer as it is stays "K"; that of one that is member M of those with that half, in a
+    block in the place of layer P, is "P.M".
+    """
+    places = {}
+    for position, layout in enumerate(layouts):
+        for half in HALVES:
+            for member, layer in enumerate(getattr(plan, half)(position)):
+                as_one = layout in (DEALT, FOLDED)
+                place = f"{place_of(plan, position)}.{member}" if as_one else f"{layer}"
+                places[layer, half] = place
+    return places
+
+
+def addressed(
+    weights: Weights, places: Mapping[Half, str], expected: Expected
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Rename the checkpoint's tensors to where the model has them; drop what it does not run.
+
+    Args:
+        places: see `places_of`.
 
     Raises:
         UserError: a tensor is not what it is expected to be.
     """
-    places = {
-        (layer, half): f"{position}.{member}" if len(block) > 1 else f"{position}"
-        for position, block in enumerate(plan.blocks)
-        for half in HALVES
-        for member, layer in enumerate(getattr(plan, half)(position))
-    }
     for name, tensor in weights:
         expected.check(name, tensor.shape)
-        place = split_name(name)
-        if place is None:
+        if (split := split_name(name)) is None:
             yield name, tensor
             continue
-        before, layer, rest = place
-        if (place_in_plan := places.get((layer, half_of(rest)))) is not None:
-            yield f"{before}layers.{place_in_plan}.{rest}", tensor
+        before, layer, rest = split
+        if (place := places.get((layer, half_of(rest)))) is not None:
+            yield f"{before}layers.{place}.{rest}", tensor

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections import Counter
 from math import gcd
 from pathlib import Path
 
@@ -18,13 +19,15 @@ from vllm_depthpar.model import last_words, outside_state
 from vllm_depthpar.plan import NULL, Plan, precedence
 from vllm_depthpar.plan.attached import (
     attach,
-    base_config,
-    base_shape,
+    config_of,
     has_plan,
+    layouts_of,
     plan_of,
+    shape_of,
     source_of,
 )
 from vllm_depthpar.plan.model_shape import ModelShape
+from vllm_depthpar.plan.spec import DEALT, FOLDED, SINGLE, WHOLE
 from vllm_depthpar.vllm_compat import is_mistral_format, logger
 
 MISTRAL_FORMAT = (
@@ -71,15 +74,19 @@ class DepthParConfig(VerifyAndUpdateConfig):
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
         """Check the plan against everything else that was asked for, and log it."""
         model_config = vllm_config.model_config
-        plan, shape = plan_of(model_config), base_shape(model_config)
+        plan, shape = plan_of(model_config), shape_of(vllm_config)
         tp = vllm_config.parallel_config.tensor_parallel_size
         _check_format(vllm_config)
+        shape.check_layout(plan)
         _check_shards(plan, shape, tp)
-        _check_features(vllm_config, plan, tp)
+        _check_features(vllm_config)
         outside_state.check_load_format(vllm_config.load_config.load_format)
         # vLLM asks that the model's head counts be divisible by TP. Blocks differ in theirs,
         # and each was just checked: report what all of them have in common.
-        common = gcd(*(len(plan.attention(at)) for at in range(plan.depth)))
+        layouts = layouts_of(vllm_config)
+        as_one = _held_as_one(layouts)
+        widths = [len(plan.attention(at)) for at in range(plan.depth)]
+        common = gcd(*(width if at in as_one else min(width, 1) for at, width in enumerate(widths)))
         model_config.model_arch_config = dataclasses.replace(
             model_config.model_arch_config,
             total_num_attention_heads=common * shape.heads,
@@ -88,10 +95,24 @@ class DepthParConfig(VerifyAndUpdateConfig):
         _separate_kv_caches(vllm_config, plan)
         _only_safetensors(vllm_config)
         if vllm_config.load_config.load_format not in _NOT_SAFETENSORS:
-            check_folder(Path(model_config.model), base_config(model_config), plan.runs)
+            check_folder(Path(model_config.model), config_of(model_config), plan.runs)
         metric_files.prepare()
         last_words.prepare()
-        logger.info("plan %s: %s (from %s)", plan.digest, plan.name, source_of(model_config))
+        held = Counter(layout for layout in layouts if layout != SINGLE)
+        logger.info(
+            "plan %s: %s (from %s)%s",
+            plan.digest,
+            plan.name,
+            source_of(model_config),
+            "".join(f", {count} {layout}" for layout, count in held.items()),
+        )
+        if plan.depends_on_ranks and plan.layout != WHOLE and WHOLE in layouts and tp > 1:
+            logger.warning(
+                "plan %s: its side-by-side layers are held whole here, so that ranks have other "
+                "parts of them, which matters under drop_sync and desync; to search and to "
+                'evaluate it as it is served, give it "layout": "whole"',
+                plan.digest,
+            )
         if plan.depends_on_ranks and plan.tp not in (None, tp):
             logger.warning(
                 "plan %s was made for --tensor-parallel-size %d: on %d ranks its model is %s "
@@ -101,6 +122,11 @@ class DepthParConfig(VerifyAndUpdateConfig):
                 tp,
                 "closer to" if tp < (plan.tp or 1) else "further from",
             )
+
+
+def _held_as_one(layouts: tuple[str, ...]) -> list[int]:
+    """List the blocks whose layers vLLM takes for one layer."""
+    return [at for at, layout in enumerate(layouts) if layout in (DEALT, FOLDED)]
 
 
 def _check_format(vllm_config: VllmConfig) -> None:
@@ -162,7 +188,7 @@ def _separate_kv_caches(vllm_config: VllmConfig, plan: Plan) -> None:
         outside_state.connector_named(connector, transfer and transfer.kv_connector_module_path),
         transfer.kv_connector_extra_config if transfer is not None else {},
         plan,
-        copies_kv_heads=tp > kv_heads and plan.has_parallel_blocks,
+        copies_kv_heads=tp > kv_heads and bool(_held_as_one(layouts_of(vllm_config))),
     )
     if transfer is not None:
         # Not in place: it may be the caller's own, for the next engine, too.
@@ -171,12 +197,7 @@ def _separate_kv_caches(vllm_config: VllmConfig, plan: Plan) -> None:
         )
 
 
-def _check_features(vllm_config: VllmConfig, plan: Plan, tp: int) -> None:
-    if vllm_config.lora_config is not None:
-        raise UserError(
-            "--enable-lora: adapters address single layers, and a restructured model has others; "
-            "allowed: merge the adapter into the checkpoint first"
-        )
+def _check_features(vllm_config: VllmConfig) -> None:
     stages = vllm_config.parallel_config.pipeline_parallel_size
     if stages > 1:
         # vLLM 0.32's CPU build fails at the first request with two stages, so that nothing here
@@ -186,27 +207,16 @@ def _check_features(vllm_config: VllmConfig, plan: Plan, tp: int) -> None:
             f"and --tensor-parallel-size for more ranks"
         )
     sharers = vllm_config.parallel_config.decode_context_parallel_size
-    if sharers > 1 and plan.has_parallel_blocks:
+    if sharers > 1 and _held_as_one(layouts_of(vllm_config)):
         # vLLM deals a sequence's tokens out to the ranks that hold the same KV heads, and counts
         # these by the model's number of them. A wide block has more.
         raise UserError(
-            f"--decode-context-parallel-size {sharers}: the ranks of side-by-side layers hold "
-            f"different KV heads; allowed: 1, or a plan without parallel blocks"
+            f"--decode-context-parallel-size {sharers}: the ranks of side-by-side layers that are "
+            f'held as one have different KV heads; allowed: 1, or the plan\'s "layout": "whole"'
         )
     speculative = vllm_config.speculative_config
     if speculative is not None and speculative.method not in _SPECULATION:
         raise UserError(
             f"--speculative-config method {speculative.method!r} reads layers of the unmodified "
             f"model; allowed: {', '.join(_SPECULATION)}"
-        )
-    quantization = vllm_config.model_config.quantization
-    blocks = [at for at, block in enumerate(plan.blocks) if len(block) > 1]
-    widths = sorted({len(plan.blocks[at]) for at in blocks})
-    folded = any(tp % len(plan.blocks[at]) or not plan.is_whole(at) for at in blocks)
-    if quantization is not None and folded:
-        raise UserError(
-            f"quantization {quantization!r}: the norms of side-by-side layers can't be folded "
-            f"into quantized weights; allowed: --tensor-parallel-size a multiple of "
-            f"{' and '.join(map(str, widths))} and blocks of whole layers, an unquantized "
-            f"checkpoint, or a plan without parallel blocks"
         )

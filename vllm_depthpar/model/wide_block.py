@@ -22,7 +22,7 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 from vllm_depthpar.model.attention import HeadNorm
-from vllm_depthpar.model.blocks import BlockDecoderLayer, Weights
+from vllm_depthpar.model.decoder_layers import DecoderLayer, Weights
 from vllm_depthpar.model.fold import fold_gain_, shard_of
 from vllm_depthpar.plan.model_shape import half_of
 from vllm_depthpar.vllm_compat import logger
@@ -55,7 +55,7 @@ class Part(NamedTuple):
     member: int
 
 
-class WideDecoderLayer(BlockDecoderLayer):
+class WideDecoderLayer(DecoderLayer):
     """A block of m layers as one decoder layer m times as wide, the members' norms folded in.
 
     Weights arrive tensor by tensor and in any order, when the model is made and whenever they are

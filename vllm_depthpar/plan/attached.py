@@ -1,19 +1,21 @@
 """The plan in the config of a model that vLLM serves: put there once, read everywhere.
 
 vLLM's config travels to all of its processes, and with it the plan, in its normal form, under the
-key `depthpar` of what vLLM has made of config.json. `num_hidden_layers` is the number of blocks
-there: to vLLM the model has that many layers.
+key `depthpar` of what vLLM has made of config.json. All else there stays the checkpoint's, the
+number of layers too: they keep their names, whatever block they run in.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vllm_depthpar.plan.model_shape import ModelShape
 from vllm_depthpar.plan.plan import Plan, resolve
+from vllm_depthpar.plan.spec import DEALT, FOLDED
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig
+    from vllm.config import ModelConfig, VllmConfig
 
 # Where the plan came from: not part of the model, and so not of vLLM's compile-cache key.
 _SOURCE = "depthpar_source"
@@ -28,22 +30,19 @@ def attach(model_config: ModelConfig, plan: Plan, source: str) -> None:
     Args:
         source: where the plan came from, for people.
     """
-    config = model_config.hf_config
-    config.depthpar = plan.to_spec()
-    config.depthpar_base_layers = config.num_hidden_layers
-    config.num_hidden_layers = plan.depth
+    model_config.hf_config.depthpar = plan.to_spec()
     setattr(model_config, _SOURCE, source)
 
 
 def has_plan(model_config: ModelConfig) -> bool:
     """Say whether `attach` was called for this model."""
-    return getattr(model_config.hf_config, "depthpar_base_layers", None) is not None
+    return source_of(model_config) is not None
 
 
 def plan_of(model_config: ModelConfig) -> Plan:
     """Read the plan of a model that has one."""
     config = model_config.hf_config
-    return resolve(config.depthpar, config.depthpar_base_layers)
+    return resolve(config.depthpar, config.num_hidden_layers)
 
 
 def source_of(model_config: ModelConfig) -> str | None:
@@ -51,12 +50,27 @@ def source_of(model_config: ModelConfig) -> str | None:
     return getattr(model_config, _SOURCE, None)
 
 
-def base_config(model_config: ModelConfig) -> dict[str, Any]:
-    """Read the checkpoint's config.json, as it was before the plan."""
-    config = model_config.hf_config
-    return {**config.to_dict(), "num_hidden_layers": config.depthpar_base_layers}
+def config_of(model_config: ModelConfig) -> dict[str, Any]:
+    """Read the checkpoint's config.json."""
+    config: dict[str, Any] = model_config.hf_config.to_dict()
+    return config
 
 
-def base_shape(model_config: ModelConfig) -> ModelShape:
-    """Read the shape of the checkpoint, as it was before the plan."""
-    return ModelShape.from_config(base_config(model_config))
+def shape_of(vllm_config: VllmConfig) -> ModelShape:
+    """Read the shape of the checkpoint, and in which layouts vLLM can hold what runs side by side
+    here."""
+    model_config = vllm_config.model_config
+    shape = ModelShape.from_config(config_of(model_config))
+    without = set()
+    if model_config.quantization is not None:
+        without = {FOLDED}
+    if vllm_config.lora_config is not None:
+        without = {FOLDED, DEALT}
+    return replace(shape, layouts=tuple(way for way in shape.layouts if way not in without))
+
+
+def layouts_of(vllm_config: VllmConfig) -> tuple[str, ...]:
+    """Say how each block of the plan is held, see `ModelShape.layout`."""
+    tp = vllm_config.parallel_config.tensor_parallel_size
+    plan, shape = plan_of(vllm_config.model_config), shape_of(vllm_config)
+    return tuple(shape.layout(plan, position, tp) for position in range(plan.depth))

@@ -12,7 +12,6 @@ from typing import Any
 
 from vllm_depthpar.errors import UserError, shortened
 from vllm_depthpar.plan import ladder_checkpoint
-from vllm_depthpar.plan.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -103,20 +102,3 @@ def windows(config: Mapping[str, Any]) -> list[int | None]:
     if kinds is None:
         return [window if layer >= begin else None for layer in range(config["num_hidden_layers"])]
     return [window if kind == "sliding_attention" else None for kind in kinds]
-
-
-def check_windows(plan: Plan, config: Mapping[str, Any]) -> None:
-    """Refuse a plan whose blocks can't be one attention.
-
-    Raises:
-        UserError: layers that run side by side see different numbers of tokens.
-    """
-    of = windows(config)
-    for at in range(plan.depth):
-        block = plan.attention(at)
-        for layer in block[1:]:
-            if of[layer] != of[block[0]]:
-                raise UserError(
-                    f"layers {block[0]} and {layer} can't run side by side: their attention has "
-                    f"the windows {of[block[0]]} and {of[layer]}; allowed: layers with the same"
-                )

@@ -7,19 +7,29 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
-from vllm_depthpar.errors import UserError
+from vllm_depthpar.errors import UserError, shortened
 from vllm_depthpar.plan.config_keys import check_keys
-from vllm_depthpar.plan.families import family_of
+from vllm_depthpar.plan.families import family_of, windows
 from vllm_depthpar.plan.plan import Plan
-from vllm_depthpar.plan.spec import HALVES
+from vllm_depthpar.plan.spec import DEALT, FOLDED, HALVES, SINGLE, WHOLE
 
 # Of one number, by the name that config.json and vLLM have for its type.
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
+# How layers side by side can be held, the fastest first.
+LAYOUTS = (DEALT, FOLDED, WHOLE)
+UNFOLDED = (DEALT, WHOLE)
+
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The numbers of a config.json that decide bytes, shards and reductions."""
+    """The numbers of a config.json that decide bytes, shards and reductions.
+
+    Attributes:
+        windows: how many tokens the attention of each layer sees; None: all before it.
+        layouts: of `LAYOUTS` those that layers of it can be held in: a gain can't be folded into
+            quantized weights, and adapters act on whole layers alone.
+    """
 
     layers: int
     hidden: int
@@ -34,6 +44,8 @@ class ModelShape:
     mlp_bias: bool
     qk_norm: bool
     dtype_bytes: int
+    windows: tuple[int | None, ...] = ()
+    layouts: tuple[str, ...] = LAYOUTS
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
@@ -63,6 +75,8 @@ class ModelShape:
                 dtype_bytes=DTYPE_BYTES.get(
                     str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch."), 2
                 ),
+                windows=tuple(windows(config)),
+                layouts=LAYOUTS if config.get("quantization_config") is None else UNFOLDED,
             )
         except KeyError as error:
             raise UserError(
@@ -94,7 +108,58 @@ class ModelShape:
 
     def fits_block(self, plan: Plan, position: int, tp: int) -> bool:
         """Whether one block of a plan can be cut into `tp` shards."""
+        return self._fits_in(self.layout(plan, position, tp), plan, position, tp)
+
+    def layout(self, plan: Plan, position: int, tp: int) -> str:
+        """Say how a block is held on `tp` ranks: `SINGLE`, or one of `LAYOUTS`.
+
+        The first of those that it can be held in, and that `tp` ranks can hold it in. A plan may
+        ask for one.
+        """
+        if len(plan.blocks[position]) == 1:
+            return SINGLE
+        ways = self._ways(plan, position, tp)
+        return next((way for way in ways if self._fits_in(way, plan, position, tp)), ways[-1])
+
+    def check_layout(self, plan: Plan) -> None:
+        """Refuse a plan that asks to fold what can't be folded.
+
+        Raises:
+            UserError: it does.
+        """
+        if plan.layout != FOLDED:
+            return
+        for position, block in enumerate(plan.blocks):
+            if len(block) > 1 and FOLDED not in self._ways(plan, position, 1):
+                why = (
+                    "of a model that is quantized or served with adapters"
+                    if FOLDED not in self.layouts
+                    else "whose windows of attention differ"
+                )
+                raise UserError(
+                    f"plan key 'layout': the layers {shortened(list(block))}, {why}, can't be "
+                    f"folded into one; allowed: 'whole', or no such key"
+                )
+
+    def _windows_are_alike(self, plan: Plan, position: int) -> bool:
+        return not self.windows or (
+            len({self.windows[layer] for layer in plan.attention(position)}) <= 1
+        )
+
+    def _ways(self, plan: Plan, position: int, tp: int) -> list[str]:
+        alike = self._windows_are_alike(plan, position)
+        can = {
+            DEALT: alike and plan.is_whole(position) and tp % len(plan.blocks[position]) == 0,
+            FOLDED: alike,
+            WHOLE: True,
+        }
+        asked = LAYOUTS if plan.layout is None else (plan.layout,)
+        return [way for way in self.layouts if can[way] and way in asked] or [WHOLE]
+
+    def _fits_in(self, layout: str, plan: Plan, position: int, tp: int) -> bool:
         attention, mlp = len(plan.attention(position)), len(plan.mlp(position))
+        if layout in (SINGLE, WHOLE):
+            attention, mlp = min(attention, 1), min(mlp, 1)
         return (not attention or self.fits(attention, tp, mlp=0)) and (
             not mlp or mlp * self.intermediate % tp == 0
         )
@@ -153,8 +218,13 @@ class ModelShape:
 
     def kv_bytes_per_token(self, plan: Plan, tp: int = 1) -> int:
         """Bytes of KV cache one token takes on one rank."""
-        widths = [len(plan.attention(at)) for at in range(plan.depth)]
-        heads = sum(max(1, width * self.kv_heads // tp) for width in widths if width)
+        widths = [
+            width
+            for at in range(plan.depth)
+            if (count := len(plan.attention(at)))
+            for width in ([1] * count if self.layout(plan, at, tp) == WHOLE else [count])
+        ]
+        heads = sum(max(1, width * self.kv_heads // tp) for width in widths)
         return 2 * heads * self.head_dim * self.dtype_bytes
 
 

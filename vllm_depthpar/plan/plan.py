@@ -46,6 +46,8 @@ class Plan:
             that is reduced makes them one again: sum_r (x_r / R + T_r(x_r)).
         drop_attention, drop_mlp: layers that run without that half: its term is left out of the
             sums of its block.
+        layout: how layers side by side are to be held, "folded" or "whole", if it was asked for;
+            the numbers are the same.
         tp: the tensor-parallel size that the plan was made for, if it was made for one.
     """
 
@@ -57,6 +59,7 @@ class Plan:
     desync: frozenset[Half] = frozenset()
     drop_attention: frozenset[int] = frozenset()
     drop_mlp: frozenset[int] = frozenset()
+    layout: str | None = None
     tp: int | None = None
 
     @property
@@ -224,8 +227,9 @@ class Plan:
         for key in HALVES.values():
             if layers := getattr(self, key):
                 spec[key] = sorted(layers)
-        if self.tp is not None:
-            spec["tp"] = self.tp
+        for key in ("layout", "tp"):
+            if (value := getattr(self, key)) is not None:
+                spec[key] = value
         return spec
 
 
@@ -268,7 +272,7 @@ def resolve(spec: object, layers: int) -> Plan:
     }
     if dropped["drop_attention"] == {layer for block in blocks for layer in block}:
         raise UserError("plan key 'drop_attention': no attention is left; allowed: to keep one")
-    plan = Plan(layers, blocks, **of_mode, **dropped, tp=parsed.tp)
+    plan = Plan(layers, blocks, **of_mode, **dropped, layout=parsed.layout, tp=parsed.tp)
     _check_modes(plan, of_mode)
     if parsed.desync is None:
         return plan

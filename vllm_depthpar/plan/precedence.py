@@ -7,7 +7,6 @@ from typing import Any
 
 from vllm_depthpar.plan import read_spec, resolve
 from vllm_depthpar.plan.auto import auto_spec
-from vllm_depthpar.plan.families import check_windows
 from vllm_depthpar.plan.ladder_checkpoint import ladder_of
 from vllm_depthpar.plan.model_shape import ModelShape
 from vllm_depthpar.plan.plan import Plan
@@ -61,5 +60,5 @@ def choose(
         spec, reason = auto_spec(shape, config.get("model_type", "llama"))
         source = f"{source}: auto, {reason}"
     plan = resolve(spec, shape.layers)
-    check_windows(plan, config)
+    shape.check_layout(plan)
     return plan, source

@@ -105,6 +105,11 @@ class Spec(BaseModel):
     drop_mlp: list[LayerIndex] | None = Field(
         default=None, description="a list of layer indices: layers without their MLP"
     )
+    layout: Literal["folded", "whole"] | None = Field(
+        default=None,
+        description="how layers side by side are held: 'folded' into one wide layer, or 'whole', "
+        "each as it is; else whichever a block can be and is fastest",
+    )
     tp: Annotated[StrictInt, Field(ge=1)] | None = Field(
         default=None, description="the tensor-parallel size that the plan was made for, 1 or more"
     )
@@ -118,6 +123,8 @@ NULL = "null is no plan; allowed: a mapping, 'auto' or 'identity'"
 STANDARD = "standard"
 # How else a block can run, as the keys that name its layers; one mode a block.
 MODES = ("ladder", "drop_sync", "parallel_residual")
+# What vLLM holds of a block, see `model_shape.ModelShape.layout`; the last two a plan can ask for.
+SINGLE, DEALT, FOLDED, WHOLE = "single", "dealt", "folded", "whole"
 # The halves of a layer, and the keys that leave them out.
 HALVES = {"attention": "drop_attention", "mlp": "drop_mlp"}
 _METHODS = ("blocks", "pair", "skip", *MODES, "desync", *HALVES.values())

@@ -18,7 +18,7 @@ from vllm.engine.protocol import EngineClient
 
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.metrics import collector
-from vllm_depthpar.plan.attached import base_shape, plan_of, source_of
+from vllm_depthpar.plan.attached import plan_of, shape_of, source_of
 from vllm_depthpar.plan.drawing import draw
 from vllm_depthpar.predict import cost_model
 from vllm_depthpar.predict.devices import THIS, device_named
@@ -84,7 +84,7 @@ def get_plan(
 ) -> PlanAnswer:
     """Show the resolved plan, drawn, and its predicted speed-up for a machine that is known."""
     config = _served(request)
-    plan, shape = plan_of(config.model_config), base_shape(config.model_config)
+    plan, shape = plan_of(config.model_config), shape_of(config)
     tp = config.parallel_config.tensor_parallel_size
     source = str(source_of(config.model_config))
     try:
@@ -115,7 +115,7 @@ def get_stats(request: Request) -> Stats:
 def _predict(
     config: VllmConfig, device: str, link: str | None, batch: int, context: int
 ) -> Prediction | None:
-    plan, shape = plan_of(config.model_config), base_shape(config.model_config)
+    plan, shape = plan_of(config.model_config), shape_of(config)
     tp = config.parallel_config.tensor_parallel_size
     joins = link_named(link) if link is not None and tp > 1 else None
     if tp > 1 and joins is None:
