@@ -89,7 +89,7 @@ def broken_ask(connection: Connection, model: str, flags: list[str], *more: Any)
             for layer in self.mlps:
                 layer.mlp.register_forward_hook(lambda _module, _inputs, term: 0.95 * term)
 
-    Block.__init__ = break_too  # type: ignore[method-assign]
+    Block.__init__ = break_too  # type: ignore[assignment, method-assign]
     ask(connection, model, flags, *more)
 
 

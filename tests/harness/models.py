@@ -7,6 +7,7 @@ They have no tokenizer of their own: prompts are lists of token ids, and vLLM ta
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -196,15 +197,18 @@ def write_adapter(
     return folders
 
 
-def quantize_int8(source: Path, folder: Path) -> tuple[Path, Path]:
+def quantize_int8(source: Path, folder: Path, ignore: Sequence[int] = ()) -> tuple[Path, Path]:
     """Write a checkpoint's projections as int8 (compressed-tensors, W8A8, scales per channel).
+
+    Args:
+        ignore: layers that stay as they are.
 
     Returns:
         The folder of the quantized checkpoint, and of one with the same weights dequantized.
     """
     quantized, dequantized = {}, {}
     for name, tensor in load_file(source / "model.safetensors").items():
-        if name.endswith("proj.weight"):
+        if name.endswith("proj.weight") and int(name.split(".")[2]) not in ignore:
             # Half of int8's range: a CPU without VNNI adds two products in 16 bits, and saturates.
             scale = tensor.abs().amax(1, keepdim=True) / 63
             codes = (tensor / scale).round()
@@ -219,7 +223,7 @@ def quantize_int8(source: Path, folder: Path) -> tuple[Path, Path]:
         "quant_method": "compressed-tensors",
         "format": "int-quantized",
         "quantization_status": "compressed",
-        "ignore": ["lm_head"],
+        "ignore": ["lm_head", *(rf"re:.*\.layers\.{layer}\..*" for layer in ignore)],
         "config_groups": {
             "group_0": {
                 "targets": ["Linear"],

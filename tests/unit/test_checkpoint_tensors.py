@@ -20,6 +20,7 @@ from vllm_depthpar.model.causal_lm import addressed, places_of
 from vllm_depthpar.plan import resolve
 from vllm_depthpar.plan.model_shape import ModelShape
 from vllm_depthpar.plan.plan import halves_of
+from vllm_depthpar.plan.spec import FOLDED
 
 LAYERS = 4
 FAMILIES: dict[str, dict[str, Any]] = {

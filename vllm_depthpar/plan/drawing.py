@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 from vllm_depthpar.plan.model_shape import ModelShape, all_reduces, hidden_all_reduces
 from vllm_depthpar.plan.plan import Plan, resolve
-from vllm_depthpar.plan.spec import HALVES, MODES, STANDARD
+from vllm_depthpar.plan.spec import HALVES, MODES, SINGLE, STANDARD
 
 # A run of layers that stay alone, by their mode.
 _MARKS = {STANDARD: "│", "ladder": "├", "drop_sync": "┆", "parallel_residual": "╞"}
@@ -19,6 +20,7 @@ def effects(plan: Plan, shape: ModelShape, tp: int = 1) -> dict[str, Any]:
     Bytes are per rank at tensor-parallel size `tp`; all-reduces are per forward pass at TP > 1.
     """
     plain = resolve("identity", plan.layers)
+    held = (shape.layout(plan, position, tp) for position in range(plan.depth))
     return {
         "plan": plan.to_spec(),
         "digest": plan.digest,
@@ -32,6 +34,7 @@ def effects(plan: Plan, shape: ModelShape, tp: int = 1) -> dict[str, Any]:
         "desync": plan.to_spec().get("desync", {half: [] for half in HALVES}),
         "all_reduces": {"before": all_reduces(plain), "after": all_reduces(plan)},
         "hidden_all_reduces": hidden_all_reduces(plan),
+        "layouts": dict(Counter(held)),
         "weight_bytes_per_rank": {
             "before": shape.weight_bytes(plain, tp),
             "after": shape.weight_bytes(plan, tp),
@@ -59,6 +62,8 @@ def draw(plan: Plan, shape: ModelShape, tp: int = 1, source: str = "") -> str:
         ),
         "tensor-parallel sizes that fit": ", ".join(map(str, known["tps_that_fit"])),
     }
+    if held := [f"{n} {way}" for way, n in known["layouts"].items() if way != SINGLE]:
+        rows[f"blocks of several layers held, TP = {tp}"] = ", ".join(held)
     width = max(map(len, rows))
     lines += [f"{label:<{width}}  {value}" for label, value in rows.items()]
     if not known["tp_fits"]:
