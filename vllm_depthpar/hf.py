@@ -59,13 +59,15 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vllm_depthpar.checkpoint import ladder_config
-from vllm_depthpar.checkpoint.config import read_config
+from vllm_depthpar.checkpoint.config import read_config, read_tensors
+from vllm_depthpar.checkpoint.quantized import dequantizer
 from vllm_depthpar.checkpoint.tensors import (
     WEIGHTS,
     check_files,
     check_folder,
     has_safetensors,
     split_name,
+    stored,
 )
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.plan import Plan, resolve
@@ -336,7 +338,7 @@ def load(
     """Load a checkpoint and restructure it.
 
     Args:
-        path: folder of the checkpoint.
+        path: folder of the checkpoint; what compressed-tensors quantized is dequantized.
         spec: a `Plan`, or a spec that `vllm_depthpar.plan.resolve` takes; None for the plan that
             the checkpoint's config.json carries.
         dtype: what the weights are converted to.
@@ -460,18 +462,41 @@ def _weights(
             )
         run = halves_of(range(config.num_hidden_layers)).difference(absent)
         check_folder(Path(path), config.to_dict(), run)
-    options = {"use_safetensors": True, **kwargs}
+    quantized = getattr(config, "quantization_config", None) is not None
     with _by_transformers(path):
-        model, report = _model_type(config).from_pretrained(
-            path, config=config, dtype=dtype, output_loading_info=True, **options
-        )
-    places = filter(None, map(split_name, report["missing_keys"]))
+        if quantized:
+            model, not_there = _dequantized(Path(path), config, dtype)
+        else:
+            options = {"use_safetensors": True, **kwargs}
+            model, report = _model_type(config).from_pretrained(
+                path, config=config, dtype=dtype, output_loading_info=True, **options
+            )
+            not_there = report["missing_keys"]
+    places = filter(None, map(split_name, not_there))
     missing = {(layer, half_of(rest)) for _, layer, rest in places}
     if lost := sorted(missing.difference(absent)):
         raise UserError(
             f"weights of layer {lost[0][0]} are not in {path}; allowed: plans of its other layers"
         )
     return cast(PreTrainedModel, model)
+
+
+def _dequantized(
+    path: Path, config: PreTrainedConfig, dtype: torch.dtype
+) -> tuple[PreTrainedModel, list[str]]:
+    """Load a quantized checkpoint as what it stands for; and list what it does not hold."""
+    dequantize = dequantizer(path)
+    del config.quantization_config
+    with torch.device("meta"):
+        model = _model_type(config)(config)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    names = list(stored(path))
+    tensors = dequantize(dict(read_tensors(str(path), names)))
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    report = model.load_state_dict(tensors, strict=False, assign=True)
+    model.tie_weights()
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    return model.eval(), sorted(set(report.missing_keys) - tied)
 
 
 def restructure(model: PreTrainedModel, plan: Plan, ranks: int | None = None) -> PreTrainedModel:

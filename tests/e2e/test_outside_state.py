@@ -23,6 +23,7 @@ LAYERS = 6
 # The same number of blocks, of the same widths, under the same names.
 PLANS: list[Any] = [{"ladder": "all"}, {"ladder": 3}, {"blocks": [[0], [1], [2], [4], [3], [5]]}]
 PAIRS: Any = {"pair": [0, 4]}  # layers whose KV caches differ in size
+SAVED: list[Any] = [*PLANS, {**PAIRS, "layout": "whole"}, PAIRS]
 
 # A connector, what it is told, where the digest must be.
 KEYED: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -158,7 +159,7 @@ def test_plans_do_not_share_a_folder(tmp_path: Path) -> None:
     engine = transfer("ExampleConnector", shared_storage_path=str(store))
     cases = [
         Case(folder, plan, prompts(3, 100).tolist(), max_tokens=8, cached=True, engine=engine)
-        for plan in (*PLANS, PAIRS)
+        for plan in SAVED
     ]
     # Twice: the second engine of a plan reads what the first one left.
     for case, result in zip([*cases, *cases], run([*cases, *cases]), strict=True):
@@ -191,7 +192,7 @@ def test_offloading_to_memory(tmp_path: Path) -> None:
             engine={**transfer("OffloadingConnector", cpu_bytes_to_use=1 << 24), **few},
             prepare=play_gpu,
         )
-        for plan in (*PLANS, PAIRS)
+        for plan in SAVED
     ]
     forgetful = replace(cases[-1], prepare=play_a_gpu_that_forgets)
     *results, spoilt = run([*cases, forgetful])
@@ -220,7 +221,7 @@ def test_offloading_to_files(tmp_path: Path) -> None:
             engine=engine,
             prepare=play_gpu,
         )
-        for plan in (*PLANS, PAIRS)
+        for plan in SAVED
     ]
     for case, result in zip([*cases, *cases], run([*cases, *cases]), strict=True):
         assert distance(result, case) < 1e-3, case.plan

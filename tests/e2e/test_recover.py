@@ -16,13 +16,16 @@ from typing import Any
 import pytest
 import torch
 from fork_server import forked_engines
-from models import write_llama, write_tokenizer
+from models import quantize_int8, write_llama, write_tokenizer
+from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from vllm_depthpar import hf
 from vllm_depthpar.checkpoint import export
 from vllm_depthpar.cli.main import main
 from vllm_depthpar.launch.server import free_port
+from vllm_depthpar.plan import resolve
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -85,13 +88,13 @@ def test_recover(
     assert (wanted.exp() * (wanted - logs)).sum() < (wanted.exp() * (wanted - before)).sum()
 
 
-@pytest.mark.parametrize("train", ["norms", "lora", "all"])
+@pytest.mark.parametrize("train", ["norms", "all"])
 def test_other_ways_to_train(
     model: Path, text: Path, tmp_path: Path, train: str, auto_dtype: str
 ) -> None:
     out = tmp_path / "out"
     rate = 1e-4 if train == "all" else 1e-3
-    more = ["--train", train, "--tokens", 4096, "--rank", 4, "--refit", 0, "--rate", rate]
+    more = ["--train", train, "--tokens", 4096, "--refit", 0, "--rate", rate]
     assert main(arguments(model, text, out, *more)) == 0
     record = json.loads((out / "recovery.json").read_text())
     assert record["quality"]["refit"] == record["quality"]["plan"]
@@ -115,10 +118,59 @@ def test_what_is_not_changed_is_the_checkpoints(
     assert main(arguments(model, text, tmp_path / "refitted", "--tokens", 0)) == 0
     changed = differing(model, tmp_path / "refitted")
     assert changed == {f"model.layers.{layer}.mlp.down_proj.weight" for layer in (2, 3, 4, 5)}
-    for train in ("lora", "all"):
-        more = ["--train", train, "--refit", 0, "--tokens", 1024, "--rate", 0]
-        assert main(arguments(model, text, tmp_path / train, *more)) == 0
-        assert not differing(model, tmp_path / train)
+    more = ["--train", "all", "--refit", 0, "--tokens", 1024, "--rate", 0]
+    assert main(arguments(model, text, tmp_path / "all", *more)) == 0
+    assert not differing(model, tmp_path / "all")
+
+
+def test_adapter_of_a_quantized_model(
+    tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str], auto_dtype: str
+) -> None:
+    """It learns from the dequantized model, and is served beside the quantized one, untouched."""
+    model = write_tokenizer(write_llama(tmp_path / "source", layers=LAYERS), bos=True)
+    int8, dequantized = quantize_int8(model, tmp_path)
+    for folder in (int8, dequantized):
+        write_tokenizer(folder, bos=True)
+    before, out = (int8 / "model.safetensors").read_bytes(), tmp_path / "adapter"
+    learning = ["--window", 64, "--tokens", 8192, "--rate", 3e-3, "--evaluations", 2]
+    command = ["recover", int8, "--plan", PAIRS, "--text", text, "--out", out, "--train", "lora"]
+    assert main([str(word) for word in [*command, *learning]]) == 0
+    assert (int8 / "model.safetensors").read_bytes() == before
+    assert "--enable-lora --max-lora-rank 16 --lora-modules" in capsys.readouterr().out
+    record = json.loads((out / "recovery.json").read_text())
+    found = record["quality"]["end"]["passages"]["kl"]
+    assert found < 0.9 * record["quality"]["plan"]["passages"]["kl"]
+    # As peft reads it: on the unmodified model, merged, and then restructured.
+    adapted = PeftModel.from_pretrained(hf.load_unmodified(int8), out).merge_and_unload()
+    student = hf.restructure(adapted, resolve(json.loads(PAIRS), LAYERS))
+    plain = hf.load_unmodified(dequantized)
+    assert torch.equal(
+        hf.load_unmodified(int8).model.layers[0].mlp.up_proj.weight,
+        plain.model.layers[0].mlp.up_proj.weight,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(int8)
+    ids = torch.tensor(tokenizer(text.read_text()).input_ids[-2048:]).view(-1, 64)
+    with torch.no_grad():
+        wanted = plain(ids).logits.log_softmax(-1)
+        logs = student(ids).logits.log_softmax(-1)
+        unlearned = hf.load(dequantized, json.loads(PAIRS))(ids).logits.log_softmax(-1)
+    divergence = [float((wanted.exp() * (wanted - one)).sum()) for one in (logs, unlearned)]
+    assert divergence[0] < 0.95 * divergence[1]
+
+    more = ["--train", "lora", "--refit", "2048"]
+    assert main([str(word) for word in [*command[:-1], "lora", *more]]) == 1
+
+
+def test_quantized_model_becomes_an_unquantized_one(
+    tmp_path: Path, text: Path, auto_dtype: str
+) -> None:
+    model = write_tokenizer(write_llama(tmp_path / "source", layers=LAYERS), bos=True)
+    int8, dequantized = quantize_int8(model, tmp_path)
+    write_tokenizer(int8, bos=True)
+    assert main(arguments(int8, text, tmp_path / "out", "--tokens", 0)) == 0
+    assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text())
+    changed = differing(dequantized, tmp_path / "out")
+    assert changed == {f"model.layers.{layer}.mlp.down_proj.weight" for layer in (2, 3, 4, 5)}
 
 
 def test_refit_alone_and_next_token(

@@ -144,6 +144,36 @@ def write_llama(
     return folder
 
 
+def write_eagle(model: Path, folder: Path, method: str) -> Path:
+    """Write a seeded head of EAGLE's (`eagle`, `eagle3`) for a checkpoint of `write_llama`'s."""
+    config = json.loads((model / "config.json").read_text())
+    hidden, layer = config["hidden_size"], "layers.0." if method == "eagle" else "midlayer."
+    tensors = {
+        name.replace("model.layers.0.", layer): tensor
+        for name, tensor in load_file(model / "model.safetensors").items()
+        if name.startswith("model.layers.0.")
+    }
+    generator = torch.Generator().manual_seed(0)
+    reads = 2 if method == "eagle" else 3
+    tensors["fc.weight"] = torch.randn(hidden, reads * hidden, generator=generator) / hidden**0.5
+    if method == "eagle":
+        del tensors[f"{layer}input_layernorm.weight"]
+    else:
+        tensors |= {
+            "norm.weight": torch.ones(hidden),
+            f"{layer}hidden_norm.weight": torch.ones(hidden),
+        }
+        for part in "qkv":
+            name = f"{layer}self_attn.{part}_proj.weight"
+            tensors[name] = torch.cat([tensors[name], tensors[name]], 1)
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    names = {"eagle": "LlamaForCausalLM", "eagle3": "LlamaForCausalLMEagle3"}
+    head = config | {"architectures": [names[method]], "num_hidden_layers": 1}
+    (folder / "config.json").write_text(json.dumps(head))
+    return folder
+
+
 def write_tokenizer(folder: Path, *, bos: bool = False, chat: bool = False) -> Path:
     """Write a tokenizer of 256 bytes and <s>, for models with a vocabulary of 512.
 

@@ -18,7 +18,7 @@ from vllm_depthpar import hf
 from vllm_depthpar.checkpoint.config import read_tensors
 from vllm_depthpar.plan import resolve
 from vllm_depthpar.recover import distillation, least_squares
-from vllm_depthpar.recover.distillation import Distillation, Objective
+from vllm_depthpar.recover.distillation import SCALING, Distillation, Objective
 
 LAYERS = 6
 PLANS: dict[str, Any] = {
@@ -176,38 +176,44 @@ def test_what_is_trained(folder: Path, what: str, share: float | None, dtype: to
 @pytest.mark.parametrize(
     ("name", "changed"), [("pairs", (2, 3, 4, 5)), ("reduced once", (1, 2, 3, 4))]
 )
-def test_adapters_merge_into_what_they_are_on(
+def test_adapters_act_on_what_they_are_named_after(
     folder: Path, name: str, changed: tuple[int, ...]
 ) -> None:
     plan = resolve(PLANS[name], LAYERS)
     ids = prompts(2, 16)
-    teacher = hf.load_unmodified(folder)
     original = load_file(folder / "model.safetensors")
-    tested = Distillation(teacher, plan)
+    tested = Distillation(hf.load_unmodified(folder), plan)
     tested.unfreeze("lora", rank=2)
     assert all("lora" in name for name in tested.changes())
     with torch.no_grad():
         for name, parameter in tested.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.2, generator=torch.Generator().manual_seed(0))
-    before = tested.eval()(ids)["kl"].item()
-    tested.merge()
-    merged = tested.changes()
+    found = tested.adapter()
     layers = tuple(f"model.layers.{layer}." for layer in changed)
-    assert merged.keys() == {
-        name for name in original if name.startswith(layers) and "proj" in name
+    projections = {
+        name.removesuffix(".weight")
+        for name in original
+        if name.startswith(layers) and "proj" in name
     }
-    assert not any(torch.equal(tensor, original[name]) for name, tensor in merged.items())
-    assert all(torch.equal(tensor, original[name]) for name, tensor in teacher.named_parameters())
-    assert tested(ids)["kl"].item() == pytest.approx(before, rel=1e-4)
+    assert found.keys() == {
+        f"{name}.{part}" for name in projections for part in ("lora_A", "lora_B")
+    }
+    # The model with their products added is the same.
+    merged = Distillation(hf.load_unmodified(folder), plan)
+    names = [f"{name}.weight" for name in projections]
+    for name, parameter in zip(projections, merged.own(names), strict=True):
+        parameter.data += SCALING * found[f"{name}.lora_B"] @ found[f"{name}.lora_A"]
+    measured = [one.eval()(ids)["kl"].item() for one in (tested, merged)]
+    assert measured[0] == pytest.approx(measured[1], rel=1e-4)
     untouched = Distillation(hf.load_unmodified(folder), plan)
-    assert tested(ids)["kl"].item() != pytest.approx(untouched.eval()(ids)["kl"].item(), rel=0.01)
+    assert measured[0] != pytest.approx(untouched.eval()(ids)["kl"].item(), rel=0.01)
 
 
 @pytest.mark.parametrize("tie", [False, True])
-@pytest.mark.parametrize("what", ["blocks", "norms", "lora", "all", "refit"])
+@pytest.mark.parametrize("what", ["blocks", "norms", "all", "refit"])
 def test_copies_begin_as_what_is_in_the_checkpoint(tmp_path: Path, tie: bool, what: str) -> None:
-    """Not as what it was rounded to for the teacher, be they trained, refitted or merged into."""
+    """Not as what it was rounded to for the teacher, be they trained or refitted."""
     path = write_llama(tmp_path, layers=LAYERS, tie=tie)
     original = load_file(path / "model.safetensors")
     model = hf.load_unmodified(path, torch.bfloat16)
@@ -217,9 +223,8 @@ def test_copies_begin_as_what_is_in_the_checkpoint(tmp_path: Path, tie: bool, wh
         tested.own_downs(tested.changed)
     else:
         tested.unfreeze(what)
-    tested.merge()  # of adapters that say nothing yet
     found = tested.changes()
-    kinds = {"norms": "norm", "lora": "proj", "refit": "down_proj"}
+    kinds = {"norms": "norm", "refit": "down_proj"}
     layers = ("",) if what == "all" else tuple(f"model.layers.{layer}." for layer in (2, 3, 4, 5))
     assert found.keys() == {
         name for name in original if name.startswith(layers) and kinds.get(what, "") in name

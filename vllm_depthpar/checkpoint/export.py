@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_depthpar.checkpoint.config import folder, read_config
+from vllm_depthpar.checkpoint.quantized import dequantizer, is_quantized
 from vllm_depthpar.checkpoint.tensors import (
     INDEX,
     WEIGHTS,
@@ -109,22 +110,35 @@ def write(
     """`export` into a folder that is `claimed`."""
     source, config = folder(model), read_config(model)
     shards, text = _shards(source, config, plan), card(model, source, config, plan, recovery)
+    if changes and is_quantized(source):
+        # What has changed is no longer what was quantized.
+        dequantize = dequantizer(source)
+        config = {key: value for key, value in config.items() if key != "quantization_config"}
+    else:
+        dequantize = dict
+    with made_whole(out) as partial:
+        _write_weights(source, partial, shards, changes or {}, dequantize)
+        for pattern in _KEPT:
+            for path in source.glob(pattern):
+                if path.name not in ("config.json", INDEX) and not path.is_dir():
+                    copy = files.inside(partial, path.name, str(source))
+                    copy.write_bytes(files.read_bytes(path, allowed="a file"))
+        files.write_json(partial / "config.json", exported_config(config, plan))
+        if recovery:
+            files.write_json(partial / "recovery.json", recovery)
+        files.write_bytes(partial / "README.md", text.encode())
+
+
+@contextmanager
+def made_whole(out: Path) -> Iterator[Path]:
+    """Fill a folder that is `claimed`: what is written into another gets its name in the end."""
     place = out.resolve()
     partial = place.with_name(f".{place.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     try:
         with files.writing(out):
             partial.mkdir(parents=True)
-            _write_weights(source, partial, shards, changes or {})
-            for pattern in _KEPT:
-                for path in source.glob(pattern):
-                    if path.name not in ("config.json", INDEX) and not path.is_dir():
-                        copy = files.inside(partial, path.name, str(source))
-                        copy.write_bytes(files.read_bytes(path, allowed="a file"))
-            files.write_json(partial / "config.json", exported_config(config, plan))
-            if recovery:
-                files.write_json(partial / "recovery.json", recovery)
-            files.write_bytes(partial / "README.md", text.encode())
+            yield partial
             # Of an empty folder this takes the place; one that was filled since stays.
             partial.rename(place)
     finally:
@@ -157,20 +171,25 @@ def _shards(source: Path, config: Mapping[str, Any], plan: Plan) -> dict[str, li
 
 
 def _write_weights(
-    source: Path, out: Path, shards: Mapping[str, list[str]], changes: Mapping[str, Tensor]
+    source: Path,
+    out: Path,
+    shards: Mapping[str, list[str]],
+    changes: Mapping[str, Tensor],
+    dequantize: Callable[[dict[str, Tensor]], dict[str, Tensor]],
 ) -> None:
     """Shard by shard, so that a large checkpoint is never in memory as a whole."""
     from safetensors.torch import save_file
 
-    total = 0
+    total, kept = 0, dict[str, str]()
     for shard, names in shards.items():
         with opened(files.inside(source, shard, str(source / INDEX))) as file:
-            tensors = {name: file.get_tensor(name) for name in names}
+            found = {name: file.get_tensor(name) for name in names}
+        tensors = dequantize(found)
         for name in changes.keys() & tensors.keys():
             tensors[name] = changes[name].detach().to("cpu", tensors[name].dtype).contiguous()
         save_file(tensors, files.inside(out, shard, str(source / INDEX)), metadata={"format": "pt"})
         total += sum(tensor.nbytes for tensor in tensors.values())
-    kept = {name: shard for shard, names in shards.items() for name in names}
+        kept |= dict.fromkeys(tensors, shard)
     if lost := sorted(changes.keys() - kept.keys()):
         raise UserError(f"the checkpoint has no tensor {lost[0]!r} to replace")
     if set(shards) != {WEIGHTS}:

@@ -10,8 +10,9 @@ from dataclasses import asdict, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from vllm_depthpar.checkpoint import export
+from vllm_depthpar.checkpoint import adapter, export
 from vllm_depthpar.checkpoint.config import fingerprint, folder, read_original_config, read_tensors
+from vllm_depthpar.checkpoint.quantized import is_quantized
 from vllm_depthpar.cli.quality_table import quality_table
 from vllm_depthpar.cli.types import (
     DTYPES,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from vllm_depthpar.evaluate.texts import Windows
 
 _OWN_TOKENS = 131072
+_REFIT = 32768
 # Windows of each text that are measured and not learned from, unless other texts are given.
 _HELD_OUT = 4
 _HELD_TOKENS = 2048
@@ -85,14 +87,14 @@ def add(commands: Any) -> None:
         "--train",
         choices=("blocks", "norms", "lora", "all"),
         default="blocks",
-        help="what changes: the changed blocks, their norms, adapters of them, all (blocks)",
+        help="what changes: the changed blocks, their norms, or all; lora: nothing, and what is "
+        "written is an adapter to serve beside the untouched checkpoint (blocks)",
     )
     training.add_argument(
         "--refit",
         type=at_least(0),
-        default=32768,
         metavar="N",
-        help="first fit down projections in closed form, on N tokens; 0: don't (32768)",
+        help="first fit down projections in closed form, on N tokens; 0: don't (32768; lora: 0)",
     )
     training.add_argument(
         "--objective",
@@ -139,7 +141,7 @@ def _recover(
     from vllm_depthpar import hf
     from vllm_depthpar.evaluate.dtypes import usable_dtype
     from vllm_depthpar.recover import trainer
-    from vllm_depthpar.recover.distillation import Distillation
+    from vllm_depthpar.recover.distillation import SCALING, Distillation
 
     with process.main_process_first():
         texts, held_out = _texts(args)  # before the weights load
@@ -155,7 +157,7 @@ def _recover(
         everything=args.train == "all",
         objective=args.objective,
         bfloat16=bfloat16,
-        read=partial(read_tensors, args.model),
+        read=None if is_quantized(folder(args.model)) else partial(read_tensors, args.model),
     )
     settings = trainer.TrainingSettings(
         **{field.name: getattr(args, field.name) for field in fields(trainer.TrainingSettings)}
@@ -175,7 +177,6 @@ def _recover(
     ridges = run.refit() if args.refit else {}
     quality_after["refit"] = run.measure()
     done = run.train(args.tokens, until)
-    distillation.merge()
     quality_after["end"] = run.measure()
     if process.is_main_process:
         record = {
@@ -190,11 +191,18 @@ def _recover(
             "quality": quality_after,
             "curve": run.curve,
         }
-        export.write(args.model, chosen, args.out, distillation.changes(), record)
+        if args.train == "lora":
+            matrices = distillation.adapter()
+            adapter.write(args.model, chosen, args.out, matrices, args.rank, SCALING, record)
+        else:
+            export.write(args.model, chosen, args.out, distillation.changes(), record)
         shutil.rmtree(kept)
     process.wait_for_everyone()
     table = quality_table([""], [([stage], found) for stage, found in quality_after.items()])
-    return f"{table}\n\n{args.out}: {chosen.name}\nserve it: vllm serve {args.out}"
+    command = f"vllm serve {args.out}"
+    if args.train == "lora":
+        command = adapter.serving_command(args.model, args.out, args.rank)
+    return f"{table}\n\n{args.out}: {chosen.name}\nserve it: {command}"
 
 
 def _check_installed(args: argparse.Namespace) -> None:
@@ -225,6 +233,13 @@ def _check(args: argparse.Namespace, processes: int) -> Plan:
         raise UserError(
             f"--batch {args.batch} is no multiple of --micro-batch {args.micro_batch} times "
             f"{processes} processes; allowed: multiples of {at_once}"
+        )
+    if args.refit is None:
+        args.refit = 0 if args.train == "lora" else _REFIT
+    if args.refit and args.train == "lora":
+        raise UserError(
+            f"--refit {args.refit}: an adapter holds no refitted projections; allowed with --train "
+            f"lora: 0"
         )
     if args.minutes is not None and not args.minutes > 0:
         raise UserError(f"--minutes {args.minutes:g} is too short; allowed: more than 0")

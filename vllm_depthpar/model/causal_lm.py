@@ -79,6 +79,7 @@ class DepthParModel(LlamaModel):
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=make_decoder_layer)
         self.plan = plan_of(vllm_config.model_config)
         self.layouts = layouts_of(vllm_config)
+        self.read_after: tuple[int, ...] = ()
         self.blocks = [self._block(position) for position in range(self.plan.depth)]
         self.wide = [layer for layer in self.layers if isinstance(layer, WideDecoderLayer)]
         attending = next(block.attentions[0] for block in self.blocks if block.attentions)
@@ -116,14 +117,27 @@ class DepthParModel(LlamaModel):
         positions: torch.Tensor,
         intermediate_tensors: IntermediateTensors | None,
         inputs_embeds: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Run the model, as `LlamaModel.forward` does its layers."""
+    ) -> torch.Tensor | tuple[torch.Tensor, list[torch.Tensor]]:
+        """Run the model, as `LlamaModel.forward` does its layers.
+
+        Returns:
+            The hidden states; and the streams that a speculator reads, where one does.
+        """
         term = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
-        stream = None
-        for block in self.blocks:
+        stream, read = None, [term] * self.read_after.count(-1)
+        for position, block in enumerate(self.blocks):
             term, stream = block(positions, term, stream)
+            if times := self.read_after.count(position):
+                read += [term + stream] * times
         hidden_states, _ = self.norm(term, stream)
-        return hidden_states
+        return (hidden_states, read) if read else hidden_states
+
+    def _set_aux_hidden_state_layers(self, layers: tuple[int, ...]) -> None:
+        """Let a speculator read the stream after so many of the checkpoint's layers; where that is
+        inside a block, after the block."""
+        super()._set_aux_hidden_state_layers(layers)
+        counts = self.aux_hidden_state_layers
+        self.read_after = tuple(self.plan.position_after(count) for count in counts)
 
     def load_weights(self, weights: Weights) -> set[str]:
         """Load a checkpoint with the original layers' names, or, once there are weights, any part

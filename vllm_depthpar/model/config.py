@@ -35,8 +35,8 @@ MISTRAL_FORMAT = (
     "supported; allowed: --config-format hf --load-format hf, where it holds those files too"
 )
 
-# Speculation that takes nothing from inside the target model.
-_SPECULATION = ("ngram", "ngram_gpu", "suffix", "draft_model")
+# Speculation: by what takes nothing from inside the target model, and by heads that read it.
+_SPECULATION = ("ngram", "ngram_gpu", "suffix", "draft_model", "eagle", "eagle3")
 
 # Load formats that read no safetensors.
 _NOT_SAFETENSORS = ("dummy", "pt", "npcache")
@@ -184,11 +184,14 @@ def _separate_kv_caches(vllm_config: VllmConfig, plan: Plan) -> None:
         return
     tp = vllm_config.parallel_config.tensor_parallel_size
     kv_heads = vllm_config.model_config.model_arch_config.total_num_kv_heads
+    layouts = layouts_of(vllm_config)
+    if WHOLE in layouts:  # which may be the flags' doing, and makes other caches of the same plan
+        plan = dataclasses.replace(plan, layout=WHOLE)
     extra = outside_state.keyed_by_plan(
         outside_state.connector_named(connector, transfer and transfer.kv_connector_module_path),
         transfer.kv_connector_extra_config if transfer is not None else {},
         plan,
-        copies_kv_heads=tp > kv_heads and bool(_held_as_one(layouts_of(vllm_config))),
+        copies_kv_heads=tp > kv_heads and bool(_held_as_one(layouts)),
     )
     if transfer is not None:
         # Not in place: it may be the caller's own, for the next engine, too.
@@ -198,6 +201,7 @@ def _separate_kv_caches(vllm_config: VllmConfig, plan: Plan) -> None:
 
 
 def _check_features(vllm_config: VllmConfig) -> None:
+    plan = plan_of(vllm_config.model_config)
     stages = vllm_config.parallel_config.pipeline_parallel_size
     if stages > 1:
         # vLLM 0.32's CPU build fails at the first request with two stages, so that nothing here
@@ -217,6 +221,12 @@ def _check_features(vllm_config: VllmConfig) -> None:
     speculative = vllm_config.speculative_config
     if speculative is not None and speculative.method not in _SPECULATION:
         raise UserError(
-            f"--speculative-config method {speculative.method!r} reads layers of the unmodified "
-            f"model; allowed: {', '.join(_SPECULATION)}"
+            f"--speculative-config method {speculative.method!r} was not tried on restructured "
+            f"models; allowed: {', '.join(_SPECULATION)}"
+        )
+    if speculative is not None and speculative.method == "eagle3" and plan.ladder:
+        # Where it reads, a ladder's terms are still on their way.
+        raise UserError(
+            "--speculative-config method 'eagle3' reads complete streams between layers; allowed: "
+            "plans without a ladder, or 'eagle'"
         )

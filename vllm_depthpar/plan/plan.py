@@ -175,6 +175,14 @@ class Plan:
         end = min(to_come, default=self.layers)
         return end if max(done) < end else None
 
+    def position_after(self, count: int) -> int:
+        """Find the first block after which the stream stands for so many of the checkpoint's
+        layers, or more; -1: before any."""
+        if count == 0:
+            return -1
+        ends = ((at, self.end(at)) for at in range(self.depth))
+        return next(at for at, end in ends if end is not None and end >= count)
+
     def is_changed(self, position: int) -> bool:
         """Say whether a block is anything else than one standard layer in its own place."""
         (first, *more), begin = self.blocks[position], self.end(position - 1) if position else 0

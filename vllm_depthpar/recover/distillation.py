@@ -25,6 +25,8 @@ Objective = Literal["distil", "next-token"]
 # The tensors of these names, each with its name.
 Read: TypeAlias = Callable[[Iterable[str]], Iterable[tuple[str, Tensor]]]
 
+# What the product of an adapter's matrices is multiplied by.
+SCALING = 2
 # Rows of logits that exist at a time: with 128k tokens of vocabulary 0.5 MB a row.
 _ROWS = 512
 
@@ -32,8 +34,8 @@ _ROWS = 512
 class Distillation(nn.Module):
     """A teacher and its student.
 
-    All of the student's tensors are the teacher's until they are to change: `unfreeze`, `own` and
-    `merge` give it copies of those, in float32, the master weights. Blocks before the first changed
+    All of the student's tensors are the teacher's until they are to change: `unfreeze` and `own`
+    give it copies of those, in float32, the master weights. Blocks before the first changed
     one are run once for both.
 
     Args:
@@ -145,22 +147,21 @@ class Distillation(nn.Module):
             if isinstance(module, nn.Linear)
         ]
         torch.manual_seed(seed)
-        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names)
+        config = LoraConfig(r=rank, lora_alpha=SCALING * rank, target_modules=names)
         inject_adapter_in_model(config, self.student)
         for parameter in self.student.parameters():
             if parameter.requires_grad:  # peft makes them in the projections' dtype
                 parameter.data = parameter.data.float()
 
-    def merge(self) -> None:
-        """Add the adapters, if there are any, into the projections that they are on."""
-        added: dict[str, Tensor] = {}
-        for at, module in list(self.student.named_modules()):
+    def adapter(self) -> dict[str, Tensor]:
+        """List the adapters' matrices, by the names of projections in the checkpoint and ".lora_A"
+        or ".lora_B"."""
+        found: dict[str, Tensor] = {}
+        for at, module in self.student.named_modules():
             if hasattr(module, "get_delta_weight"):  # peft's; it may not be installed
-                added[f"{at}.weight"] = module.get_delta_weight("default").detach()
-                self.student.set_submodule(at, module.get_base_layer())
-        added = hf.checkpoint_names(added)
-        for delta, parameter in zip(added.values(), self.own(added), strict=True):
-            parameter.data += delta
+                for part in ("lora_A", "lora_B"):
+                    found[f"{at}.{part}"] = getattr(module, part)["default"].weight.detach()
+        return hf.checkpoint_names(found)
 
     def changes(self) -> dict[str, Tensor]:
         """List the student's tensors that are not the teacher's, by the checkpoint's names."""

@@ -43,7 +43,7 @@ class TrainingSettings:
 
     Attributes:
         train: what gradients change: the changed blocks, their norms, low-rank adapters of their
-            projections (merged in the end), or every tensor.
+            projections, or every tensor.
         refit: how many tokens to refit on, 0 for no refit.
         objective: see `Distillation`.
         batch: windows of a step, over all processes.

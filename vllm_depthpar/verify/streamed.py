@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from vllm_depthpar import hf
 from vllm_depthpar.checkpoint.config import read_config
+from vllm_depthpar.checkpoint.quantized import dequantizer
 from vllm_depthpar.checkpoint.tensors import check_folder, check_shape, opened, stored
-from vllm_depthpar.errors import UserError
 from vllm_depthpar.plan import Plan
 
 # Positions whose logits are in memory at once.
@@ -50,7 +50,7 @@ class StreamedModel:
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         self._folder, self._device = folder, device
-        self._dequantize = _dequantizer(folder)
+        self._dequantize = dequantizer(folder)
         self._files = {name: folder / file for name, (file, _) in stored(folder).items()}
         # Checkpoints of a model without its head have no prefix.
         self._prefix = "" if "embed_tokens.weight" in self._files else "model."
@@ -138,30 +138,3 @@ class StreamedModel:
                     if self._files[name] == file:
                         found[name] = tensors.get_tensor(name)
         return found
-
-
-def _dequantizer(folder: Path) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
-    """Find what makes of a layer's tensors, by full names, those of the unquantized layer."""
-    quantization = read_config(str(folder)).get("quantization_config")
-    if quantization is None:
-        return lambda tensors: tensors
-    method = quantization.get("quant_method")
-    if method != "compressed-tensors":
-        raise UserError(
-            f"{folder} is quantized by {method!r}, of which there is no reference; allowed: "
-            "compressed-tensors, or unquantized checkpoints"
-        )
-    from compressed_tensors.entrypoints.convert.converters import CompressedTensorsDequantizer
-
-    # Products of codes and scales are exact enough in fp32 only.
-    library = CompressedTensorsDequantizer(folder, dtype=torch.float32)
-
-    def dequantize(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        scale = ".weight_scale"
-        modules = {name.removesuffix(scale) for name in tensors if name.endswith(scale)}
-        # The library takes a matrix that has no scales, as an embedding is, for quantized, too.
-        coded = {name for name in tensors if name.rpartition(".")[0] in modules}
-        found: dict[str, Tensor] = library.process({name: tensors.pop(name) for name in coded})
-        return tensors | found
-
-    return dequantize

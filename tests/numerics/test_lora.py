@@ -39,21 +39,25 @@ def some(case: Case, result: Result, chosen: list[int]) -> tuple[Case, Result]:
     )
 
 
-@pytest.mark.parametrize("ranks", [1, 2], ids=["TP1", "TP2"])
-def test_each_adapter_is_that_of_the_merged_model(ranks: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("ranks", "compiled", "plans"),
+    [(1, False, [*PLANS]), (2, False, [*PLANS]), (1, True, ["every mode"])],
+    ids=["TP1", "TP2", "compiled"],
+)
+def test_each_adapter_is_that_of_the_merged_model(
+    ranks: int, compiled: bool, plans: list[str], tmp_path: Path
+) -> None:
     model = write_llama(tmp_path / "model", attention_bias=True, mlp_bias=True)
     merged: dict[Path | None, Path] = {None: model}
     for rank, projections in ADAPTERS.items():
-        adapter, checkpoint = write_adapter(
-            model, tmp_path, rank=rank, seed=rank, projections=projections
-        )
-        merged[adapter] = checkpoint
+        written = write_adapter(model, tmp_path, rank=rank, seed=rank, projections=projections)
+        merged[written[0]] = written[1]
     # Two prompts of each, mixed.
     adapters = [*merged, *merged]
     cases = [
         Case(
             model,
-            plan,
+            PLANS[plan],
             prompts(len(adapters), 40).tolist(),
             max_tokens=8,
             adapters=adapters,
@@ -65,9 +69,9 @@ def test_each_adapter_is_that_of_the_merged_model(ranks: int, tmp_path: Path) ->
                 "lora_target_modules": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
             },
         )
-        for plan in PLANS.values()
+        for plan in plans
     ]
-    for case, result in zip(cases, run(cases, ranks), strict=True):
+    for case, result in zip(cases, run(cases, ranks, compiled=compiled), strict=True):
         for adapter, checkpoint in merged.items():
             chosen = [at for at, of in enumerate(adapters) if of == adapter]
             reference = hf.load(checkpoint, case.plan, ranks=ranks)
