@@ -114,7 +114,8 @@ def test_gauges_are_the_plans(run: Run) -> None:
     shape = ModelShape.from_config(json.loads((run.folder / "config.json").read_text()))
     plain = resolve("identity", LAYERS)
     assert all(s.labels["model_name"] == NAME and s.labels["engine"] == "0" for s in found)
-    assert value(found, "plan_info", digest=PLAN.digest, tensor_parallel_size="2") == 1
+    labels = {"digest": PLAN.digest, "tensor_parallel_size": "2", "layout": "dealt"}
+    assert value(found, "plan_info", **labels) == 1
     assert value(found, "effective_depth") == 5
     kinds = {s.labels["kind"]: s.value for s in found if s.name == "vllm:depthpar_layers"}
     none = {"drop_sync": 0, "parallel_residual": 0, "desync": 0, "half": 0}

@@ -53,6 +53,7 @@ SPECS: list[Any] = [
     {"drop_sync": "all"},
     {"pair": [0, 8], "parallel_residual": "all"},
     {"drop_sync": [0, 2], "parallel_residual": [5], "ladder": [3, 4, 6, 7]},
+    {"pair": [0, 8], "ladder": "all", "layout": "whole"},
 ]
 
 times = st.floats(0, 1e-2)
@@ -109,6 +110,18 @@ def test_by_hand() -> None:
         8 * (2 * 30 * (6144 + 12288) + 3 * 55 * 128) / 1e6 + 2 * 3 * 32000 / 1e6
     )
     assert step.memory == 0
+
+
+def test_whole_blocks_take_each_layers_time_and_one_blocks_all_reduces() -> None:
+    device = Device("slow", 1e6, ((1, 1e12),), layer_seconds=1.0, reduce_seconds=1.0)
+    deployment, whole = Deployment(device, FREE, tp=2), replace(PAIRS, layout="whole")
+    plain, folded, kept = (
+        step_time(SHAPE, plan, deployment)
+        for plan in (IDENTITY, replace(PAIRS, layout="folded"), whole)
+    )
+    assert (plain.fixed, folded.fixed, kept.fixed) == (8, 4, 8)
+    assert (plain.communication, folded.communication, kept.communication) == (18, 10, 10)
+    assert kept.memory == pytest.approx(plain.memory)
 
 
 def test_bytes_on_the_way() -> None:

@@ -24,7 +24,7 @@ from vllm_depthpar.metrics.metric_files import Counter, Histogram, Metric, Metri
 from vllm_depthpar.plan import Plan
 from vllm_depthpar.plan.attached import plan_of, shape_of, source_of
 from vllm_depthpar.plan.drawing import effects
-from vllm_depthpar.plan.spec import MODES, STANDARD
+from vllm_depthpar.plan.spec import MODES, SINGLE, STANDARD
 from vllm_depthpar.vllm_compat import kv_cache_bytes, watch_passes
 
 PLAN_INFO = Metric("plan_info", "The plan that is served, in labels; always 1.")
@@ -120,6 +120,7 @@ def _publish(files: MetricFiles, vllm_config: VllmConfig, every: int) -> None:
         name=plan.name,
         source=str(source_of(config)),
         effective_depth=str(plan.depth),
+        layout=", ".join(way for way in known["layouts"] if way != SINGLE) or SINGLE,
         tensor_parallel_size=str(tp),
     )
     files.set_gauge(EFFECTIVE_DEPTH, plan.depth)

@@ -63,7 +63,7 @@ def draw(plan: Plan, shape: ModelShape, tp: int = 1, source: str = "") -> str:
         "tensor-parallel sizes that fit": ", ".join(map(str, known["tps_that_fit"])),
     }
     if held := [f"{n} {way}" for way, n in known["layouts"].items() if way != SINGLE]:
-        rows[f"blocks of several layers held, TP = {tp}"] = ", ".join(held)
+        rows[f"layers side by side held, TP = {tp}"] = ", ".join(held)
     width = max(map(len, rows))
     lines += [f"{label:<{width}}  {value}" for label, value in rows.items()]
     if not known["tp_fits"]:

@@ -12,12 +12,15 @@ No torch, no vLLM, and cheap: a search ranks thousands of plans with it.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.plan import Plan, resolve
 from vllm_depthpar.plan.model_shape import ModelShape
+from vllm_depthpar.plan.spec import HALVES, WHOLE
 from vllm_depthpar.predict.machines import Deployment, Device, Link, Workload
 
 # One sequence that gets one token.
@@ -69,26 +72,31 @@ def step_time(
     check(shape, plan, deployment.tp)
     device, link, tp = deployment.device, deployment.link, deployment.tp
     work = _Work(shape, deployment, workload)
-    attentions = Counter(len(plan.attention(at)) for at in range(plan.depth))
-    mlps = Counter(len(plan.mlp(at)) for at in range(plan.depth))
-    attention = {width: _parts(work.attention(width)) for width in attentions if width}
-    mlp = {width: _parts(work.mlp(width)) for width in mlps if width}
+    held = {half: _held(plan, half, shape, tp) for half in HALVES}
+    widths = {half: Counter(chain.from_iterable(blocks)) for half, blocks in held.items()}
+    parts = {
+        "attention": {width: _parts(work.attention(width)) for width in widths["attention"]},
+        "mlp": {width: _parts(work.mlp(width)) for width in widths["mlp"]},
+    }
     memory, compute = (
         head
-        + sum(attentions[width] * parts[of] for width, parts in attention.items())
-        + sum(mlps[width] * parts[of] for width, parts in mlp.items())
+        + sum(
+            count * parts[half][width][of]
+            for half in HALVES
+            for width, count in widths[half].items()
+        )
         for of, head in enumerate(_parts([work.head()]))
     )
-    halves = attentions.total() - attentions[0] + mlps.total() - mlps[0]
+    fixed = device.layer_seconds / 2
     communication = 0.0
     if tp > 1 and link is not None:
         size = workload.rows * shape.hidden * shape.dtype_bytes
-        half = device.layer_seconds / 2
+        seconds = {
+            half: [sum(fixed + sum(parts[half][width]) for width in block) for block in blocks]
+            for half, blocks in held.items()
+        }
         communication = _Reduction(device, link, tp, size).communication(
-            plan,
-            {width: half + sum(parts) for width, parts in attention.items()},
-            {width: half + sum(parts) for width, parts in mlp.items()},
-            plain,
+            plan, seconds["attention"], seconds["mlp"], plain
         )
         # vLLM gathers every rank's logits of the last tokens, for plans as for plain.
         logits = workload.batch * shape.vocab * shape.dtype_bytes / tp
@@ -97,7 +105,7 @@ def step_time(
     return StepTime(
         memory=memory,
         compute=compute,
-        fixed=device.step_seconds + halves * device.layer_seconds / 2,
+        fixed=device.step_seconds + sum(map(Counter.total, widths.values())) * fixed,
         communication=communication,
     )
 
@@ -132,6 +140,16 @@ def check(shape: ModelShape, plan: Plan, tp: int) -> None:
         raise UserError(
             f"{plan.name} can't be cut into {tp} tensor-parallel ranks; allowed: {sizes}"
         )
+
+
+def _held(plan: Plan, half: str, shape: ModelShape, tp: int) -> list[list[int]]:
+    """List, for each block, vLLM's attentions or MLPs by how many of the checkpoint's each is."""
+    held = []
+    for at in range(plan.depth):
+        count = len(getattr(plan, half)(at))
+        whole = shape.layout(plan, at, tp) == WHOLE
+        held.append([1] * count if whole else [count] * bool(count))
+    return held
 
 
 # The seconds that memory bandwidth and that FLOP/s would take for one operation.
@@ -207,12 +225,12 @@ class _Reduction:
         return seconds + plain * self.device.plain_reduce_seconds
 
     def communication(
-        self, plan: Plan, attention: dict[int, float], mlp: dict[int, float], plain: bool
+        self, plan: Plan, attention: Sequence[float], mlp: Sequence[float], plain: bool
     ) -> float:
         """Seconds of a forward pass's all-reduces that nothing hides.
 
         Args:
-            attention: seconds of a block's attention, by how many it has; `mlp`: likewise.
+            attention, mlp: seconds of each block's attentions, and of its MLPs.
         """
         busy = self.busy(plain)
         total = busy + self._left()  # the embedding's
@@ -223,9 +241,9 @@ class _Reduction:
                 continue
             unreduced = plan.unreduced(at)
             if plan.attention(at) and "attention" not in unreduced:
-                total += busy + self._left(mlp[len(plan.mlp(at))] if ladder else 0.0)
+                total += busy + self._left(mlp[at] if ladder else 0.0)
             if plan.mlp(at) and "mlp" not in unreduced:
-                behind = attention[len(plan.attention(at + 1))] if before_ladder else 0.0
+                behind = attention[at + 1] if before_ladder else 0.0
                 total += busy + self._left(behind)
         return total
 
