@@ -54,7 +54,7 @@ def test_what_ranks_cannot_share_is_whole() -> None:
     shape = replace(SHAPE, kv_heads=1)
     plan = resolve({"pair": [0, 6], "group": 3}, LAYERS)
     assert [shape.layout(plan, 0, tp) for tp in (1, 2, 3)] == [FOLDED, WHOLE, DEALT]
-    assert shape.fitting_tps(plan, 4) == [1, 2, 4]
+    assert shape.fitting_tps(plan, 4) == [1, 2, 3, 4]
     # A pair is cut where one layer can't be, unless it is whole.
     odd, pairs = replace(SHAPE, heads=3, kv_heads=3), resolve({"pair": [0, 6]}, LAYERS)
     assert odd.fitting_tps(pairs, 3) == [1, 2, 3]
