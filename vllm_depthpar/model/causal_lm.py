@@ -124,7 +124,8 @@ class DepthParModel(LlamaModel):
             The hidden states; and the streams that a speculator reads, where one does.
         """
         term = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
-        stream, read = None, [term] * self.read_after.count(-1)
+        # A copy: the first block takes the embedding for its stream, and adds to it in place.
+        stream, read = None, [term.clone()] if -1 in self.read_after else []
         for position, block in enumerate(self.blocks):
             term, stream = block(positions, term, stream)
             if times := self.read_after.count(position):
