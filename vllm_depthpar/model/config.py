@@ -204,8 +204,9 @@ def _check_features(vllm_config: VllmConfig) -> None:
     plan = plan_of(vllm_config.model_config)
     stages = vllm_config.parallel_config.pipeline_parallel_size
     if stages > 1:
-        # vLLM 0.32's CPU build fails at the first request with two stages, so that nothing here
-        # could be checked with them.
+        # vLLM 0.32's CPU build fails at the first request with two stages, plan or not: the second
+        # asserts that its `intermediate_tensors` were made in a warm-up, which CPUs have none of.
+        # So nothing here could be checked with them.
         raise UserError(
             f"--pipeline-parallel-size {stages}: not checked with restructured models; allowed: 1, "
             f"and --tensor-parallel-size for more ranks"
