@@ -257,8 +257,8 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["key 'layout': the layers [0, 1]", "quantized", "allowed: 'whole'"],
     ),
     "speculation with the model's insides": (
-        {"args": speculation("eagle")},
-        ["'eagle' reads layers", "allowed: ngram, ngram_gpu, suffix, draft_model"],
+        {"args": [*plan({"ladder": "all"}), *speculation("eagle3")]},
+        ["'eagle3' reads complete streams", "allowed: plans without a ladder, or 'eagle'"],
     ),
     # vLLM itself no longer knows it from 0.33 on.
     "speculation with the model's insides, by heads": (

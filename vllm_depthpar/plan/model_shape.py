@@ -26,7 +26,8 @@ class ModelShape:
     """The numbers of a config.json that decide bytes, shards and reductions.
 
     Attributes:
-        windows: how many tokens the attention of each layer sees; None: all before it.
+        windows: how many tokens the attention of each layer sees; None: all before it. () if all
+            see as many.
         layouts: of `LAYOUTS` those that layers of it can be held in: a gain can't be folded into
             quantized weights, and adapters act on whole layers alone.
     """

@@ -53,7 +53,7 @@ class Machine:
         def seconds(count: int) -> float:
             row = tuple(replace(kind, start=kind.width * at) for at in range(count))
             layers = kind.width * count
-            return self._seconds(replace(shape, layers=layers), to_plan(row, layers))
+            return self._seconds(replace(shape, layers=layers, windows=()), to_plan(row, layers))
 
         return (seconds(8) - seconds(4)) / 4
 
