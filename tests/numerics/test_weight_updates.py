@@ -16,11 +16,13 @@ from vllm_depthpar import hf
 PLANS: dict[str, Any] = {
     "pairs": {"pair": [0, 4]},
     "mixed": {"blocks": [[0], [2, 1, 3]], "ladder": "all"},
+    "whole": {"pair": [0, 4], "layout": "whole"},
     "identity": "identity",
 }
 WAYS = {
     "pairs": ["same", "other", "iterator", "one_by_one", "buckets", "after_a_broken_one"],
     "mixed": ["same", "other", "one_by_one"],
+    "whole": ["other", "one_by_one"],
     "identity": ["other"],
 }
 
