@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_depthpar.checkpoint.config import folder, read_config
-from vllm_depthpar.checkpoint.quantized import dequantizer, is_quantized
+from vllm_depthpar.checkpoint.quantized import Dequantize, dequantizer
 from vllm_depthpar.checkpoint.tensors import (
     INDEX,
     WEIGHTS,
@@ -110,12 +110,10 @@ def write(
     """`export` into a folder that is `claimed`."""
     source, config = folder(model), read_config(model)
     shards, text = _shards(source, config, plan), card(model, source, config, plan, recovery)
-    if changes and is_quantized(source):
-        # What has changed is no longer what was quantized.
+    dequantize: Dequantize = dict
+    if changes:  # which are no longer what was quantized
         dequantize = dequantizer(source)
         config = {key: value for key, value in config.items() if key != "quantization_config"}
-    else:
-        dequantize = dict
     with made_whole(out) as partial:
         _write_weights(source, partial, shards, changes or {}, dequantize)
         for pattern in _KEPT:
@@ -175,7 +173,7 @@ def _write_weights(
     out: Path,
     shards: Mapping[str, list[str]],
     changes: Mapping[str, Tensor],
-    dequantize: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    dequantize: Dequantize,
 ) -> None:
     """Shard by shard, so that a large checkpoint is never in memory as a whole."""
     from safetensors.torch import save_file

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from vllm_depthpar.checkpoint.config import read_config
 from vllm_depthpar.errors import UserError
@@ -12,13 +12,16 @@ from vllm_depthpar.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
+# Of tensors by full names.
+Dequantize: TypeAlias = "Callable[[dict[str, Tensor]], dict[str, Tensor]]"
+
 
 def is_quantized(folder: Path) -> bool:
     """Whether a checkpoint's config.json says that it is quantized."""
     return read_config(str(folder)).get("quantization_config") is not None
 
 
-def dequantizer(folder: Path) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+def dequantizer(folder: Path) -> Dequantize:
     """Find what makes of a layer's tensors, by full names, those of the unquantized layer.
 
     Raises:

@@ -13,7 +13,8 @@ Unified Layer Skipping: arXiv 2404.06954. The other methods: `vllm_depthpar.mode
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -34,7 +35,7 @@ from vllm_depthpar.model.wide_block import WideDecoderLayer
 from vllm_depthpar.plan.attached import config_of, layouts_of, plan_of
 from vllm_depthpar.plan.model_shape import half_of
 from vllm_depthpar.plan.plan import Half, Plan
-from vllm_depthpar.plan.spec import DEALT, FOLDED, HALVES
+from vllm_depthpar.plan.spec import AS_ONE, DEALT, HALVES
 from vllm_depthpar.vllm_compat import (
     compiles,
     let_draft_blocks_differ,
@@ -44,19 +45,22 @@ from vllm_depthpar.vllm_compat import (
 )
 
 
-def make_decoder_layer(*, vllm_config: VllmConfig, prefix: str) -> nn.Module:
+def make_decoder_layer(
+    plan: Plan, layouts: Sequence[str], *, vllm_config: VllmConfig, prefix: str
+) -> nn.Module:
     """Build what the model has in the place of one layer of the checkpoint.
 
     Args:
+        layouts: of the plan's blocks, see `vllm_depthpar.plan.attached.layouts_of`.
         prefix: "model.layers.K", K the layer.
     """
-    plan, layer = plan_of(vllm_config.model_config), extract_layer_index(prefix)
+    layer = extract_layer_index(prefix)
     position = next((at for at, block in enumerate(plan.blocks) if layer in block), None)
     if position is None:
         return PPMissingLayer()
     attentions, mlps = plan.attention(position), plan.mlp(position)
-    layout = layouts_of(vllm_config)[position]
-    if layout in (DEALT, FOLDED):
+    layout = layouts[position]
+    if layout in AS_ONE:
         if layer != place_of(plan, position):
             return PPMissingLayer()
         if layout == DEALT:
@@ -76,9 +80,10 @@ class DepthParModel(LlamaModel):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: object) -> None:
         if compiles(vllm_config):
             keep_mutations_in_order()
-        super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=make_decoder_layer)
-        self.plan = plan_of(vllm_config.model_config)
-        self.layouts = layouts_of(vllm_config)
+        plan, layouts = plan_of(vllm_config.model_config), layouts_of(vllm_config)
+        make_layer = partial(make_decoder_layer, plan, layouts)
+        super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=make_layer)
+        self.plan, self.layouts = plan, layouts
         self.read_after: tuple[int, ...] = ()
         self.blocks = [self._block(position) for position in range(self.plan.depth)]
         self.wide = [layer for layer in self.layers if isinstance(layer, WideDecoderLayer)]
@@ -99,7 +104,7 @@ class DepthParModel(LlamaModel):
     def _block(self, position: int) -> Block:
         plan = self.plan
         attentions, mlps = plan.attention(position), plan.mlp(position)
-        if self.layouts[position] in (DEALT, FOLDED):
+        if self.layouts[position] in AS_ONE:
             place = (place_of(plan, position),)
             attentions, mlps = place * bool(attentions), place * bool(mlps)
         return Block(
@@ -209,9 +214,8 @@ def places_of(plan: Plan, layouts: tuple[str, ...]) -> dict[Half, str]:
     for position, layout in enumerate(layouts):
         for half in HALVES:
             for member, layer in enumerate(getattr(plan, half)(position)):
-                as_one = layout in (DEALT, FOLDED)
-                place = f"{place_of(plan, position)}.{member}" if as_one else f"{layer}"
-                places[layer, half] = place
+                as_one = f"{place_of(plan, position)}.{member}"
+                places[layer, half] = as_one if layout in AS_ONE else f"{layer}"
     return places
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections import Counter
+from collections.abc import Collection
 from math import gcd
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from vllm_depthpar.plan.attached import (
     source_of,
 )
 from vllm_depthpar.plan.model_shape import ModelShape
-from vllm_depthpar.plan.spec import DEALT, FOLDED, SINGLE, WHOLE
+from vllm_depthpar.plan.spec import AS_ONE, SINGLE, WHOLE
 from vllm_depthpar.vllm_compat import is_mistral_format, logger
 
 MISTRAL_FORMAT = (
@@ -79,20 +80,24 @@ class DepthParConfig(VerifyAndUpdateConfig):
         _check_format(vllm_config)
         shape.check_layout(plan)
         _check_shards(plan, shape, tp)
-        _check_features(vllm_config)
+        layouts = layouts_of(vllm_config)
+        _check_features(vllm_config, plan, layouts)
         outside_state.check_load_format(vllm_config.load_config.load_format)
         # vLLM asks that the model's head counts be divisible by TP. Blocks differ in theirs,
         # and each was just checked: report what all of them have in common.
-        layouts = layouts_of(vllm_config)
-        as_one = _held_as_one(layouts)
         widths = [len(plan.attention(at)) for at in range(plan.depth)]
-        common = gcd(*(width if at in as_one else min(width, 1) for at, width in enumerate(widths)))
+        common = gcd(
+            *(
+                width if layout in AS_ONE else min(width, 1)
+                for width, layout in zip(widths, layouts, strict=True)
+            )
+        )
         model_config.model_arch_config = dataclasses.replace(
             model_config.model_arch_config,
             total_num_attention_heads=common * shape.heads,
             total_num_kv_heads=common * shape.kv_heads,
         )
-        _separate_kv_caches(vllm_config, plan)
+        _separate_kv_caches(vllm_config, plan, layouts)
         _only_safetensors(vllm_config)
         if vllm_config.load_config.load_format not in _NOT_SAFETENSORS:
             check_folder(Path(model_config.model), config_of(model_config), plan.runs)
@@ -122,11 +127,6 @@ class DepthParConfig(VerifyAndUpdateConfig):
                 tp,
                 "closer to" if tp < (plan.tp or 1) else "further from",
             )
-
-
-def _held_as_one(layouts: tuple[str, ...]) -> list[int]:
-    """List the blocks whose layers vLLM takes for one layer."""
-    return [at for at, layout in enumerate(layouts) if layout in (DEALT, FOLDED)]
 
 
 def _check_format(vllm_config: VllmConfig) -> None:
@@ -165,7 +165,7 @@ def _check_shards(plan: Plan, shape: ModelShape, tp: int) -> None:
             )
 
 
-def _separate_kv_caches(vllm_config: VllmConfig, plan: Plan) -> None:
+def _separate_kv_caches(vllm_config: VllmConfig, plan: Plan, layouts: Collection[str]) -> None:
     """Name the plan to the KV connector, or refuse it.
 
     A draft's KV cache is in the same stores, under its target's plan; what it answers is checked.
@@ -184,14 +184,13 @@ def _separate_kv_caches(vllm_config: VllmConfig, plan: Plan) -> None:
         return
     tp = vllm_config.parallel_config.tensor_parallel_size
     kv_heads = vllm_config.model_config.model_arch_config.total_num_kv_heads
-    layouts = layouts_of(vllm_config)
     if WHOLE in layouts:  # which may be the flags' doing, and makes other caches of the same plan
         plan = dataclasses.replace(plan, layout=WHOLE)
     extra = outside_state.keyed_by_plan(
         outside_state.connector_named(connector, transfer and transfer.kv_connector_module_path),
         transfer.kv_connector_extra_config if transfer is not None else {},
         plan,
-        copies_kv_heads=tp > kv_heads and bool(_held_as_one(layouts)),
+        copies_kv_heads=tp > kv_heads and any(layout in AS_ONE for layout in layouts),
     )
     if transfer is not None:
         # Not in place: it may be the caller's own, for the next engine, too.
@@ -200,8 +199,7 @@ def _separate_kv_caches(vllm_config: VllmConfig, plan: Plan) -> None:
         )
 
 
-def _check_features(vllm_config: VllmConfig) -> None:
-    plan = plan_of(vllm_config.model_config)
+def _check_features(vllm_config: VllmConfig, plan: Plan, layouts: Collection[str]) -> None:
     stages = vllm_config.parallel_config.pipeline_parallel_size
     if stages > 1:
         # vLLM 0.32's CPU build fails at the first request with two stages, plan or not: the second
@@ -212,7 +210,7 @@ def _check_features(vllm_config: VllmConfig) -> None:
             f"and --tensor-parallel-size for more ranks"
         )
     sharers = vllm_config.parallel_config.decode_context_parallel_size
-    if sharers > 1 and _held_as_one(layouts_of(vllm_config)):
+    if sharers > 1 and any(layout in AS_ONE for layout in layouts):
         # vLLM deals a sequence's tokens out to the ranks that hold the same KV heads, and counts
         # these by the model's number of them. A wide block has more.
         raise UserError(

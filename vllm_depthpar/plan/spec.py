@@ -125,6 +125,8 @@ STANDARD = "standard"
 MODES = ("ladder", "drop_sync", "parallel_residual")
 # What vLLM holds of a block, see `model_shape.ModelShape.layout`; the last two a plan can ask for.
 SINGLE, DEALT, FOLDED, WHOLE = "single", "dealt", "folded", "whole"
+# Those in which vLLM takes the layers of a block for one layer.
+AS_ONE = (DEALT, FOLDED)
 # The halves of a layer, and the keys that leave them out.
 HALVES = {"attention": "drop_attention", "mlp": "drop_mlp"}
 _METHODS = ("blocks", "pair", "skip", *MODES, "desync", *HALVES.values())
