@@ -10,6 +10,7 @@ import torch
 from assertions import spec_of
 from engine_runs import Case, Result, run
 from models import prompts, quantize_int8, write_llama
+from quantized_models import KINDS, write_quantized
 
 from vllm_depthpar import hf
 
@@ -23,6 +24,9 @@ PLANS: list[Any] = [
     {"blocks": [[0], {"attention": [1, 2], "mlp": [2]}, [3, 4], [5]], "parallel_residual": [3, 4]},
     {"pair": [1, 5], "layout": "whole", "drop_sync": "all"},
 ]
+# Of each kind, by the layers that it leaves as they are.
+PLANS_OF_KIND = {(): PLANS[3], (2, 5): PLANS[1]}
+IGNORED = {"all layers": (), "some layers": (2, 5)}
 
 
 def error(case: Case, result: Result, dequantized: Path, ranks: int) -> float:
@@ -34,14 +38,15 @@ def error(case: Case, result: Result, dequantized: Path, ranks: int) -> float:
     return (torch.stack(result.prompt_logprobs) - logs[..., 0]).abs().mean().item()
 
 
+def llama(folder: Path) -> Path:
+    return write_llama(folder, hidden=128, heads=4, kv_heads=2, head_dim=32, intermediate=256)
+
+
 @pytest.mark.parametrize("ranks", [1, 2], ids=["TP1", "TP2"])
-@pytest.mark.parametrize("ignored", [(), (2, 5)], ids=["all layers", "some layers"])
+@pytest.mark.parametrize("ignored", IGNORED.values(), ids=IGNORED)
 def test_int8(ranks: int, ignored: tuple[int, ...], tmp_path: Path) -> None:
     """Whichever layers the checkpoint quantizes, those are, wherever they run."""
-    source = write_llama(
-        tmp_path / "fp32", hidden=128, heads=4, kv_heads=2, head_dim=32, intermediate=256
-    )
-    int8, dequantized = quantize_int8(source, tmp_path, ignored)
+    int8, dequantized = quantize_int8(llama(tmp_path / "fp32"), tmp_path, ignored)
     cases = [
         Case(int8, plan, prompts(4, 40).tolist(), dtype="bfloat16")
         for plan in ("plain", *(PLANS[:2] if ignored else PLANS))
@@ -53,3 +58,71 @@ def test_int8(ranks: int, ignored: tuple[int, ...], tmp_path: Path) -> None:
     plain, *ours = errors
     assert 0 < plain < 0.2
     assert max(ours) < 1.5 * plain, errors
+
+
+# A kind of `KINDS`, and the layers that it leaves as they are.
+Checkpoint = tuple[str, tuple[int, ...]]
+HAS_AVX512 = torch.cpu._is_avx512_supported()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[Checkpoint, tuple[Path, Path]]:
+    """Of each kind that this processor has kernels for, as it is and dequantized."""
+    folder = tmp_path_factory.mktemp("quantized")
+    source = llama(folder / "fp32")
+    return {
+        (kind, ignored): write_quantized(source, folder / name, kind, ignored)
+        for kind, of_kind in KINDS.items()
+        if HAS_AVX512 or not of_kind.needs_avx512
+        for name, ignored in IGNORED.items()
+    }
+
+
+def cases_of(checkpoint: Checkpoint, folder: Path) -> list[Case]:
+    """Plain vLLM on a checkpoint, and a plan."""
+    kind, ignored = checkpoint
+    return [
+        Case(
+            folder,
+            plan,
+            prompts(4, 40).tolist(),
+            dtype="bfloat16",
+            engine=KINDS[kind].engine(ignored),
+        )
+        for plan in ("plain", PLANS_OF_KIND[ignored])
+    ]
+
+
+Answers = tuple[int, dict[Checkpoint, list[tuple[Case, Result]]]]
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["TP1", "TP2"])
+def answers(
+    request: pytest.FixtureRequest, folders: dict[Checkpoint, tuple[Path, Path]]
+) -> Answers:
+    """What plain vLLM and a plan make of each checkpoint, all in one go."""
+    cases = {one: cases_of(one, folder) for one, (folder, _) in folders.items()}
+    results = iter(run([case for both in cases.values() for case in both], request.param))
+    return request.param, {
+        one: [(case, next(results)) for case in both] for one, both in cases.items()
+    }
+
+
+@pytest.mark.parametrize("ignored", IGNORED.values(), ids=IGNORED)
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds(
+    kind: str,
+    ignored: tuple[int, ...],
+    folders: dict[Checkpoint, tuple[Path, Path]],
+    answers: Answers,
+) -> None:
+    if (kind, ignored) not in folders:
+        pytest.skip(f"vLLM's kernels for {kind} need AVX-512")
+    ranks, of_all = answers
+    _, dequantized = folders[kind, ignored]
+    plain, ours = (
+        error(case, result, dequantized, ranks) for case, result in of_all[kind, ignored]
+    )
+    print(f"{kind}: plain {plain:.4f}, {ours / plain:.2f} times it with a plan")
+    assert 0 < plain < 0.5
+    assert ours < 1.5 * plain
