@@ -17,6 +17,10 @@ from torch import Tensor
 Quantize = Callable[[Tensor], tuple[dict[str, Tensor], Tensor]]
 GROUP = 32  # of int4's scales
 E4M3_MAX = 448.0
+PROJECTIONS = (
+    *(f"self_attn.{part}_proj" for part in "qkvo"),
+    *(f"mlp.{part}_proj" for part in ("gate", "up", "down")),
+)
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,7 @@ class Kind:
         engine: of these layers, arguments of the engine.
         needs_avx512: whether vLLM's kernels for it do.
         kv_scales: whether each layer has scales for its keys and values, too.
+        prepare: see `engine_runs.Case`.
     """
 
     quantize: Quantize
@@ -35,6 +40,7 @@ class Kind:
     engine: Callable[[Sequence[int]], dict[str, Any]] = lambda _: {}
     needs_avx512: bool = False
     kv_scales: bool = False
+    prepare: Callable[[], None] | None = None
 
 
 def write_quantized(
@@ -133,7 +139,7 @@ def _w4a16(group: int | None, zeros: bool = False) -> Quantize:
         codes, scale, zero, meant = _codes(weight, group, 7, zeros)
         parts = {
             "weight_packed": _packed(codes + 8 * (not zeros), 1),
-            "weight_scale": scale,
+            "weight_scale": scale.bfloat16(),
             "weight_shape": torch.tensor(weight.shape),
         }
         if zeros:
@@ -149,7 +155,7 @@ def _awq(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     parts = {
         "qweight": _packed(codes.T, 1, order),
         "qzeros": _packed(zero.T, 1, order),
-        "scales": scale.T,
+        "scales": scale.T.bfloat16(),
     }
     return parts, meant
 
@@ -159,7 +165,7 @@ def _gptq(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     parts = {
         "qweight": _packed(codes.T + 8, 0),
         "qzeros": _packed(torch.full_like(scale.T, 7), 1),  # one less than what they mean
-        "scales": scale.T,
+        "scales": scale.T.bfloat16(),
         "g_idx": torch.arange(weight.shape[1], dtype=torch.int32) // GROUP,
     }
     return parts, meant
@@ -169,6 +175,68 @@ def _fp8(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     scale = weight.abs().amax(1, keepdim=True) / E4M3_MAX
     codes = (weight / scale).to(torch.float8_e4m3fn)
     return {"weight": codes, "weight_scale": scale}, codes.float() * scale
+
+
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+NVFP4_GLOBAL_SCALE = 512.0  # of all: vLLM's kernels have one for q, k and v
+
+
+def _in_fp4(blocks: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Round to E2M1, times a scale; two codes a byte, the first in the lower half."""
+    nearest = ((blocks.abs() / scale)[..., None] - E2M1).abs().argmin(-1)
+    codes = (nearest + 8 * (blocks < 0)).flatten(1).unflatten(1, (-1, 2)).to(torch.uint8)
+    meant = E2M1[nearest] * blocks.sign() * scale
+    return codes[..., 0] | codes[..., 1] << 4, meant.flatten(1)
+
+
+def _nvfp4(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    blocks = weight.unflatten(1, (-1, 16))
+    scale = blocks.abs().amax(2) / E2M1[-1] * NVFP4_GLOBAL_SCALE
+    scale = scale.to(torch.float8_e4m3fn)
+    packed, meant = _in_fp4(blocks, scale.float()[..., None] / NVFP4_GLOBAL_SCALE)
+    parts = {
+        "weight_packed": packed,
+        "weight_scale": scale,
+        "weight_global_scale": torch.tensor([NVFP4_GLOBAL_SCALE]),
+        "input_global_scale": torch.tensor([1.0]),
+    }
+    return parts, meant
+
+
+def _exponents(groups: Tensor, most: float) -> Tensor:
+    """Of the smallest powers of two that, times `most`, reach all of a group."""
+    return (groups.abs().amax(2) / most).log2().ceil()
+
+
+def _mxfp4(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    groups = weight.unflatten(1, (-1, GROUP))
+    exponent = _exponents(groups, float(E2M1[-1]))
+    packed, meant = _in_fp4(groups, exponent.exp2()[..., None])
+    return {"weight_packed": packed, "weight_scale": (exponent + 127).to(torch.uint8)}, meant
+
+
+def _mxfp8(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    groups = weight.unflatten(1, (-1, GROUP))
+    exponent = _exponents(groups, E4M3_MAX)
+    scale = exponent.exp2()[..., None]
+    codes = (groups / scale).to(torch.float8_e4m3fn)
+    parts = {"weight": codes.flatten(1), "weight_scale": (exponent + 127).to(torch.uint8)}
+    return parts, (codes.float() * scale).flatten(1)
+
+
+def _fp8_blocks(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    blocks = weight.unflatten(1, (-1, GROUP)).unflatten(0, (-1, GROUP))
+    scale = blocks.abs().amax((1, 3)) / E4M3_MAX
+    each = scale[:, None, :, None]
+    codes = (blocks / each).to(torch.float8_e4m3fn)
+    parts = {"weight": codes.view_as(weight), "weight_scale_inv": scale}
+    return parts, (codes.float() * each).view_as(weight)
+
+
+def add_emulated_kernels() -> None:
+    import emulated_kernels  # and with it vLLM
+
+    emulated_kernels.add()
 
 
 def _compressed(
@@ -195,6 +263,8 @@ def _names(ignore: Sequence[int]) -> list[str]:
 
 _INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "dynamic": False}
 _FP8 = {"num_bits": 8, "type": "float", "symmetric": True}
+_FP4 = {**_FP8, "num_bits": 4}
+_MX = {"scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8", "dynamic": False}
 _IN_GROUPS = {"strategy": "group", "group_size": GROUP}
 _TOKEN = {**_FP8, "strategy": "token", "dynamic": True}
 
@@ -250,6 +320,37 @@ KINDS = {
         ),
         needs_avx512=True,
         kv_scales=True,
+    ),
+    "fp8-blocks": Kind(
+        _fp8_blocks,
+        lambda ignore: {
+            "quant_method": "fp8",
+            "activation_scheme": "dynamic",
+            "weight_block_size": [GROUP, GROUP],
+            "modules_to_not_convert": [
+                f"model.layers.{layer}.{module}" for layer in ignore for module in PROJECTIONS
+            ],
+        },
+        prepare=add_emulated_kernels,
+    ),
+    "nvfp4": Kind(
+        _nvfp4,
+        _compressed(
+            "nvfp4-pack-quantized",
+            {**_FP4, "strategy": "tensor_group", "group_size": 16, "dynamic": False},
+            {**_FP4, "strategy": "tensor_group", "group_size": 16, "dynamic": "local"},
+        ),
+        prepare=add_emulated_kernels,
+    ),
+    "mxfp4": Kind(
+        _mxfp4,
+        _compressed("mxfp4-pack-quantized", {**_FP4, **_IN_GROUPS, **_MX}),
+        prepare=add_emulated_kernels,
+    ),
+    "mxfp8": Kind(
+        _mxfp8,
+        _compressed("mxfp8-quantized", {**_FP8, **_IN_GROUPS, **_MX}),
+        prepare=add_emulated_kernels,
     ),
     "fp8-online": Kind(
         lambda weight: ({}, _fp8(weight)[1]),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from math import prod
+from math import ceil, prod
 from typing import Any
 
 from vllm_depthpar.errors import UserError, shortened
@@ -12,6 +12,7 @@ from vllm_depthpar.plan.config_keys import check_keys
 from vllm_depthpar.plan.families import family_of, windows
 from vllm_depthpar.plan.plan import Plan
 from vllm_depthpar.plan.spec import DEALT, FOLDED, HALVES, SINGLE, WHOLE
+from vllm_depthpar.plan.weight_bits import weight_bits
 
 # Of one number, by the name that config.json and vLLM have for its type.
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -30,6 +31,8 @@ class ModelShape:
             see as many.
         layouts: of `LAYOUTS` those that layers of it can be held in: a gain can't be folded into
             quantized weights, and adapters act on whole layers alone.
+        weight_bits: of one weight of a layer's projections, where they are quantized; None: as all
+            other numbers. See `weight_bits.weight_bits`.
     """
 
     layers: int
@@ -47,6 +50,7 @@ class ModelShape:
     dtype_bytes: int
     windows: tuple[int | None, ...] = ()
     layouts: tuple[str, ...] = LAYOUTS
+    weight_bits: float | None = None
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
@@ -78,6 +82,7 @@ class ModelShape:
                 ),
                 windows=tuple(windows(config)),
                 layouts=LAYOUTS if config.get("quantization_config") is None else UNFOLDED,
+                weight_bits=weight_bits(config),
             )
         except KeyError as error:
             raise UserError(
@@ -85,7 +90,10 @@ class ModelShape:
             ) from None
 
     def in_dtype(self, dtype: str) -> ModelShape:
-        """Take the same sizes where numbers are of `dtype`; "auto": the checkpoint's."""
+        """Take the same sizes where numbers are of `dtype`; "auto": the checkpoint's.
+
+        Quantized ones stay what they are.
+        """
         return replace(self, dtype_bytes=DTYPE_BYTES.get(dtype, self.dtype_bytes))
 
     def fits(self, width: int, tp: int, mlp: int | None = None) -> bool:
@@ -207,15 +215,21 @@ class ModelShape:
         """Parameters of one decoder layer, its norms included."""
         return sum(prod(shape) for shape in self.layer_tensors().values())
 
+    @property
+    def projection_bytes(self) -> float:
+        """Bytes of one weight of a layer's projections."""
+        return self.dtype_bytes if self.weight_bits is None else self.weight_bits / 8
+
     def weight_bytes(self, plan: Plan, tp: int = 1) -> int:
         """Bytes of weights on one rank (norms and biases counted as if they were cut, too)."""
         embeddings = self.vocab * self.hidden * (1 if self.tied else 2)
         layers = sum(
-            prod(tensor)
+            prod(tensor) * (self.projection_bytes if len(tensor) == 2 else self.dtype_bytes)
             for layer in plan.kept
             for tensor in self.layer_tensors(missing_halves(plan, layer)).values()
         )
-        return (embeddings + layers) * self.dtype_bytes // tp + self.hidden * self.dtype_bytes
+        cut = embeddings * self.dtype_bytes + ceil(layers)
+        return cut // tp + self.hidden * self.dtype_bytes
 
     def kv_bytes_per_token(self, plan: Plan, tp: int = 1) -> int:
         """Bytes of KV cache one token takes on one rank."""

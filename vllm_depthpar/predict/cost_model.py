@@ -172,7 +172,8 @@ class _Work:
 
     def head(self) -> _Operation:
         """Of the last token of each sequence, the logits."""
-        return self._matmul(self.shape.vocab * self.shape.hidden, self.workload.batch)
+        weights = self.shape.vocab * self.shape.hidden
+        return self._matmul(weights, self.workload.batch, self.shape.dtype_bytes)
 
     def attention(self, width: int) -> list[_Operation]:
         """Projections, then scores and values over the KV cache."""
@@ -187,18 +188,21 @@ class _Work:
         attended = load.rows * (load.context + (load.tokens + 1) / 2)
         flops = 4 * attended * width * q / tp
         inner = (kv_bytes / device.memory_bandwidth, flops / device.flops_at(load.rows))
-        return [self._matmul(weights, load.rows), inner]
+        return [self._matmul(weights, load.rows, shape.projection_bytes), inner]
 
     def mlp(self, width: int) -> list[_Operation]:
         """Gate, up and down."""
         weights = 3 * width * self.shape.hidden * self.shape.intermediate
-        return [self._matmul(weights, self.workload.rows)]
+        return [self._matmul(weights, self.workload.rows, self.shape.projection_bytes)]
 
-    def _matmul(self, weights: int, rows: int) -> _Operation:
-        """Products of `rows` activations with so many weights, cut into tp shards."""
+    def _matmul(self, weights: int, rows: int, size: float) -> _Operation:
+        """Products of `rows` activations with so many weights of `size` bytes, cut into tp shards.
+
+        Activations are of the model's dtype: as much arithmetic whatever the weights are kept as.
+        """
         device, share = self.deployment.device, weights / self.deployment.tp
         return (
-            share * self.shape.dtype_bytes / device.memory_bandwidth,
+            share * size / device.memory_bandwidth,
             2 * share * rows / device.flops_at(rows),
         )
 
