@@ -338,7 +338,8 @@ def load(
     """Load a checkpoint and restructure it.
 
     Args:
-        path: folder of the checkpoint; what compressed-tensors quantized is dequantized.
+        path: folder of the checkpoint. Weights that compressed-tensors, GPTQ or AWQ quantized are
+            dequantized.
         spec: a `Plan`, or a spec that `vllm_depthpar.plan.resolve` takes; None for the plan that
             the checkpoint's config.json carries.
         dtype: what the weights are converted to.

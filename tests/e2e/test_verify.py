@@ -192,10 +192,13 @@ def test_what_vllm_refuses_is_one_line(tmp_path: Path, capsys: pytest.CaptureFix
 def test_no_reference_of_other_quantizations(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = checkpoint(tmp_path, quantization_config={"quant_method": "awq", "bits": 4})
+    model = checkpoint(tmp_path, quantization_config={"quant_method": "bitsandbytes", "bits": 4})
     code, _, error = run(capsys, model)
     assert code == 1
-    assert "is quantized by 'awq', of which there is no reference; allowed: compressed" in error
+    assert (
+        "is quantized by 'bitsandbytes', of which there is no reference; allowed: compressed"
+        in error
+    )
 
 
 # The reference, a block at a time.

@@ -88,6 +88,7 @@ def cases_of(checkpoint: Checkpoint, folder: Path) -> list[Case]:
             prompts(4, 40).tolist(),
             dtype="bfloat16",
             engine=KINDS[kind].engine(ignored),
+            prepare=KINDS[kind].prepare,
         )
         for plan in ("plain", PLANS_OF_KIND[ignored])
     ]
@@ -126,3 +127,21 @@ def test_kinds(
     print(f"{kind}: plain {plain:.4f}, {ours / plain:.2f} times it with a plan")
     assert 0 < plain < 0.5
     assert ours < 1.5 * plain
+
+
+@pytest.mark.skipif(not HAS_AVX512, reason="vLLM's kernels for int4 need AVX-512")
+def test_compiled(
+    folders: dict[Checkpoint, tuple[Path, Path]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """The kernel writes into a buffer: torch.compile must keep the order of writes and reads."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    int4, dequantized = folders["w4a16-group", ()]
+    eager, compiled = (
+        Case(int4, plan, prompts(4, 40).tolist(), dtype="bfloat16") for plan in ("plain", PLANS[2])
+    )
+    (plain,), (ours,) = run([eager]), run([compiled], compiled=True)
+    assert ours.compilation["early reads"] == 0 < ours.compilation["kernels"]
+    most = 1.5 * error(eager, plain, dequantized, ranks=1)
+    assert error(compiled, ours, dequantized, ranks=1) < most

@@ -41,7 +41,8 @@ class StreamedModel:
     """A checkpoint to run by plans.
 
     Args:
-        folder: of the checkpoint. Weights that compressed-tensors quantized are dequantized.
+        folder: of the checkpoint. Weights that compressed-tensors, GPTQ or AWQ quantized are
+            dequantized.
         device: where blocks run.
 
     Raises:
