@@ -83,7 +83,7 @@ def write_quantized(
 
 
 def _factor(layer: int) -> float:
-    return 4.0 ** (layer % 3 - 1)
+    return 16.0 ** (layer % 3 - 1)
 
 
 def _unlike_other_layers(name: str, tensor: Tensor) -> Tensor:
@@ -178,7 +178,7 @@ def _fp8(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
 
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
-NVFP4_GLOBAL_SCALE = 512.0  # of all: vLLM's kernels have one for q, k and v
+NVFP4_GLOBAL_SCALE = 256.0  # of all: vLLM's kernels have one for q, k and v
 
 
 def _in_fp4(blocks: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -310,12 +310,11 @@ KINDS = {
         _fp8,
         _compressed("float-quantized", {**_FP8, "strategy": "channel", "dynamic": False}, _TOKEN),
     ),
-    "fp8-channel-kv": Kind(
-        _fp8,
+    "w4a16-kv": Kind(
+        _w4a16(GROUP),
         _compressed(
-            "float-quantized",
-            {**_FP8, "strategy": "channel", "dynamic": False},
-            _TOKEN,
+            "pack-quantized",
+            {**_INT4, **_IN_GROUPS},
             kv_cache_scheme={**_FP8, "strategy": "tensor", "dynamic": False},
         ),
         needs_avx512=True,

@@ -24,9 +24,9 @@ PLANS: list[Any] = [
     {"blocks": [[0], {"attention": [1, 2], "mlp": [2]}, [3, 4], [5]], "parallel_residual": [3, 4]},
     {"pair": [1, 5], "layout": "whole", "drop_sync": "all"},
 ]
-# Of each kind, by the layers that it leaves as they are.
-PLANS_OF_KIND = {(): PLANS[3], (2, 5): PLANS[1]}
-IGNORED = {"all layers": (), "some layers": (2, 5)}
+# Layers that are left as they are: of two dealt out the first, by whose name the block goes.
+IGNORED = {"all layers": (), "some layers": (0, 1, 3, 5)}
+PLAN_BESIDE = {(): PLANS[3], (0, 1, 3, 5): PLANS[1]}
 
 
 def error(case: Case, result: Result, dequantized: Path, ranks: int) -> float:
@@ -90,7 +90,7 @@ def cases_of(checkpoint: Checkpoint, folder: Path) -> list[Case]:
             engine=KINDS[kind].engine(ignored),
             prepare=KINDS[kind].prepare,
         )
-        for plan in ("plain", PLANS_OF_KIND[ignored])
+        for plan in ("plain", PLAN_BESIDE[ignored])
     ]
 
 
@@ -126,7 +126,8 @@ def test_kinds(
     )
     print(f"{kind}: plain {plain:.4f}, {ours / plain:.2f} times it with a plan")
     assert 0 < plain < 0.5
-    assert ours < 1.5 * plain
+    # Not far below it, either: layers of too many bits would be.
+    assert plain / 1.5 < ours < 1.5 * plain
 
 
 @pytest.mark.skipif(not HAS_AVX512, reason="vLLM's kernels for int4 need AVX-512")
