@@ -14,8 +14,6 @@ from quantized_models import KINDS, write_quantized
 
 from vllm_depthpar import hf
 
-pytestmark = pytest.mark.next
-
 # One rank holds them whole; two hold pairs dealt, and the rest whole.
 PLANS: list[Any] = [
     {"pair": [0, 6]},
@@ -42,6 +40,7 @@ def llama(folder: Path) -> Path:
     return write_llama(folder, hidden=128, heads=4, kv_heads=2, head_dim=32, intermediate=256)
 
 
+@pytest.mark.next
 @pytest.mark.parametrize("ranks", [1, 2], ids=["TP1", "TP2"])
 @pytest.mark.parametrize("ignored", IGNORED.values(), ids=IGNORED)
 def test_int8(ranks: int, ignored: tuple[int, ...], tmp_path: Path) -> None:
@@ -128,6 +127,17 @@ def test_kinds(
     assert 0 < plain < 0.5
     # Not far below it, either: layers of too many bits would be.
     assert plain / 1.5 < ours < 1.5 * plain
+
+
+@pytest.mark.parametrize("ignored", IGNORED.values(), ids=IGNORED)
+def test_online_is_the_checkpoint(ignored: tuple[int, ...], answers: Answers) -> None:
+    """The same numbers, and so the same layers are quantized: errors alone would hardly say so."""
+    _, of_all = answers
+    for (_, online), (_, stored) in zip(
+        of_all["fp8-online", ignored], of_all["fp8-channel", ignored], strict=True
+    ):
+        both = torch.stack(online.prompt_logprobs), torch.stack(stored.prompt_logprobs)
+        torch.testing.assert_close(*both, atol=1e-4, rtol=0)
 
 
 @pytest.mark.skipif(not HAS_AVX512, reason="vLLM's kernels for int4 need AVX-512")
