@@ -164,6 +164,12 @@ class ParallelBlock(GradientCheckpointingLayer):
             layer.mlp(layer.post_attention_layernorm(stream)) for layer in self.feeding_layers
         )
 
+    def read_by_mlp(self, stream: Tensor, **context: Any) -> tuple[Tensor, Apart]:
+        """Compute what the MLPs of a standard block read, and what each rank's read of it where the
+        attentions' all-reduce is dropped; shapes as in `forward`."""
+        attention, terms = self._attentions(stream, **context)
+        return stream + attention, Apart(stream + term for term in terms)
+
     def _member(self, index: int) -> Any:
         return self.members[str(index)]
 
@@ -297,6 +303,13 @@ class ParallelBlock(GradientCheckpointingLayer):
     def layers(self) -> list[GradientCheckpointingLayer]:
         """The original decoder layers."""
         return list(self.members.values())
+
+
+def neurons(layer: Any, stream: Tensor) -> Tensor:
+    """Compute what a layer's down projection reads, (..., intermediate), of what its MLP does."""
+    x = layer.post_attention_layernorm(stream)
+    inner: Tensor = layer.mlp.act_fn(layer.mlp.gate_proj(x)) * layer.mlp.up_proj(x)
+    return inner
 
 
 @contextmanager

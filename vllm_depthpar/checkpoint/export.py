@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,15 +116,48 @@ def write(
         config = {key: value for key, value in config.items() if key != "quantization_config"}
     with made_whole(out) as partial:
         _write_weights(source, partial, shards, changes or {}, dequantize)
-        for pattern in _KEPT:
-            for path in source.glob(pattern):
-                if path.name not in ("config.json", INDEX) and not path.is_dir():
-                    copy = files.inside(partial, path.name, str(source))
-                    copy.write_bytes(files.read_bytes(path, allowed="a file"))
+        _copy_others(source, partial)
         files.write_json(partial / "config.json", exported_config(config, plan))
         if recovery:
             files.write_json(partial / "recovery.json", recovery)
         files.write_bytes(partial / "README.md", text.encode())
+
+
+def rewrite(
+    model: str,
+    out: Path,
+    transform: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    described: str,
+    record: Mapping[str, Any],
+) -> None:
+    """Write a checkpoint with other tensors under the same names, into a folder that is `claimed`.
+
+    Args:
+        model: folder or hub name of the original checkpoint.
+        out: the folder to make.
+        transform: makes the new tensors of some of the old ones: of those that are in one file.
+        described: for the model card, what was done.
+        record: JSON-ready, what it was done with; it becomes rewritten.json.
+    """
+    source, shards = folder(model), dict[str, list[str]]()
+    for name, (shard, _) in stored(source).items():
+        shards.setdefault(shard, []).append(name)
+    text = "\n".join([*_card_head(model, source), described])
+    with made_whole(out) as partial:
+        _write_weights(source, partial, shards, {}, transform)
+        _copy_others(source, partial)
+        files.write_json(partial / "config.json", read_config(model))
+        files.write_json(partial / "rewritten.json", record)
+        files.write_bytes(partial / "README.md", f"{text}\n".encode())
+
+
+def _copy_others(source: Path, out: Path) -> None:
+    """Copy what belongs to a checkpoint beside weights and config.json."""
+    for pattern in _KEPT:
+        for path in source.glob(pattern):
+            if path.name not in ("config.json", INDEX) and not path.is_dir():
+                copy = files.inside(out, path.name, str(source))
+                copy.write_bytes(files.read_bytes(path, allowed="a file"))
 
 
 @contextmanager
@@ -173,7 +206,7 @@ def _write_weights(
     out: Path,
     shards: Mapping[str, list[str]],
     changes: Mapping[str, Tensor],
-    dequantize: Dequantize,
+    transform: Dequantize,
 ) -> None:
     """Shard by shard, so that a large checkpoint is never in memory as a whole."""
     from safetensors.torch import save_file
@@ -182,7 +215,7 @@ def _write_weights(
     for shard, names in shards.items():
         with opened(files.inside(source, shard, str(source / INDEX))) as file:
             found = {name: file.get_tensor(name) for name in names}
-        tensors = dequantize(found)
+        tensors = transform(found)
         for name in changes.keys() & tensors.keys():
             tensors[name] = changes[name].detach().to("cpu", tensors[name].dtype).contiguous()
         save_file(tensors, files.inside(out, shard, str(source / INDEX)), metadata={"format": "pt"})
@@ -202,21 +235,9 @@ def card(
     recovery: Mapping[str, Any] | None,
 ) -> str:
     """Write the model card: what this is, how to serve it, its plan, where its weights are from."""
-    from huggingface_hub import ModelCardData
-
-    name = source.name if files.expanded(model).exists() else model
-    data = ModelCardData(
-        base_model=name,
-        license=_licence(source / "README.md"),
-        library_name="vllm",
-        pipeline_tag="text-generation",
-        tags=["vllm-depthpar"],
-    )
+    name = _name(model, source)
     lines = [
-        "---",
-        data.to_yaml(),
-        "---",
-        "",
+        *_card_head(model, source),
         f"# {name.rpartition('/')[2]}, {plan.name}",
         "",
         f"{name} with its depth restructured, for vLLM with the plugin vllm-depthpar:",
@@ -238,6 +259,24 @@ def card(
         _recovered(recovery) if recovery else "The original checkpoint's, unchanged.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _name(model: str, source: Path) -> str:
+    return source.name if files.expanded(model).exists() else model
+
+
+def _card_head(model: str, source: Path) -> list[str]:
+    """Write the lines of a model card that the hub reads."""
+    from huggingface_hub import ModelCardData
+
+    data = ModelCardData(
+        base_model=_name(model, source),
+        license=_licence(source / "README.md"),
+        library_name="vllm",
+        pipeline_tag="text-generation",
+        tags=["vllm-depthpar"],
+    )
+    return ["---", data.to_yaml(), "---", ""]
 
 
 def _licence(readme: Path) -> Any:

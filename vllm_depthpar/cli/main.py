@@ -13,6 +13,7 @@ from vllm_depthpar.cli import (
     bundled,
     eval,
     export,
+    order,
     plan,
     predict,
     recover,
@@ -23,7 +24,7 @@ from vllm_depthpar.cli import (
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.util import files
 
-COMMANDS = (plan, verify, predict, bench, search, eval, study, recover, export, bundled)
+COMMANDS = (plan, verify, predict, bench, search, eval, study, order, recover, export, bundled)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vllm_depthpar.checkpoint.config import read_original_config
-from vllm_depthpar.cli.types import DTYPES, MODEL_HELP, at_least, out_file, path_or_name
+from vllm_depthpar.cli import calibration
+from vllm_depthpar.cli.types import MODEL_HELP, at_least, out_file, path_or_name
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.plan.model_shape import ModelShape
 from vllm_depthpar.predict.devices import THIS, device_named
@@ -16,9 +16,6 @@ from vllm_depthpar.predict.links import LINKS, link_named
 from vllm_depthpar.predict.machines import Deployment, Workload
 from vllm_depthpar.search.run import METHODS, Effort, Goal, Space, run
 from vllm_depthpar.search.target import Machine
-
-if TYPE_CHECKING:
-    from vllm_depthpar.evaluate.texts import Windows
 
 
 def add(commands: Any) -> None:
@@ -42,20 +39,7 @@ def add(commands: Any) -> None:
         metavar="PCT",
         help="the shortest plan whose perplexity is at most PCT percent above the model's",
     )
-    search.add_argument(
-        "--text",
-        type=path_or_name,
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="UTF-8 text to calibrate on",
-    )
-    search.add_argument(
-        "--own-text",
-        type=at_least(0),
-        metavar="N",
-        help="beside it calibrate on N tokens that the model writes itself (as many as of --text)",
-    )
+    calibration.add(search)
     search.add_argument(
         "--methods",
         default="pair,group,skip",
@@ -70,13 +54,10 @@ def add(commands: Any) -> None:
         metavar="FILE",
         help="the plan file; beside it a report, numbers, a picture",
     )
-    search.add_argument("--tokens", type=at_least(1), default=4096, help="of all texts (4096)")
-    search.add_argument("--window", type=at_least(2), default=256, help="tokens (256)")
     search.add_argument("--rounds", type=at_least(0), default=6, help="at most (6)")
     search.add_argument("--proposals", type=at_least(1), default=6, help="a round (6)")
     search.add_argument("--minutes", type=float, default=20, help="begin no round after (20)")
     search.add_argument("--seed", type=int, default=0, help="(0)")
-    search.add_argument("--dtype", choices=DTYPES, default="auto", help="(auto)")
     where = search.add_argument_group("where it will run, for predicted speed-ups")
     where.add_argument("--tp", type=at_least(1), default=1, metavar="N", help="ranks (1)")
     where.add_argument("--link", metavar="L", help="between them: see depthpar predict")
@@ -93,7 +74,7 @@ def _run(args: argparse.Namespace) -> str:
     machine = _machine(args)
     space = Space(shape, goal, _methods(args.methods, args.tp), args.group, args.tp, machine)
     _ = space.target  # raises what is wrong with it, before anything long begins
-    texts = _texts(args)  # before the weights load
+    texts = calibration.read(args)  # before the weights load
 
     from vllm_depthpar.evaluate.suite import Suite, open_model
     from vllm_depthpar.search.report import SearchReport
@@ -123,20 +104,3 @@ def _machine(args: argparse.Namespace) -> Machine | None:
     device = device_named(args.device or THIS)
     link = link_named(args.link) if args.link else None
     return Machine(Deployment(device, link, args.tp), Workload(args.batch, args.context))
-
-
-def _texts(args: argparse.Namespace) -> list[Windows]:
-    """Read the texts to calibrate on: the user's, the model's own, or both in equal parts."""
-    from vllm_depthpar.evaluate.suite import read_texts
-
-    own = args.own_text
-    if own is None:
-        own = args.tokens // 2 if args.text else args.tokens
-    if not own and not args.text:
-        raise UserError("nothing to calibrate on; allowed: --text FILE, or --own-text above 0")
-    if not args.text:
-        print(f"No --text: calibrating on {own} tokens that the model writes.", file=sys.stderr)
-    each = max(1, (args.tokens - own) // len(args.text)) if args.text else None
-    return read_texts(
-        args.model, args.text, args.window, tokens=each, own_tokens=own, dtype=args.dtype
-    )
