@@ -170,6 +170,12 @@ class ParallelBlock(GradientCheckpointingLayer):
         attention, terms = self._attentions(stream, **context)
         return stream + attention, Apart(stream + term for term in terms)
 
+    def rows_of_ranks(self, index: int) -> list[slice]:
+        """List the neurons of a layer's MLP that ranks have, of one rank after the other."""
+        size = self._member(index).mlp.up_proj.out_features
+        shares = self._shares(len(self.feeding), self.feeding.index(index), size)
+        return [mine for _, mine in shares]
+
     def _member(self, index: int) -> Any:
         return self.members[str(index)]
 

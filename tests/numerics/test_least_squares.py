@@ -49,10 +49,15 @@ def test_less_is_lost_on_text_that_was_not_seen(folder: Path, spec: Any) -> None
     assert ridges.keys() == {at for at in range(plan.depth) if plan.is_changed(at)}
     assert sum(shares) == pytest.approx(1)
     changed = {layer for at in ridges for layer in plan.blocks[at]}
-    fitted = {f"model.layers.{layer}.mlp.down_proj.weight" for layer in changed}
-    assert tested.changes().keys() == fitted
-    for name, tensor in tested.changes().items():
-        assert not torch.equal(tensor, before[name]), name
+    changes = tested.changes()
+    assert changes.keys() == {
+        f"model.layers.{layer}.{name}.weight"
+        for layer in changed
+        for name in least_squares.REFITTED
+    }
+    for layer in changed:
+        name = f"model.layers.{layer}.mlp.down_proj.weight"
+        assert not torch.equal(changes[name], before[name])
     for name, tensor in tested.teacher.state_dict().items():
         assert torch.equal(tensor, before[name]), name
 
@@ -80,6 +85,82 @@ def test_what_a_block_can_say_is_found(folder: Path) -> None:
         ]
         assert least_squares.fit_block(block, states) == min(least_squares.RIDGES)
         assert float((block(stream, **context) - target).norm()) < 0.2 * spoiled
+
+
+def states_of(model: Any, at: int, count: int) -> list[least_squares.BatchState]:
+    """Of random tokens before a block that only standard ones stand before, as their targets."""
+    found = []
+    for ids in prompts(count, 64).split(4):
+        stream = model.model.embed_tokens(ids)
+        context = hf.context(model, stream)
+        for block in model.model.layers[:at]:
+            stream = block(stream, **context)
+        found.append(least_squares.BatchState(stream, stream, context))
+    return found
+
+
+@pytest.mark.parametrize("half", ["attention", "mlp"])
+def test_what_a_layer_reads_is_predicted(folder: Path, half: str) -> None:
+    """The teacher's layer reads a linear map of what the student's does: that map is found."""
+    model = hf.load(folder, "identity")
+    block, (layer,) = model.model.layers[2], model.model.layers[2].layers
+    norm = getattr(layer, least_squares.NORMS[half])
+    names = ("q_proj", "k_proj", "v_proj") if half == "attention" else ("gate_proj", "up_proj")
+    inside = layer.self_attn if half == "attention" else layer.mlp
+    weights = [getattr(inside, name).weight for name in names]
+    with torch.no_grad():
+        states = states_of(model, 2, 32)
+        turned = torch.linalg.qr(torch.randn(64, 64, generator=torch.manual_seed(0)))[0]
+        right = [weight @ turned for weight in weights]
+        for state in states:
+            read = state.stream
+            if half == "mlp":
+                read = read + block.attend(read, **state.context)
+            state.reads[2, half] = norm(read) @ turned.T
+        before = [weight.clone() for weight in weights]
+        for weight, wanted in zip(weights, right, strict=True):
+            weight.copy_(wanted)
+        for state in states:
+            state.target = block(state.stream, **state.context)
+        for weight, kept in zip(weights, before, strict=True):
+            weight.copy_(kept)
+        least_squares.fit_inputs(block, half, states)
+        for weight, wanted, kept in zip(weights, right, before, strict=True):
+            assert float((weight - wanted).norm()) < 0.1 * float((kept - wanted).norm())
+
+
+@pytest.mark.parametrize(
+    "spec", [{"drop_sync": [2]}, {"pair": [2, 4], "drop_sync": [2, 3]}], ids=str
+)
+def test_each_rank_predicts_from_its_own_stream(folder: Path, spec: Any) -> None:
+    """Each rank's rows are fitted to what it reads, and closer to what it should read."""
+    model = hf.load(folder, spec, ranks=2)
+    block = model.model.layers[2]
+    layer = block.layers[-1]
+    index = block.feeding[-1]
+    with torch.no_grad():
+        states = states_of(model, 2, 32)
+        for state in states:
+            read, _ = block.read_by_mlp(state.stream, **state.context)
+            state.reads[index, "mlp"] = layer.post_attention_layernorm(read)
+            state.target = read + block.feed(read)
+        weights = {name: getattr(layer.mlp, name).weight for name in ("gate_proj", "up_proj")}
+        before = {name: weight.clone() for name, weight in weights.items()}
+        least_squares.fit_inputs(block, "mlp", states)
+        shares = dict(block._shares(len(block.feeding), block.feeding.index(index), 96))
+        assert shares
+        for rank, mine in shares.items():
+            for name, weight in weights.items():
+                off = []
+                for fitted in (weight, before[name]):
+                    errors = 0.0
+                    for state in states:
+                        _, apart = block.read_by_mlp(state.stream, **state.context)
+                        read = layer.post_attention_layernorm(apart[rank])
+                        wanted = state.reads[index, "mlp"] @ before[name][mine].T
+                        errors += float((read @ fitted[mine].T - wanted).pow(2).sum())
+                    off.append(errors)
+                assert off[0] < 0.8 * off[1]
 
 
 def test_a_block_that_can_only_get_worse_is_left_alone(folder: Path) -> None:

@@ -1,23 +1,31 @@
-"""Recovery without gradients: what a changed block gets wrong, its own MLP can be fitted to add.
+"""Recovery without gradients: what a changed block gets wrong, its projections can be fitted to.
 
-The output of a block is linear in the down projections of its layers. With h the inputs of the
-down projections of a block side by side, W the projections and r the teacher's stream minus the
-student's after the block, ridge regression
+Two things are linear, and have a closed form. *What a layer reads*: attention and MLP of a layer in
+a changed block read another stream than in the teacher, without a term or with one too many. With t
+what the teacher's reads, after its norm, and z what the student's does,
+
+    C = argmin_C  sum_tokens |t - C z|^2  +  ridge |C - I|^2
+
+predicts one from the other, and goes into the projections that read: W becomes W C, each rank's
+rows by themselves where ranks read different streams (`drop_sync`). A prediction is smaller than
+what it predicts, so that it counts by the block's end whether it helps. *What a block adds*: with h
+the inputs of the down projections of a block side by side, W the projections and r the teacher's
+stream minus the student's after the block,
 
     D = argmin_D  sum_tokens |r - D h|^2 / |teacher|^2  +  ridge |D|^2
 
-has a closed form, and W + D has the shape of W. Errors count relative to the stream, because
-whatever reads the stream normalizes it first. Block by block in the order they run, so that a block
-is fitted to what the ones before it left undone. As layer-wise reconstruction in pruning does
-(SparseGPT, arXiv 2301.00774, section 3), but towards layers that are gone or came too late.
+and W becomes W + D. Errors count relative to the stream, because whatever reads the stream
+normalizes it first. Block by block in the order they run, so that a block is fitted to what those
+before it left undone. As layer-wise reconstruction in pruning does (SparseGPT, arXiv 2301.00774,
+section 3), but towards layers that are gone, came too late, or see less.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +34,10 @@ from vllm_depthpar import hf
 from vllm_depthpar.hf import ParallelBlock, Stream
 from vllm_depthpar.recover.distillation import Distillation
 
-# In units of the mean power of an input of the down projections; where none helps the block is left
-# alone, as if by an infinite one.
+# In units of the mean power of what is read; where none helps nothing is changed, as if by an
+# infinite one.
 RIDGES = (0.1, 0.3, 1.0, 3.0)
+INPUT_RIDGES = (1e-3, 1e-2, 0.1, 1.0)
 # Every so many batches one is held out, to choose the ridge by.
 _HELD_OUT = 4
 
@@ -40,7 +49,7 @@ def refit(
     batch: int = 4,
     on_progress: Callable[[float], None] = lambda _: None,
 ) -> dict[int, float]:
-    """Fit the down projections of the student's changed blocks, in place.
+    """Fit the projections of the student's changed blocks, in place: those that read, then down.
 
     Args:
         distillation: teacher and student, on one device.
@@ -50,8 +59,8 @@ def refit(
         on_progress: called with the share of the work done since the last call.
 
     Returns:
-        The ridge of each changed block that can be fitted, by its position. A block whose end
-        stands for no depth of the teacher (`Plan.end`) cannot.
+        The ridge of the down projections of each changed block that can be fitted, by its
+        position. A block whose end stands for no depth of the teacher (`Plan.end`) cannot.
     """
     plan, blocks, layers = distillation.plan, distillation.blocks, distillation.teacher_layers
     device = distillation.teacher.device
@@ -60,14 +69,25 @@ def refit(
     depth, found = distillation.first, {}
     for position in range(distillation.first, plan.depth):
         block, end = blocks[position], plan.end(position)
+        fits = end is not None and position in distillation.changed and bool(block.feeding)
         if end is not None:
+            members = range(depth, end)
+            norms = {
+                (index, half): getattr(layers[index], norm)
+                for index in members
+                for half, norm in NORMS.items()
+                if fits
+            }
             for state in states:
-                with distillation.autocast():
-                    for layer in layers[depth:end]:
-                        state.target = layer(state.target, **state.context)
+                with _outputs_of(norms) as reads, distillation.autocast():
+                    for index in members:
+                        state.target = layers[index](state.target, **state.context)
+                state.reads = {key: outputs[0] for key, outputs in reads.items()}
             depth = end
-        if end is not None and position in distillation.changed and block.feeding:
-            distillation.own_downs([position])
+        if fits:
+            distillation.own_of([position], REFITTED)
+            for half in NORMS:
+                fit_inputs(block, half, states, distillation.autocast)
             found[position] = fit_block(block, states, distillation.autocast)
         for state in states:
             with distillation.autocast():
@@ -84,11 +104,13 @@ class BatchState:
         stream: the student's.
         target: the teacher's.
         context: what layers take beside the stream, by its name.
+        reads: what the teacher's layers of the block read after their norms, by layer and half.
     """
 
     stream: Stream
     target: Tensor
     context: dict[str, Any]
+    reads: dict[tuple[int, str], Tensor] = field(default_factory=dict)
 
 
 def _begin(distillation: Distillation, tokens: Tensor) -> BatchState:
@@ -99,6 +121,104 @@ def _begin(distillation: Distillation, tokens: Tensor) -> BatchState:
         for block in distillation.blocks[: distillation.first]:
             stream = block(stream, **context)
     return BatchState(stream, stream[0] if isinstance(stream, tuple) else stream, context)
+
+
+# The norms before the halves of a layer, and the projections behind them.
+NORMS = {"attention": "input_layernorm", "mlp": "post_attention_layernorm"}
+_READERS = {
+    "attention": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "mlp": ("mlp.gate_proj", "mlp.up_proj"),
+}
+REFITTED = (*(name for names in _READERS.values() for name in names), "mlp.down_proj")
+
+
+def fit_inputs(
+    block: ParallelBlock,
+    half: str,
+    states: list[BatchState],
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> None:
+    """Fit the projections of one half of a block's layers to what they read, in place.
+
+    Layers of which the teacher's part is not in `BatchState.reads` are left alone, and attentions
+    of ranks that each have a stream of their own (`desync`).
+
+    Args:
+        half: "attention" or "mlp".
+        states: before the block.
+    """
+    members = block.attending if half == "attention" else block.feeding
+    norms = {
+        index: getattr(block.members[str(index)], NORMS[half])
+        for index in members
+        if (index, half) in states[0].reads
+    }
+    problems: dict[int, list[_Ridge]] = {}
+    for number, state in enumerate(states):
+        with _outputs_of(norms) as reads, autocast():
+            block(state.stream, **state.context)
+        for index, parts in reads.items():
+            right = state.reads[index, half].flatten(0, 1).float()
+            of_member = problems.setdefault(index, [_Ridge(right, right) for _ in parts])
+            for problem, part in zip(of_member, parts, strict=True):
+                read = part.flatten(0, 1).float()
+                problem.add(read, right - read, _is_held_out(number, len(states)))
+    readers = []
+    for index, of_member in problems.items():
+        if len(of_member) == 1:
+            rows = [slice(None)]
+        elif half == "mlp":
+            rows = block.rows_of_ranks(index)
+        else:
+            continue
+        layer = block.members[str(index)]
+        weights = [layer.get_submodule(name).weight for name in _READERS[half]]
+        readers += [
+            (weight, weight.clone(), mine, problem)
+            for mine, problem in zip(rows, of_member, strict=True)
+            for weight in weights
+        ]
+    _choose(block, readers, states, autocast)
+
+
+Reader: TypeAlias = "tuple[Tensor, Tensor, slice, _Ridge]"
+
+
+def _choose(
+    block: ParallelBlock,
+    readers: Sequence[Reader],
+    states: list[BatchState],
+    autocast: Callable[[], AbstractContextManager[object]],
+) -> None:
+    """Give projections the ridge, the same for all, that leaves least to be added after the block.
+
+    Args:
+        readers: a weight, what it was, which of its rows, and what they are to be fitted to.
+    """
+    kept = [state for number, state in enumerate(states) if _is_held_out(number, len(states))]
+
+    def error(ridge: float) -> float:
+        for weight, before, mine, problem in readers:
+            change = before[mine] @ problem.fitted(ridge).T if ridge < torch.inf else 0
+            weight[mine] = before[mine] + change
+        left = [_left_over(block, state, autocast)[0] for state in kept]
+        return sum(float(one.pow(2).mean()) for one in left)
+
+    error(min((torch.inf, *INPUT_RIDGES), key=error))
+
+
+def _left_over(
+    block: ParallelBlock,
+    state: BatchState,
+    autocast: Callable[[], AbstractContextManager[object]],
+) -> tuple[Tensor, Tensor]:
+    """Compute what is missing after a block, relative to the stream's size, and one over that."""
+    with autocast():
+        after = block(state.stream, **state.context)
+    after = after[0] if isinstance(after, tuple) else after
+    target = state.target.float()
+    scale = target.pow(2).mean(-1, keepdim=True).rsqrt()
+    return (target - after) * scale, scale
 
 
 def fit_block(
@@ -112,46 +232,90 @@ def fit_block(
         states: before the block; of some the stream after it decides which ridge is best.
         autocast: what the block computes in.
     """
-    downs = [layer.mlp.down_proj for layer in block.feeding_layers]
-    widths = [down.in_features for down in downs]
-    size, hidden = sum(widths), downs[0].out_features
-    like = downs[0].weight
-    # Of the batches to fit on, and of those held out.
-    squares = [like.new_zeros(size, size) for _ in range(2)]
-    products = [like.new_zeros(size, hidden) for _ in range(2)]
+    downs = {index: block.members[str(index)].mlp.down_proj for index in block.feeding}
+    widths = [down.in_features for down in downs.values()]
+    problem: _Ridge | None = None
     for number, state in enumerate(states):
-        held_out = int(number % _HELD_OUT == _HELD_OUT - 1 or number == len(states) - 1)
-        with _inputs_of(downs) as inputs, autocast():
-            after = block(state.stream, **state.context)
-        after = after[0] if isinstance(after, tuple) else after
-        target = state.target.float()
-        scale = target.pow(2).mean(-1, keepdim=True).rsqrt()
-        h = (torch.cat([inputs[down] for down in downs], -1) * scale).flatten(0, 1)
-        r = ((target - after) * scale).flatten(0, 1)
-        squares[held_out].addmm_(h.T, h)
-        products[held_out].addmm_(h.T, r)
-    power = squares[0].diagonal().mean()
-    best, least, ridge = like.new_zeros(size, hidden), like.new_zeros(()), torch.inf
-    for candidate in RIDGES:
-        regularized = squares[0] + candidate * power * torch.eye(size, device=like.device)
-        fitted = torch.cholesky_solve(products[0], torch.linalg.cholesky(regularized))
-        # What is left of |r|^2 on the held-out batches, less what there was.
-        change = (fitted * (squares[1] @ fitted - 2 * products[1])).sum()
-        if change < least:
-            best, least, ridge = fitted, change, candidate
-    for down, part in zip(downs, best.split(widths), strict=True):
+        with _inputs_of(downs) as inputs:
+            r, scale = _left_over(block, state, autocast)
+        h = (torch.cat([inputs[index] for index in downs], -1) * scale).flatten(0, 1)
+        r = r.flatten(0, 1)
+        problem = problem or _Ridge(h, r)
+        problem.add(h, r, _is_held_out(number, len(states)))
+    assert problem is not None  # there are states
+    change, ridge = problem.solve(RIDGES)
+    for down, part in zip(downs.values(), change.split(widths), strict=True):
         down.weight += part.T
     return ridge
 
 
+def _is_held_out(number: int, count: int) -> bool:
+    return number % _HELD_OUT == _HELD_OUT - 1 or number == count - 1
+
+
+class _Ridge:
+    """Ridge regression of r on h, whose ridge is what is best on rows held out."""
+
+    def __init__(self, h: Tensor, r: Tensor) -> None:
+        """Begin with no rows; h and r, (rows, size), say how large and where."""
+        size, out = h.shape[-1], r.shape[-1]
+        # Of rows to fit on, and of those held out.
+        self._squares = [h.new_zeros(size, size) for _ in range(2)]
+        self._products = [h.new_zeros(size, out) for _ in range(2)]
+
+    def add(self, h: Tensor, r: Tensor, held_out: bool) -> None:
+        """Add rows."""
+        self._squares[held_out].addmm_(h.T, h)
+        self._products[held_out].addmm_(h.T, r)
+
+    def fitted(self, ridge: float) -> Tensor:
+        """Find D transposed, (size of h, size of r)."""
+        squares, products = self._squares[0], self._products[0]
+        power = ridge * squares.diagonal().mean()
+        regularized = squares + power * torch.eye(len(squares), device=squares.device)
+        return torch.cholesky_solve(products, torch.linalg.cholesky(regularized))
+
+    def solve(self, ridges: Sequence[float]) -> tuple[Tensor, float]:
+        """Find D transposed and its ridge: 0, and an infinite one, if none helps."""
+        squares, products = self._squares[1], self._products[1]
+        best, least, best_ridge = torch.zeros_like(products), products.new_zeros(()), torch.inf
+        for ridge in ridges:
+            found = self.fitted(ridge)
+            # What is left of |r|^2 on the rows held out, less what there was.
+            change = (found * (squares @ found - 2 * products)).sum()
+            if change < least:
+                best, least, best_ridge = found, change, ridge
+        return best, best_ridge
+
+
+Key = TypeVar("Key")
+
+
 @contextmanager
-def _inputs_of(modules: list[nn.Linear]) -> Iterator[dict[nn.Linear, Tensor]]:
-    """Record what the modules were last called with, while this context lasts."""
-    inputs: dict[nn.Linear, Tensor] = {}
-    hooks = [
-        module.register_forward_pre_hook(lambda module, given: inputs.update({module: given[0]}))
-        for module in modules
-    ]
+def _outputs_of(modules: Mapping[Key, nn.Module]) -> Iterator[dict[Key, list[Tensor]]]:
+    """Record what modules return, call by call, while this context lasts."""
+    outputs: dict[Key, list[Tensor]] = {key: [] for key in modules}
+
+    def recorder(key: Key) -> Callable[..., None]:
+        return lambda _, __, output: outputs[key].append(output)
+
+    hooks = [module.register_forward_hook(recorder(key)) for key, module in modules.items()]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _inputs_of(modules: Mapping[int, nn.Module]) -> Iterator[dict[int, Tensor]]:
+    """Record what modules were last called with, while this context lasts."""
+    inputs: dict[int, Tensor] = {}
+
+    def recorder(key: int) -> Callable[..., None]:
+        return lambda _, given: inputs.update({key: given[0]})
+
+    hooks = [module.register_forward_pre_hook(recorder(key)) for key, module in modules.items()]
     try:
         yield inputs
     finally:

@@ -27,7 +27,7 @@ from vllm_depthpar.checkpoint.tensors import opened
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.evaluate.texts import Windows
 from vllm_depthpar.recover.distillation import Distillation, Objective
-from vllm_depthpar.recover.least_squares import refit
+from vllm_depthpar.recover.least_squares import REFITTED, refit
 from vllm_depthpar.util import files
 from vllm_depthpar.util.progress import bar
 
@@ -168,8 +168,8 @@ class Recovery:
             chosen = self._training[:: max(1, len(self._training) // count)][:count]
             with bar("Refit") as advance:
                 found = refit(self._distillation, chosen, on_progress=advance)
-            downs = self._distillation.own_downs(found)
-            files.write_bytes(path, save({name: down.detach() for name, down in downs.items()}))
+            fitted = self._distillation.own_of(found, REFITTED)
+            files.write_bytes(path, save({name: one.detach() for name, one in fitted.items()}))
             return found
 
         known = self._once("refit.json", fit)
@@ -179,8 +179,8 @@ class Recovery:
             torch.no_grad(),
         ):
             ridges = {int(at): float(ridge) for at, ridge in known.items()}
-            for name, down in self._distillation.own_downs(ridges).items():
-                down.copy_(file.get_tensor(name))
+            for name, one in self._distillation.own_of(ridges, REFITTED).items():
+                one.copy_(file.get_tensor(name))
         return ridges
 
     def train(self, tokens: int | None, until: float | None) -> dict[str, Any]:
