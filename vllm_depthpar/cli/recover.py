@@ -24,6 +24,7 @@ from vllm_depthpar.cli.types import (
 )
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.plan import Plan, precedence, read_spec, resolve
+from vllm_depthpar.plan.families import family_of
 from vllm_depthpar.plan.ladder_checkpoint import ladder_of
 from vllm_depthpar.util.provenance import origin
 
@@ -94,7 +95,8 @@ def add(commands: Any) -> None:
         "--refit",
         type=at_least(0),
         metavar="N",
-        help="first fit down projections in closed form, on N tokens; 0: don't (32768; lora: 0)",
+        help="first fit down projections in closed form, on N tokens; 0: don't (32768; lora and "
+        "Gemma: 0)",
     )
     training.add_argument(
         "--objective",
@@ -234,8 +236,14 @@ def _check(args: argparse.Namespace, processes: int) -> Plan:
             f"--batch {args.batch} is no multiple of --micro-batch {args.micro_batch} times "
             f"{processes} processes; allowed: multiples of {at_once}"
         )
+    norms_after = family_of(config).norms_after
     if args.refit is None:
-        args.refit = 0 if args.train == "lora" else _REFIT
+        args.refit = 0 if args.train == "lora" or norms_after else _REFIT
+    if args.refit and norms_after:
+        raise UserError(
+            f"--refit {args.refit}: the model's MLPs have norms after them, and no closed form; "
+            f"allowed: 0"
+        )
     if args.refit and args.train == "lora":
         raise UserError(
             f"--refit {args.refit}: an adapter holds no refitted projections; allowed with --train "

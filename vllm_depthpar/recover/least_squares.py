@@ -64,7 +64,7 @@ def refit(
             for state in states:
                 with distillation.autocast():
                     for layer in layers[depth:end]:
-                        state.target = layer(state.target, **state.context)
+                        state.target = layer(state.target, **hf.of_kind(layer, state.context))
             depth = end
         if end is not None and position in distillation.changed and block.feeding:
             distillation.own_downs([position])
