@@ -260,7 +260,9 @@ def test_generate_with_cache_equals_without(folder: Path, plan: str) -> None:
     assert slots == [27] * used + [0] * empty
 
 
-def test_left_padding_does_not_change_a_row(folder: Path) -> None:
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+def test_left_padding_does_not_change_a_row(model_type: str, tmp_path: Path) -> None:
+    folder = write_llama(tmp_path, layers=LAYERS, model_type=model_type)
     model = hf.load(folder, PLANS["out of order, skipping"])
     ids = prompts(1, 12)
     padded = torch.cat([torch.zeros(1, 5, dtype=torch.long), ids], dim=1)
