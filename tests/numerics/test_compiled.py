@@ -79,11 +79,11 @@ ALWAYS: dict[str, dict[str, tuple[str, ...]]] = {
     "one rank": {
         "float32": (
             *("ladder of 4", "ladder, scattered, skipping", "ladder over pairs", "halves"),
-            "Gemma, pairs and a ladder",
+            "Gemma, every mode",
         ),
         "bfloat16": ("plain", "all mixed", "every mode", "whole"),
     },
-    "one host": {"float32": ("ladder", "every mode", "Gemma, every mode")},
+    "one host": {"float32": ("ladder", "every mode")},
     "two hosts": {
         "float32": (
             *("all mixed", "dropped sync points", "whole, every mode"),
