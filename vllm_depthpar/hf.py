@@ -2,7 +2,8 @@
 
 Written from the equations, with every layer's own norms, attention and MLP; nothing here is folded
 or concatenated. With x the residual stream, and A_i and F_i the attention and the MLP of layer i,
-each with its own RMSNorm inside, a block of layers i runs
+each with its own RMSNorm inside, or, in Gemma's layers, one before it and one after, a block of
+layers i runs
 
     x <- x + sum_i A_i(x)
     x <- x + sum_i F_i(x)
@@ -34,6 +35,14 @@ F_ir what rank r computes of A_i and F_i,
 so that what it means depends on R. A block's heads, and the inner dimension of its MLPs, are those
 of its layers one after the other, and a rank has a contiguous R-th of them, as in vLLM; in the
 layout "whole" a rank has a contiguous R-th of those of each layer.
+
+Gemma's layers have a norm after each module, too, N_i after the attention and M_i after the MLP, by
+which A_i and F_i are no longer sums of what the ranks compute: A_i(x) = N_i(sum_r a_ir(x)). Their
+layout is "whole". In a drop-sync block of them a rank's MLPs read the stream and its own
+attentions' terms, normalized as if they were whole, since RMSNorm has no scale:
+
+    a_ir = a_ir(x);  f_ir = f_ir(x + sum_j N_j(a_jr))
+    x <- x + sum_i N_i(sum_r a_ir) + sum_i M_i(sum_r f_ir)
 
 Desync residual (the Ladder authors' gpt_desync): where a sum T of a block, its attentions or its
 MLPs, is not reduced, each rank goes on with its own stream, and the next that is makes them one,
@@ -71,8 +80,8 @@ from vllm_depthpar.checkpoint.tensors import (
 )
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.plan import Plan, resolve
-from vllm_depthpar.plan.families import family_of, windows
-from vllm_depthpar.plan.model_shape import half_of
+from vllm_depthpar.plan.families import FAMILIES, Family, family_of
+from vllm_depthpar.plan.model_shape import ModelShape
 from vllm_depthpar.plan.plan import Half, halves_of
 from vllm_depthpar.plan.precedence import KEY
 from vllm_depthpar.plan.spec import WHOLE
@@ -97,6 +106,7 @@ class ParallelBlock(GradientCheckpointingLayer):
         ranks: R of the equations.
         unreduced: halves whose sum is not reduced, see `vllm_depthpar.plan.Plan.unreduced`.
         whole: whether each layer is cut into R parts by itself, see `Plan.layout`.
+        norms: of each half, see `vllm_depthpar.plan.families.Family.norms`.
         attending, feeding: indices of the members that have an attention, and an MLP.
     """
 
@@ -110,6 +120,7 @@ class ParallelBlock(GradientCheckpointingLayer):
         drop_mlp: Collection[int] = (),
         unreduced: Collection[str] = (),
         whole: bool = False,
+        norms: Mapping[str, tuple[str, ...]] = FAMILIES["llama"].norms,
     ) -> None:
         # Not a decoder layer's own constructor (see `restructure`), which would make its weights.
         nn.Module.__init__(self)
@@ -118,7 +129,8 @@ class ParallelBlock(GradientCheckpointingLayer):
         self.before_ladder = before_ladder
         self.ranks = ranks
         self.unreduced = frozenset(unreduced) if ranks > 1 else frozenset()
-        self.whole = whole
+        self.whole = whole or any(len(of_half) > 1 for of_half in norms.values())
+        self.norms = norms
         self.attending = [index for index in members if index not in drop_attention]
         self.feeding = [index for index in members if index not in drop_mlp]
 
@@ -128,12 +140,14 @@ class ParallelBlock(GradientCheckpointingLayer):
         Args:
             hidden_states: the residual stream, (batch, tokens, hidden); for a ladder block that is
                 not the first, the pair (x, y) of the equations; or the streams of all ranks.
-            context: what transformers hands every attention (rotary embedding, mask, cache).
+            context: what transformers hands every attention (rotary embedding, mask, cache), and
+                `BY_KIND`, where that differs (see `of_kind`).
 
         Returns:
             The residual stream after the block, same shape; the pair if a ladder block is next; the
             streams of all ranks if the block's last sum is not reduced.
         """
+        context = context | context.pop(BY_KIND, {})
         if self.unreduced or isinstance(hidden_states, Apart):
             after = self._desync(hidden_states, **context)
             # No plan lets a ladder block read what was before this block's MLP.
@@ -154,14 +168,15 @@ class ParallelBlock(GradientCheckpointingLayer):
     def attend(self, stream: Tensor, **context: Any) -> Tensor:
         """Sum A_i(stream) over the block's layers; shapes as in `forward`."""
         return _total(
-            layer.self_attn(layer.input_layernorm(stream), **context)[0]
+            self._given("attention", layer, self._attention(layer, stream, **context))
             for layer in map(self._member, self.attending)
         )
 
     def feed(self, stream: Tensor) -> Tensor:
         """Sum F_i(stream) over the block's layers; shapes as in `forward`."""
         return _total(
-            layer.mlp(layer.post_attention_layernorm(stream)) for layer in self.feeding_layers
+            self._given("mlp", layer, layer.mlp(self.normalized("mlp", layer, stream)))
+            for layer in self.feeding_layers
         )
 
     def read_by_mlp(self, stream: Tensor, **context: Any) -> tuple[Tensor, Apart]:
@@ -170,11 +185,52 @@ class ParallelBlock(GradientCheckpointingLayer):
         attention, terms = self._attentions(stream, **context)
         return stream + attention, Apart(stream + term for term in terms)
 
-    def rows_of_ranks(self, index: int) -> list[slice]:
-        """List the neurons of a layer's MLP that ranks have, of one rank after the other."""
-        size = self._member(index).mlp.up_proj.out_features
+    def reads(
+        self, half: str, stream: Stream, **context: Any
+    ) -> dict[int, list[tuple[slice, Tensor]]]:
+        """Compute what the projections of a half read: what its norms make of the stream.
+
+        Returns:
+            By layer, rows of its projections and what those read: all rows, or where ranks read
+            different streams each rank's of the MLP. Nothing under `desync`.
+        """
+        if self.unreduced or isinstance(stream, Apart):
+            return {}
+        x, y = stream if isinstance(stream, tuple) else (stream, stream)
+        early = self.mode == "ladder"
+        if half == "attention":
+            members, read = self.attending, y if early else x
+        elif self.mode == "drop_sync" and self.ranks > 1:
+            _, of_ranks = self.read_by_mlp(x, **context)
+            return {index: self._reads_of_ranks(index, of_ranks) for index in self.feeding}
+        else:
+            members, read = self.feeding, x
+            if self.attending and self.mode not in ("ladder", "parallel_residual"):
+                read = x + self.attend(x, **context)
+        every = slice(None)
+        return {
+            index: [(every, self.normalized(half, self._member(index), read))] for index in members
+        }
+
+    def _reads_of_ranks(self, index: int, streams: Apart) -> list[tuple[slice, Tensor]]:
+        layer = self._member(index)
+        size = layer.mlp.up_proj.out_features
         shares = self._shares(len(self.feeding), self.feeding.index(index), size)
-        return [mine for _, mine in shares]
+        return [(mine, self.normalized("mlp", layer, streams[rank])) for rank, mine in shares]
+
+    def _attention(self, layer: Any, stream: Tensor, **context: Any) -> Tensor:
+        normalized = self.normalized("attention", layer, stream)
+        return cast(Tensor, layer.self_attn(normalized, **of_kind(layer, context))[0])
+
+    def normalized(self, half: str, layer: Any, stream: Tensor) -> Tensor:
+        """Compute the norm before a layer's attention or MLP."""
+        return cast(Tensor, getattr(layer, self.norms[half][0])(stream))
+
+    def _given(self, half: str, layer: Any, term: Tensor) -> Tensor:
+        """Compute the norm after it, if there is one."""
+        for norm in self.norms[half][1:]:
+            term = getattr(layer, norm)(term)
+        return term
 
     def _member(self, index: int) -> Any:
         return self.members[str(index)]
@@ -216,17 +272,21 @@ class ParallelBlock(GradientCheckpointingLayer):
             attention, output = layer.self_attn, layer.self_attn.o_proj
             with _inputs_of(output) as seen:
                 if isinstance(stream, Apart):
-                    normalized = [layer.input_layernorm(x) for x in stream]
+                    normalized = [self.normalized("attention", layer, x) for x in stream]
                     with self._cut(attention, member, normalized):
-                        own = attention(normalized[0], **context)[0]
+                        own = self._attention(layer, stream[0], **context)
                 else:
-                    own = attention(layer.input_layernorm(stream), **context)[0]
-            total = total + own
-            for rank, mine in self._shares(len(self.attending), member, seen[0].shape[-1]):
-                terms[rank] = terms[rank] + _columns(output, seen[0], mine)
+                    own = self._attention(layer, stream, **context)
+            total = total + self._given("attention", layer, own)
+            parts = {
+                rank: _columns(output, seen[0], mine)
+                for rank, mine in self._shares(len(self.attending), member, seen[0].shape[-1])
+            }
             if getattr(output, "bias", None) is not None:
                 first = self._rank_of_bias(len(self.attending), member)
-                terms[first] = terms[first] + output.bias
+                parts[first] = parts.get(first, 0) + output.bias
+            for rank, part in parts.items():
+                terms[rank] = terms[rank] + self._given("attention", layer, part)
         return total, terms
 
     def _mlps(self, stream: Tensor | Apart) -> tuple[Tensor, list[Tensor]]:
@@ -239,11 +299,11 @@ class ParallelBlock(GradientCheckpointingLayer):
             shares = list(self._shares(len(self.feeding), member, up.out_features))
             parts = []
             for rank, mine in shares:
-                x = layer.post_attention_layernorm(streams[rank])
+                x = self.normalized("mlp", layer, streams[rank])
                 parts.append(layer.mlp.act_fn(_rows(gate, x, mine)) * _rows(up, x, mine))
             # Its columns are cut as these rows are: the sum over ranks is one product.
             inner = torch.cat(parts, -1)
-            total = total + down(inner)
+            total = total + self._given("mlp", layer, down(inner))
             if "mlp" not in self.unreduced:
                 continue
             for rank, mine in shares:
@@ -311,10 +371,12 @@ class ParallelBlock(GradientCheckpointingLayer):
         return list(self.members.values())
 
 
-def neurons(layer: Any, stream: Tensor) -> Tensor:
-    """Compute what a layer's down projection reads, (..., intermediate), of what its MLP does."""
-    x = layer.post_attention_layernorm(stream)
-    inner: Tensor = layer.mlp.act_fn(layer.mlp.gate_proj(x)) * layer.mlp.up_proj(x)
+def neurons(layer: Any, normalized: Tensor) -> Tensor:
+    """Compute what a layer's down projection reads, (..., intermediate), where gate and up read
+    `normalized`."""
+    inner: Tensor = layer.mlp.act_fn(layer.mlp.gate_proj(normalized)) * layer.mlp.up_proj(
+        normalized
+    )
     return inner
 
 
@@ -372,8 +434,7 @@ def load(
 
     Raises:
         UserError: the plan is wrong, or the checkpoint of no family that can be restructured, or
-            its layers differ in their windows of attention, or its tensors are not what its
-            config.json says; before weights load.
+            its tensors are not what its config.json says; before weights load.
         OSError: there is no checkpoint at `path`.
     """
     config = config_of(path)
@@ -412,19 +473,30 @@ def outline(path: str | PathLike[str], plan: Plan, device: torch.device) -> PreT
     """
     config = config_of(path)
     with _by_transformers(path):
-        with torch.device("meta"):
-            model = _model_type(config)(config)
-        with device:
-            model.model.rotary_emb = type(model.model.rotary_emb)(config)
+        model = _without_weights(config, device)
     return restructure(model.eval(), plan)
 
 
 def _model_type(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """Find transformers' class for a checkpoint of one of our families."""
-    found: type[PreTrainedModel] = getattr(
-        transformers, family_of(config.to_dict()).architectures[0]
-    )
+    found: type[PreTrainedModel] = getattr(transformers, _family(config).architectures[0])
     return found
+
+
+def _family(config: PreTrainedConfig) -> Family:
+    return family_of(config.to_dict())
+
+
+def _without_weights(config: PreTrainedConfig, device: torch.device) -> PreTrainedModel:
+    """Make a model with weights on the device "meta", and what no checkpoint has on `device`."""
+    with torch.device("meta"):
+        model = _model_type(config)(config)
+    body = model.model
+    with device:
+        body.rotary_emb = type(body.rotary_emb)(config)
+        if hasattr(body.embed_tokens, "embed_scale"):
+            body.embed_tokens.embed_scale = torch.tensor(body.embed_tokens.scalar_embed_scale)
+    return model
 
 
 def config_of(path: str | PathLike[str]) -> PreTrainedConfig:
@@ -434,8 +506,8 @@ def config_of(path: str | PathLike[str]) -> PreTrainedConfig:
         read_config(str(path))  # before transformers does, whose errors are not for users
     with _by_transformers(path):
         config = AutoConfig.from_pretrained(path)
-    family_of(config.to_dict())
-    _check_windows(config)
+    if _family(config).caps_scores:  # which transformers' faster attentions leave out
+        config._attn_implementation = "eager"
     return config
 
 
@@ -451,18 +523,6 @@ def _by_transformers(path: str | PathLike[str]) -> Iterator[None]:
         raise UserError(
             f"transformers can't load {path} ({why}); allowed: checkpoints that it can"
         ) from error
-
-
-def _check_windows(config: PreTrainedConfig) -> None:
-    """Refuse layers of different windows of attention.
-
-    transformers gives each block the mask of the layer that was in its place.
-    """
-    if len(set(windows(config.to_dict()))) > 1:
-        raise UserError(
-            "the layers differ in their windows of attention; allowed: to serve the model, or "
-            "models whose layers have the same"
-        )
 
 
 def _weights(
@@ -493,7 +553,7 @@ def _weights(
             )
             not_there = report["missing_keys"]
     places = filter(None, map(split_name, not_there))
-    missing = {(layer, half_of(rest)) for _, layer, rest in places}
+    missing = {(layer, _family(config).half_of(rest)) for _, layer, rest in places}
     if lost := sorted(missing.difference(absent)):
         raise UserError(
             f"weights of layer {lost[0][0]} are not in {path}; allowed: plans of its other layers"
@@ -507,9 +567,7 @@ def _dequantized(
     """Load a quantized checkpoint as what it stands for; and list what it does not hold."""
     dequantize = dequantizer(path)
     del config.quantization_config
-    with torch.device("meta"):
-        model = _model_type(config)(config)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    model = _without_weights(config, torch.device("cpu"))
     names = list(stored(path))
     tensors = dequantize(dict(read_tensors(str(path), names)))
     tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
@@ -534,21 +592,22 @@ def restructure(model: PreTrainedModel, plan: Plan, ranks: int | None = None) ->
         The same model.
 
     Raises:
-        UserError: the plan is for another number of layers, or the model was restructured before,
-            or its layers differ in their windows of attention.
+        UserError: the plan is for another number of layers, or none for such a model, or the model
+            was restructured before.
     """
     layers = model.model.layers
     if any(isinstance(layer, ParallelBlock) for layer in layers):
         raise UserError("the model is already restructured; allowed: a model as loaded")
     _check_layers(plan, len(layers))
-    _check_windows(model.config)
+    ModelShape.from_config(model.config.to_dict()).check_plan(plan)
+    norms = _family(model.config).norms
     attentions = [index for at in range(plan.depth) for index in plan.attention(at)]
     for slot, index in enumerate(attentions):
         layers[index].self_attn.layer_idx = slot
     for index in plan.drop_attention:
-        del layers[index].self_attn, layers[index].input_layernorm
+        _delete(layers[index], "self_attn", *norms["attention"])
     for index in plan.drop_mlp:
-        del layers[index].mlp, layers[index].post_attention_layernorm
+        _delete(layers[index], "mlp", *norms["mlp"])
     # Decoder layers to transformers: gradient checkpointing, the recording of hidden states and
     # device maps treat them as such.
     block_type = type("ParallelBlock", (ParallelBlock, type(layers[0])), {})
@@ -562,31 +621,105 @@ def restructure(model: PreTrainedModel, plan: Plan, ranks: int | None = None) ->
             drop_mlp=plan.drop_mlp,
             unreduced=plan.unreduced(position),
             whole=plan.layout == WHOLE,
+            norms=norms,
         )
         for position, block in enumerate(plan.blocks)
     )
     # transformers runs so many blocks, and gives caches so many slots, which are empty at first.
     count = max(plan.depth, len(attentions))
     model.config.num_hidden_layers = count
-    if getattr(model.config, "layer_types", None):  # all alike
-        model.config.layer_types = model.config.layer_types[:count]
+    if kinds := getattr(model.config, "layer_types", None):
+        # A cache has slots of the kinds that are named here, and those are the attentions'.
+        of_slots = [kinds[index] for index in attentions]
+        model.config.layer_types = of_slots + of_slots[-1:] * (count - len(of_slots))
+        if len(set(kinds)) > 1:
+            model.model.register_forward_pre_hook(_tell_kinds, with_kwargs=True)
     return model
 
 
+# The argument of every block under which it finds what differs with the kind of attention:
+# transformers hands it that of the layer that was in its place.
+BY_KIND = "by_kind"
+
+
+def of_kind(layer: Any, context: Mapping[str, Any]) -> dict[str, Any]:
+    """Choose what a layer's attention takes beside the stream, of what `context` makes."""
+    kind = getattr(layer.self_attn, "layer_type", None)
+    return {
+        name: value[kind] if isinstance(value, Mapping) else value
+        for name, value in context.items()
+    }
+
+
+def _tell_kinds(
+    body: Any, args: tuple[Any, ...], given: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Add `BY_KIND` to what a decoder's forward is given."""
+    given = dict(zip(("input_ids", "attention_mask", "position_ids"), args, strict=False)) | given
+    stream, cache = given.get("inputs_embeds"), given.get("past_key_values")
+    if stream is None:
+        stream = body.embed_tokens(given.pop("input_ids"))
+    if (positions := given.get("position_ids")) is None:
+        begin = cache.get_seq_length() if cache is not None else 0
+        positions = torch.arange(stream.shape[1], device=stream.device)[None] + begin
+    by_kind = _context(body, stream, positions, given.get("attention_mask"), cache)
+    return (), {**given, "inputs_embeds": stream, "position_ids": positions, BY_KIND: by_kind}
+
+
 def context(model: PreTrainedModel, stream: Tensor) -> dict[str, Any]:
-    """Make what every layer's forward takes beside the stream, for whole texts without padding.
+    """Make what blocks take beside the stream, for whole texts without padding.
+
+    What differs with the kind of attention is a mapping of kinds: a layer that is no block takes
+    what `of_kind` chooses.
 
     Args:
         model: restructured or not.
         stream: what the layers are to run on, (batch, tokens, hidden).
     """
     positions = torch.arange(stream.shape[1], device=stream.device)[None]
-    windowed = any(windows(model.config.to_dict()))
-    mask = create_sliding_window_causal_mask if windowed else create_causal_mask
+    return _context(model.model, stream, positions)
+
+
+def _context(
+    body: Any, stream: Tensor, positions: Tensor, mask: Any = None, cache: Any = None
+) -> dict[str, Any]:
+    config, rotary = body.config, body.rotary_emb
+    given = {"attention_mask": mask, "past_key_values": cache}
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        windowed = getattr(config, "sliding_window", None)
+        masks = _MASKS[_SLIDING if windowed else _FULL](config, stream, **given)
+    elif isinstance(mask, Mapping):  # made by `generate`
+        masks = mask
+    else:
+        masks = {kind: _MASKS[kind](config, stream, **given) for kind in set(kinds)}
+    of_kinds = getattr(rotary, "layer_types", None)  # with parameters of their own
     return {
-        "position_embeddings": model.model.rotary_emb(stream, position_ids=positions),
-        "attention_mask": mask(model.config, stream, attention_mask=None, past_key_values=None),
+        "position_embeddings": rotary(stream, positions)
+        if of_kinds is None
+        else {kind: rotary(stream, positions, kind) for kind in of_kinds},
+        "attention_mask": masks,
     }
+
+
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+_MASKS = {_FULL: create_causal_mask, _SLIDING: create_sliding_window_causal_mask}
+
+
+def logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Compute the logits in fp32, soft-capped where the model's are, of the last norm's output."""
+    return capped(model.lm_head(hidden).float(), cap_of(model))
+
+
+def cap_of(model: PreTrainedModel) -> float | None:
+    """Say at what a model's logits are soft-capped; None if they aren't."""
+    cap: float | None = getattr(model.config, "final_logit_softcapping", None)
+    return cap
+
+
+def capped(logits: Tensor, cap: float | None) -> Tensor:
+    """Soft-cap logits: they approach `cap` and its negative."""
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def checkpoint_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -595,6 +728,11 @@ def checkpoint_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         re.sub(r"^model\.layers\.\d+\.members\.", "model.layers.", name): tensor
         for name, tensor in tensors.items()
     }
+
+
+def _delete(layer: nn.Module, *names: str) -> None:
+    for name in names:
+        delattr(layer, name)
 
 
 def _check_layers(plan: Plan, layers: int) -> None:

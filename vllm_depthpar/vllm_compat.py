@@ -124,6 +124,14 @@ def compiles(vllm_config: VllmConfig) -> bool:
     return vllm_config.compilation_config.mode != CompilationMode.NONE
 
 
+def forget_attention(vllm_config: VllmConfig, name: str) -> None:
+    """Let vLLM make no KV cache for an attention that was built and is not kept.
+
+    Relies on: attentions are in `static_forward_context` by their names once they are built.
+    """
+    del vllm_config.compilation_config.static_forward_context[name]
+
+
 def on_weights_loaded(attention: Attention, call: Callable[[], None]) -> None:
     """Have a function called whenever weights have been loaded: all of a checkpoint's, or those of
     one update, be they all or not.

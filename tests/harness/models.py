@@ -23,6 +23,18 @@ ARCHITECTURES = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+}
+# What of Gemma's configs the others' don't have: every key with a value that shows at the few dozen
+# tokens of a test. Gemma 2's layers alternate, of Gemma 3's one in three sees all tokens.
+GEMMA: dict[str, dict[str, object]] = {
+    "gemma2": {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 6.0},
+    "gemma3_text": {
+        "sliding_window_pattern": 3,
+        "rope_local_base_freq": 100.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
 }
 
 # As in Llama 3.2's config.json, with an original context short enough that the scaling of the
@@ -80,6 +92,7 @@ def write_llama(
     qkv_bias = attention_bias or model_type == "qwen2"
     if model_type == "qwen2":  # whose config has no such key
         head_dim = hidden // heads
+    gemma = model_type in GEMMA
     shapes = {
         "self_attn.q_proj": (heads * head_dim, hidden, 1.0, qkv_bias),
         "self_attn.k_proj": (kv_heads * head_dim, hidden, 1.0, qkv_bias),
@@ -89,19 +102,25 @@ def write_llama(
         "mlp.up_proj": (intermediate, hidden, 1.0, mlp_bias),
         "mlp.down_proj": (hidden, intermediate, 0.6, mlp_bias),
     }
-    tensors = {"model.embed_tokens.weight": normal(vocab, hidden, std=0.1)}
+    # A Gemma multiplies its embedding, adds one to its gains, and normalizes what modules give.
+    embedding, one = (hidden**0.5, 1) if gemma else (1, 0)
+    tensors = {"model.embed_tokens.weight": normal(vocab, hidden, std=0.1 / embedding)}
     for layer in range(layers):
         prefix = f"model.layers.{layer}."
         for norm in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"{prefix}{norm}.weight"] = gain()
-        if model_type == "qwen3":
+            after = gemma and norm == "post_attention_layernorm"
+            tensors[f"{prefix}{norm}.weight"] = gain() * (0.4 if after else 1) - one
+        if gemma:
+            tensors[f"{prefix}pre_feedforward_layernorm.weight"] = gain() - one
+            tensors[f"{prefix}post_feedforward_layernorm.weight"] = gain() * 0.4 - one
+        if model_type in ("qwen3", "gemma3_text"):
             for norm in ("q_norm", "k_norm"):
-                tensors[f"{prefix}self_attn.{norm}.weight"] = gain(head_dim)
+                tensors[f"{prefix}self_attn.{norm}.weight"] = gain(head_dim) - one
         for name, (out, into, scale, bias) in shapes.items():
             tensors[f"{prefix}{name}.weight"] = normal(out, into, std=scale / into**0.5)
             if bias:
                 tensors[f"{prefix}{name}.bias"] = normal(out, std=0.1)
-    tensors["model.norm.weight"] = gain() * (3 if tie else 1)
+    tensors["model.norm.weight"] = gain() * (3 * embedding if tie else 1) - one
     if not tie:
         tensors["lm_head.weight"] = normal(vocab, hidden, std=3 / hidden**0.5)
 
@@ -117,7 +136,7 @@ def write_llama(
         "tie_word_embeddings": tie,
         "attention_bias": attention_bias,
         "mlp_bias": mlp_bias,
-        "hidden_act": "silu",
+        "hidden_activation" if gemma else "hidden_act": "gelu_pytorch_tanh" if gemma else "silu",
         "rms_norm_eps": 1e-5,
         "max_position_embeddings": 512,
         "rope_theta": 10000.0,
@@ -127,6 +146,8 @@ def write_llama(
         "eos_token_id": None,
         **({} if model_type == "qwen2" else {"head_dim": head_dim}),
         **({"sliding_window": None} if model_type == "mistral" else {}),
+        **({"sliding_window": 8, "query_pre_attn_scalar": 24} if gemma else {}),
+        **GEMMA.get(model_type, {}),
         **config_keys,
     }
     if ladder_layers is not None:

@@ -58,6 +58,18 @@ PLANS: dict[str, Any] = {
         "desync": {"attention": [5], "mlp": []},
     },
 }
+# Of a Gemma 3, whose terms are reduced side by side, each with a norm to come.
+GEMMA: dict[str, Any] = {
+    "Gemma": "plain",
+    "Gemma, pairs and a ladder": {"blocks": [[0], [2, 1], [3, 4, 5]], "ladder": [1, 2, 3, 4, 5]},
+    "Gemma, every mode": {
+        "blocks": [[1, 0], [2], [3, 4], [5]],
+        "ladder": [2],
+        "drop_sync": [0, 1],
+        "parallel_residual": [3, 4],
+    },
+}
+PLANS |= {name: plan for name, plan in GEMMA.items() if plan != "plain"}
 DTYPES = ("float32", "bfloat16")
 # Ranks, and whether each is a host.
 PLACEMENTS = {"one rank": (1, False), "one host": (2, False), "two hosts": (2, True)}
@@ -65,11 +77,19 @@ Combination = tuple[str, str, str]
 # Every kind of block, every placement and both dtypes; two ranks compile on the cores of one.
 ALWAYS: dict[str, dict[str, tuple[str, ...]]] = {
     "one rank": {
-        "float32": ("ladder of 4", "ladder, scattered, skipping", "ladder over pairs", "halves"),
+        "float32": (
+            *("ladder of 4", "ladder, scattered, skipping", "ladder over pairs", "halves"),
+            "Gemma, every mode",
+        ),
         "bfloat16": ("plain", "all mixed", "every mode", "whole"),
     },
     "one host": {"float32": ("ladder", "every mode")},
-    "two hosts": {"float32": ("all mixed", "dropped sync points", "whole, every mode")},
+    "two hosts": {
+        "float32": (
+            *("all mixed", "dropped sync points", "whole, every mode"),
+            *("Gemma, pairs and a ladder", "Gemma, every mode"),
+        )
+    },
 }
 CHOSEN = [
     (placement, dtype, plan)
@@ -96,9 +116,23 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    return write_llama(folder, layers=LAYERS, hidden=128, intermediate=192)
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
+    """A Llama, and, under True, a Gemma."""
+    return {
+        gemma: write_llama(
+            tmp_path_factory.mktemp(model_type),
+            layers=LAYERS,
+            hidden=128,
+            intermediate=192,
+            model_type=model_type,
+        )
+        for gemma, model_type in ((False, "llama"), (True, "gemma3_text"))
+    }
+
+
+def control_of(plan: str) -> str:
+    """What plain vLLM makes of the same model."""
+    return "Gemma" if plan in GEMMA else "plain"
 
 
 Answers = dict[Combination, tuple[Case, Result]]
@@ -106,7 +140,9 @@ Answers = dict[Combination, tuple[Case, Result]]
 
 @pytest.fixture(scope="module")
 def answers(
-    model: Path, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    models: dict[bool, Path],
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Answers]:
     """Of the combinations that this run of pytest tests, and of plain vLLM where it is the measure.
 
@@ -118,17 +154,24 @@ def answers(
         for item in request.session.items
         if isinstance(item, pytest.Function) and "combination" in item.fixturenames
     }
-    tested |= {(where, dtype, "plain") for where, dtype, _ in tested if dtype == "bfloat16"}
+    tested |= {
+        (where, dtype, control_of(plan)) for where, dtype, plan in tested if dtype == "bfloat16"
+    }
     found: Answers = {}
+    all_plans = [*(PLANS | GEMMA), "plain"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
         for placement, (ranks, hosts) in PLACEMENTS.items():
             cases = {
                 (placement, dtype, plan): Case(
-                    model, PLANS.get(plan, plan), prompts(4, 40).tolist(), dtype, max_tokens=16
+                    models[plan in GEMMA],
+                    (PLANS | GEMMA).get(plan, plan),
+                    prompts(4, 40).tolist(),
+                    dtype,
+                    max_tokens=16,
                 )
                 for dtype in DTYPES
-                for plan in (["plain", *PLANS] if every else ALWAYS[placement].get(dtype, ()))
+                for plan in (all_plans if every else ALWAYS[placement].get(dtype, ()))
                 if (placement, dtype, plan) in tested
             }
             if cases:
@@ -144,8 +187,8 @@ def test_compiled_equals_reference(combination: Combination, answers: Answers) -
     if case.dtype == "float32":
         check(result, case, hf.load(case.model, case.plan, ranks=ranks))
         return
-    placement, dtype, _ = combination
-    plain, plain_result = answers[placement, dtype, "plain"]
+    placement, dtype, name = combination
+    plain, plain_result = answers[placement, dtype, control_of(name)]
     for (mean, most), (mean_plain, most_plain) in zip(
         distances(case, result, ranks), distances(plain, plain_result, ranks), strict=True
     ):

@@ -126,6 +126,29 @@ def test_other_families(tmp_path: Path, shape: dict[str, Any]) -> None:
         assert float(tested(ids)["kl"]) < 0.95 * float(kl)
 
 
+@pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text"])
+def test_norms_after_windows_and_caps(model_type: str, tmp_path: Path) -> None:
+    """Loss and gradients, those through soft-capped logits too, are those of whole models."""
+    path = write_llama(tmp_path, layers=LAYERS, model_type=model_type)
+    # Blocks of layers with different windows.
+    plan, ids = resolve({"pair": [1, 5], "ladder": [3, 4]}, LAYERS), prompts(3, 24)
+    tested = Distillation(hf.load_unmodified(path), plan)
+    tested.unfreeze("blocks")
+    reference = hf.load(path, plan)
+    kl, nll = plain_losses(hf.load_unmodified(path), reference, ids)
+    losses = tested(ids)
+    assert losses["nll"].item() == pytest.approx(nll.item(), rel=1e-5)
+    assert losses["loss"].item() == pytest.approx(kl.item(), rel=1e-4)
+    losses["loss"].backward()
+    kl.backward()
+    expected = dict(reference.named_parameters())
+    trained = [name for name, p in tested.student.named_parameters() if p.requires_grad]
+    assert len(trained) == 4 * (13 if model_type == "gemma3_text" else 11)
+    for name in trained:
+        gradient = tested.student.get_parameter(name).grad
+        torch.testing.assert_close(gradient, expected[name].grad, rtol=1e-3, atol=1e-6, msg=name)
+
+
 def test_only_what_may_change_is_the_students_own(folder: Path) -> None:
     teacher = hf.load_unmodified(folder)
     tested = Distillation(teacher, resolve(PLANS["pairs"], LAYERS))

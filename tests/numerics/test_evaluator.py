@@ -65,6 +65,7 @@ def logits_of(folder: Path, plan: Plan, tokens: Tensor, ranks: int = 1) -> Tenso
         ({}, {"ladder": 2}),
         ({"model_type": "mistral", "sliding_window": 8}, None),
         ({"model_type": "qwen3"}, None),
+        ({"model_type": "gemma2"}, None),
     ],
     ids=str,
 )
@@ -74,9 +75,11 @@ def test_equals_the_reference(
     folder = write_llama(tmp_path, layers=LAYERS, **shape)
     unmodified = resolve(spec or "identity", LAYERS)
     evaluator = Evaluator(hf.load_unmodified(folder), spec and unmodified, batch=2, ranks=ranks)
-    found = evaluator.measure(PLANS, windows)
+    # Which models whose modules have norms after them can't run.
+    plans = [plan for plan in PLANS if not (plan.desync and "gemma2" in shape.values())]
+    found = evaluator.measure(plans, windows)
     teacher = logits_of(folder, unmodified, windows.tokens)[:, -21:-1].log_softmax(-1)
-    for plan, quality in zip(PLANS, found, strict=True):
+    for plan, quality in zip(plans, found, strict=True):
         student = logits_of(folder, plan, windows.tokens, ranks)[:, -21:-1].log_softmax(-1)
         nll = -student.gather(2, windows.tokens[:, -20:, None])[..., 0].sum(-1)
         kl = (teacher.exp() * (teacher - student)).sum((-1, -2))

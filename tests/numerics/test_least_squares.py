@@ -62,6 +62,24 @@ def test_less_is_lost_on_text_that_was_not_seen(folder: Path, spec: Any) -> None
         assert torch.equal(tensor, before[name]), name
 
 
+@pytest.mark.parametrize("spec", [{"pair": [2, 6]}, {"ladder": 3}], ids=str)
+def test_norms_after_the_modules(spec: Any, tmp_path: Path) -> None:
+    """What is added has no closed form behind them; what is read has one before them."""
+    tested = Distillation(
+        hf.load_unmodified(write_llama(tmp_path, layers=LAYERS, model_type="gemma3_text")),
+        resolve(spec, LAYERS),
+    ).eval()
+    unseen = prompts(16, 64, seed=1)
+    with torch.no_grad():
+        lost = float(tested(unseen)["kl"])
+        assert set(least_squares.refit(tested, prompts(64, 64)).values()) == {torch.inf}
+        assert float(tested(unseen)["kl"]) < 0.98 * lost
+    before = tested.teacher.state_dict()
+    for name, tensor in tested.changes().items():
+        if name.endswith("down_proj.weight"):
+            assert torch.equal(tensor, before[name]), name
+
+
 def test_what_a_block_can_say_is_found(folder: Path) -> None:
     """A block whose down projections are spoiled, and whose target is what it was."""
     model = hf.load(folder, {"pair": [2, 4]})
@@ -104,7 +122,7 @@ def test_what_a_layer_reads_is_predicted(folder: Path, half: str) -> None:
     """The teacher's layer reads a linear map of what the student's does: that map is found."""
     model = hf.load(folder, "identity")
     block, (layer,) = model.model.layers[2], model.model.layers[2].layers
-    norm = getattr(layer, least_squares.NORMS[half])
+    norm = getattr(layer, block.norms[half][0])
     names = ("q_proj", "k_proj", "v_proj") if half == "attention" else ("gate_proj", "up_proj")
     inside = layer.self_attn if half == "attention" else layer.mlp
     weights = [getattr(inside, name).weight for name in names]

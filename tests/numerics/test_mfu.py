@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "use_sliding_window": True,
         "max_window_layers": 4,
     },
+    # One layer in three sees all tokens.
+    "gemma3": {"model_type": "gemma3_text"},
 }
 PLANS: list[Any] = ["plain", "identity", {"pair": [0, 6]}, {"pair": [2, 4]}, {"blocks": [[0], [4]]}]
 
@@ -72,6 +75,11 @@ ONCE = {
     "ffn.dense_up_gate_input",
     "ffn.dense_down_output",
 }
+# Where some layers have windows, which.
+WINDOWED: dict[str, Callable[[int], bool]] = {
+    "qwen3": lambda layer: layer >= 4,
+    "gemma3": lambda layer: layer % 3 < 2,
+}
 BY_WINDOW = {"attn.attn_qk", "attn.attn_av", "attn.attn_input"}
 
 
@@ -91,8 +99,11 @@ def test_a_plan_counts_what_runs(
         for part, whole in parts.items():
             times = runs.depth if part in ONCE else len(runs.kept)
             expected = whole if part.startswith("unembed.") else times * whole // LAYERS
-            if family == "qwen3" and part in BY_WINDOW:
-                windowed = sum(layer >= 4 for layer in runs.kept)
+            if family == "gemma3" and part in ONCE:
+                times = len(runs.kept)  # whole in any case
+                expected = times * whole // LAYERS
+            if family in WINDOWED and part in BY_WINDOW:
+                windowed = sum(map(WINDOWED[family], runs.kept))
                 full = len(runs.kept) - windowed
                 expected = (
                     full * all_full[kind][part] + windowed * all_windowed[kind][part]

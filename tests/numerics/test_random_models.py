@@ -62,6 +62,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Qwen2": {"model_type": "qwen2", "hidden": 128, "tie": True},
     "Qwen3": {"model_type": "qwen3"},
 }
+# With norms after the modules: their side-by-side layers are whole in any case.
+GEMMAS: dict[str, dict[str, Any]] = {
+    "Gemma 2": {"model_type": "gemma2", "tie": True},
+    "Gemma 3": {"model_type": "gemma3_text"},
+}
 # Shapes of the families, each with plans that exercise it. Six layers.
 RANDOM: dict[str, tuple[dict[str, Any], list[Any]]] = {
     "GQA, untied": ({}, [{"pair": [1, 5]}, {"pair": [0, 6], "group": 3}, {"pair": [0, 6]}]),
@@ -78,6 +83,8 @@ RANDOM: dict[str, tuple[dict[str, Any], list[Any]]] = {
     "reduced once": ({"attention_bias": True, "mlp_bias": True}, ONCE),
     "not reduced": ({"attention_bias": True, "mlp_bias": True}, DESYNC),
     **{name: (shape, FAMILY) for name, shape in FAMILIES.items()},
+    "Gemma 2": (GEMMAS["Gemma 2"], [FAMILY[1], HALF[1]]),
+    "Gemma 3": (GEMMAS["Gemma 3"], FAMILY),
     "whole": ({"attention_bias": True, "mlp_bias": True}, WHOLE),
     "whole, one KV head": ({"kv_heads": 1}, WHOLE[:1]),
     **{f"{name}, whole": (shape, WHOLE[3:4]) for name, shape in FAMILIES.items()},
@@ -162,7 +169,7 @@ def test_identity_of_other_families_is_plain(tmp_path: Path) -> None:
     """vLLM's own class of each family gives the same numbers, to the last bit."""
     cases = [
         Case(folder, plan, prompts(1, 40).tolist(), max_tokens=4)
-        for name, shape in FAMILIES.items()
+        for name, shape in (FAMILIES | GEMMAS).items()
         for folder in [write_llama(tmp_path / name, layers=2, **shape)]
         for plan in ("plain", "identity")
     ]

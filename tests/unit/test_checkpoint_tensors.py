@@ -27,6 +27,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True, "mlp_bias": True},
     "qwen2": {"model_type": "qwen2", "hidden": 128},
     "qwen3": {"model_type": "qwen3"},
+    "gemma3": {"model_type": "gemma3_text"},
 }
 PLAN = {"pair": [0, 4]}
 

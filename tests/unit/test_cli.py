@@ -76,7 +76,7 @@ def test_show_json_counts_bytes(model: Path, capsys: pytest.CaptureFixture[str])
     assert resolve(facts["plan"], 8).digest == facts["digest"]
 
 
-@pytest.mark.parametrize("kind", ["mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", ["mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"])
 def test_bytes_of_other_families(
     tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -80,13 +80,32 @@ def test_what_no_model_is(
     assert f"depthpar: error: {raised.value}" == line
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"])
 def test_what_transformers_makes_of_a_config_is_right_too(tmp_path: Path, kind: str) -> None:
     """It is what vLLM hands on; and after a plan it still is the checkpoint's."""
     folder = write_llama(tmp_path, model_type=kind, hidden=128)
     read, known = read_config(str(folder)), hf.config_of(folder).to_dict()
     assert ModelShape.from_config(known) == ModelShape.from_config(read)
     assert windows(known) == windows(read)
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3_text"])
+def test_what_gemmas_leave_out(tmp_path: Path, kind: str) -> None:
+    """Their defaults, which are not Llama's, and what is of another family."""
+    config = json.loads((write_llama(tmp_path, model_type=kind) / "config.json").read_text())
+    left_out = ("head_dim", "num_key_value_heads", "tie_word_embeddings", "sliding_window")
+    rest = {key: value for key, value in config.items() if key not in left_out}
+    rest = {key: value for key, value in rest.items() if key != "sliding_window_pattern"}
+    (tmp_path / "config.json").write_text(json.dumps(rest))
+    known = hf.config_of(tmp_path).to_dict()
+    shape = ModelShape.from_config(rest)
+    assert shape == ModelShape.from_config(known)
+    assert (shape.head_dim, shape.kv_heads, shape.tied) == (256, 4, True)
+    full = 1 if kind == "gemma2" else 5
+    assert shape.windows[: full + 1] == (4096,) * full + (None,)
+    for key, value in {"hidden_activation": "silu", "use_bidirectional_attention": True}.items():
+        with pytest.raises(UserError, match=f"config.json's key '{key}' is .*; allowed: "):
+            ModelShape.from_config({**config, key: value})
 
 
 def test_nulls_and_what_is_not_said() -> None:

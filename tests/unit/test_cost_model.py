@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from benchmarks.cost_model import predict_measured, predict_published
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.plan import Plan, resolve
+from vllm_depthpar.plan.families import FAMILIES
 from vllm_depthpar.plan.model_shape import ModelShape, all_reduces, hidden_all_reduces
 from vllm_depthpar.predict.cost_model import plain_time, speedup, step_time
 from vllm_depthpar.predict.devices import DEVICES
@@ -122,6 +123,24 @@ def test_whole_blocks_take_each_layers_time_and_one_blocks_all_reduces() -> None
     assert (plain.fixed, folded.fixed, kept.fixed) == (8, 4, 8)
     assert (plain.communication, folded.communication, kept.communication) == (18, 10, 10)
     assert kept.memory == pytest.approx(plain.memory)
+
+
+def test_where_norms_follow_modules_an_all_reduce_is_of_every_members_term() -> None:
+    gemma = replace(SHAPE, family=FAMILIES["gemma2"], layouts=("whole",))
+    device = Device("fast", 1e15, ((1, 1e15),))
+    # A byte a second; a term of one token is 128 bytes, logits are gathered.
+    deployment = Deployment(device, Link("slow", 0.0, 1.0), tp=2)
+
+    def terms(spec: Any) -> float:
+        found = step_time(gemma, resolve(spec, 8), deployment).communication
+        return (found - step_time(gemma, IDENTITY, deployment).communication) / 128 + 17
+
+    assert terms({"pair": [0, 8]}) == pytest.approx(17)  # half as many, of two each
+    assert terms({"drop_attention": [1, 2]}) == pytest.approx(15)
+    once = {"pair": [0, 8], "parallel_residual": "all"}
+    assert terms(once) == pytest.approx(17)
+    plain = step_time(SHAPE, resolve(once, 8), deployment).communication
+    assert step_time(gemma, resolve(once, 8), deployment).communication - plain == 12 * 128
 
 
 def test_bytes_on_the_way() -> None:

@@ -26,6 +26,7 @@ SHAPE = ModelShape.from_config(CONFIG)
 QUANTIZED = ModelShape.from_config({**CONFIG, "quantization_config": {"quant_method": "awq"}})
 KINDS = ["full_attention", "full_attention", *["full_attention", "sliding_attention"] * 2]
 WINDOWS = ModelShape.from_config({**CONFIG, "sliding_window": 8, "layer_types": KINDS})
+GEMMA = ModelShape.from_config({**CONFIG, "model_type": "gemma2", "head_dim": 16})
 ADAPTED = replace(SHAPE, layouts=(WHOLE,))
 PAIRS: dict[str, Any] = {"blocks": [[0, 1], [2, 3], [4], [5]]}
 
@@ -40,6 +41,8 @@ PAIRS: dict[str, Any] = {"blocks": [[0, 1], [2, 3], [4], [5]]}
         (WINDOWS, 1, [FOLDED, WHOLE]),
         (WINDOWS, 2, [DEALT, WHOLE]),
         (ADAPTED, 2, [WHOLE, WHOLE]),
+        (GEMMA, 1, [WHOLE, WHOLE]),
+        (GEMMA, 2, [WHOLE, WHOLE]),
     ],
 )
 def test_the_fastest_that_can_be(shape: ModelShape, tp: int, expected: list[str]) -> None:
@@ -75,15 +78,26 @@ def test_kv_cache_of_whole_blocks_is_the_plain_models() -> None:
         (QUANTIZED, ["[0, 1]", "quantized or served with adapters"]),
         (replace(SHAPE, layouts=UNFOLDED), ["[0, 1]", "quantized or served with adapters"]),
         (WINDOWS, ["[2, 3]", "windows of attention differ"]),
+        (GEMMA, ["[0, 1]", "which have norms after their modules"]),
     ],
 )
 def test_what_cannot_be_folded_is_said(shape: ModelShape, words: list[str]) -> None:
     plan = replace(resolve(PAIRS, LAYERS), layout=FOLDED)
     with pytest.raises(UserError) as error:
-        shape.check_layout(plan)
+        shape.check_plan(plan)
     assert all(word in str(error.value) for word in [*words, "key 'layout'", "allowed: 'whole'"])
-    SHAPE.check_layout(plan)
-    shape.check_layout(replace(plan, layout=None))
+    SHAPE.check_plan(plan)
+    shape.check_plan(replace(plan, layout=None))
+
+
+def test_what_norms_after_modules_forbid() -> None:
+    with pytest.raises(UserError, match="'desync': this model's modules have norms after them"):
+        GEMMA.check_plan(resolve({"desync": {"every": 2}}, LAYERS))
+    for spec in (PAIRS, {"ladder": "all"}, {"drop_sync": "all"}, {"parallel_residual": "all"}):
+        GEMMA.check_plan(resolve(spec, LAYERS))
+    # Their names say which half a norm is of, and in Llama's layers one of them says another.
+    assert GEMMA.family.half_of("post_attention_layernorm.weight") == "attention"
+    assert SHAPE.family.half_of("post_attention_layernorm.weight") == "mlp"
 
 
 def test_a_layout_is_part_of_a_plan() -> None:

@@ -223,6 +223,11 @@ def test_numbers_below_one_are_refused(
         ("qwen3-8b", 8190735360),
         ("qwen3-14b", 14768307200),
         ("qwen3-32b", 32762123264),
+        ("gemma-2-2b", 2614341888),
+        ("gemma-2-9b", 9241705984),
+        ("gemma-2-27b", 27227128320),
+        ("gemma-3-270m", 268098176),
+        ("gemma-3-1b", 999885952),
     ],
 )
 def test_shapes_have_the_parameters_that_were_published(name: str, parameters: int) -> None:

@@ -35,12 +35,15 @@ from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import LoRAModelManager
 from vllm.lora.ops.torch_ops import lora_ops
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.model_loader import LoadFormats, reload
 from vllm.model_executor.model_loader.utils import process_weights_after_loading
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.model_executor.models.gemma2 import Gemma2DecoderLayer
+from vllm.model_executor.models.gemma3 import Gemma3DecoderLayer
 from vllm.model_executor.models.llama import (
     LlamaAttention,
     LlamaDecoderLayer,
@@ -213,6 +216,10 @@ def test_wrapped_takes(method: Callable[..., Any], takes: str) -> None:
 # How we call it: first what is given by position, then "name=" for what is given by name.
 CALLED: list[tuple[Callable[..., Any], str]] = [
     (LlamaDecoderLayer, "vllm_config, prefix, config, attn_layer_type="),
+    (Gemma2DecoderLayer, "config, cache_config, quant_config, prefix"),
+    (Gemma3DecoderLayer, "config, cache_config, quant_config, prefix"),
+    (GemmaRMSNorm, "hidden_size, eps="),
+    (LogitsProcessor, "vocab_size, soft_cap="),
     (LlamaAttention, "config=, bias=, bias_o_proj="),
     (RMSNorm, "hidden_size, eps, has_weight="),
     (RMSNorm.forward_native, "self, x, residual"),
@@ -269,6 +276,11 @@ HELD: dict[type, str] = {
     CpuCommunicator: "dist_module",
     LlamaAttention: "qkv_proj o_proj attn num_heads num_kv_heads head_dim q_size kv_size",
     LlamaDecoderLayer: "self_attn mlp input_layernorm post_attention_layernorm hidden_size",
+    **dict.fromkeys(
+        (Gemma2DecoderLayer, Gemma3DecoderLayer),
+        "self_attn mlp input_layernorm post_attention_layernorm pre_feedforward_layernorm "
+        "post_feedforward_layernorm",
+    ),
     LlamaModel: "layers norm embed_input_ids",
     LoRAModelManager: "model",
     LoRAModel: "loras",

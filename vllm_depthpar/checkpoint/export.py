@@ -25,7 +25,7 @@ from vllm_depthpar.checkpoint.tensors import (
 )
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.plan import Plan, drawing, ladder_checkpoint
-from vllm_depthpar.plan.model_shape import ModelShape, half_of
+from vllm_depthpar.plan.model_shape import ModelShape
 from vllm_depthpar.plan.precedence import ARCHITECTURE, KEY
 from vllm_depthpar.util import files
 from vllm_depthpar.util.markdown import table
@@ -192,11 +192,12 @@ def _shards(source: Path, config: Mapping[str, Any], plan: Plan) -> dict[str, li
     """List the names of the tensors to keep, by the file that they are in."""
     tensors = stored(source)
     shapes = {name: shape for name, (_, shape) in tensors.items()}
-    Expected(config).check_all(shapes, plan.runs)
+    expected = Expected(config)
+    expected.check_all(shapes, plan.runs)
     shards: dict[str, list[str]] = {}
     for name, (shard, _) in tensors.items():
         place = split_name(name)
-        if place is None or (place[1], half_of(place[2])) in plan.runs:
+        if place is None or (place[1], expected.half_of(place[2])) in plan.runs:
             shards.setdefault(shard, []).append(name)
     return shards
 

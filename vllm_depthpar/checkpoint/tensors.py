@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_depthpar.errors import UserError
-from vllm_depthpar.plan.model_shape import ModelShape, half_of
+from vllm_depthpar.plan.model_shape import ModelShape
 from vllm_depthpar.plan.plan import Half
 from vllm_depthpar.util import files
 
@@ -41,11 +41,14 @@ class Expected:
 
     Args:
         config: parsed; of a model that carries a plan with the layers of its checkpoint.
+
+    Attributes:
+        half_of: says which half of a layer a tensor belongs to, by its name in the layer.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         shape = ModelShape.from_config(config)
-        self.layers = shape.layers
+        self.layers, self.half_of = shape.layers, shape.family.half_of
         quantized = config.get("quantization_config") is not None
         self.of_layer: dict[str, Shape] = {} if quantized else shape.layer_tensors()
         self.of_model: dict[str, Shape] = {} if quantized else shape.other_tensors()
@@ -94,7 +97,7 @@ class Expected:
                     f"{', '.join(map(str, sorted(there))) or 'none'}"
                 )
             for rest in self.of_layer:
-                if half_of(rest) == half and rest not in there[layer]:
+                if self.half_of(rest) == half and rest not in there[layer]:
                     raise lacks(layer, rest)
         self._check_rest(shapes)
 

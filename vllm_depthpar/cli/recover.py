@@ -94,7 +94,7 @@ def add(commands: Any) -> None:
         "--refit",
         type=at_least(0),
         metavar="N",
-        help="first fit down projections in closed form, on N tokens; 0: don't (32768; lora: 0)",
+        help="first fit projections in closed form, on N tokens; 0: don't (32768; lora: 0)",
     )
     training.add_argument(
         "--objective",

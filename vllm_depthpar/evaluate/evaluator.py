@@ -26,6 +26,7 @@ from vllm_depthpar.evaluate.rows import Block, Row, row_of
 from vllm_depthpar.evaluate.texts import Windows
 from vllm_depthpar.hf import ParallelBlock
 from vllm_depthpar.plan import Plan, resolve
+from vllm_depthpar.plan.families import family_of
 from vllm_depthpar.plan.plan import Half
 from vllm_depthpar.util.result_cache import Journal
 
@@ -95,6 +96,7 @@ class Evaluator:
     ) -> None:
         self.ranks = ranks
         self._model = model.eval()
+        self._norms = family_of(model.config.to_dict()).norms
         self._layers: list[GradientCheckpointingLayer] = list(model.model.layers)
         self.unmodified = unmodified or resolve("identity", len(self._layers))
         self._origin = origin
@@ -190,7 +192,7 @@ class Evaluator:
             # Window by window: the logits of one are the largest tensor there is.
             for at, (x, target) in enumerate(zip(streams[-1][0], targets, strict=True)):
                 hidden = self._model.model.norm(x[-counted - 1 : -1])
-                logits = self._model.lm_head(hidden).float()
+                logits = hf.logits(self._model, hidden)
                 normalizer = logits.logsumexp(-1)
                 chosen = logits.gather(1, target[:, None])[:, 0]
                 nll.append(float((normalizer - chosen).sum()))
@@ -222,6 +224,7 @@ class Evaluator:
             drop_mlp=block.drop_mlp,
             unreduced=block.unreduced,
             whole=block.whole,
+            norms=self._norms,
         )
 
 

@@ -5,8 +5,9 @@ addresses a layer finds it: weights, adapters, quantization schemes, KV caches. 
 (`vllm_depthpar.model.blocks`) only say in what order their parts run and with which sums. Layers
 side by side may also be held as *one*, in the place of the first of them: m times as wide (see
 `vllm_depthpar.model.fold`), or, where m divides the tensor-parallel size, one member per group of
-ranks. All families' layers are Llama's but for their attention, which is in
-`vllm_depthpar.model.attention`, and so is the shell around the layers.
+ranks. Most families' layers are Llama's but for their attention, which is in
+`vllm_depthpar.model.attention`; Gemma's are in `vllm_depthpar.model.gemma`. The shell around the
+layers is Llama's, with what Gemma's has more: a scaled embedding, soft-capped logits.
 
 Unified Layer Skipping: arXiv 2404.06954. The other methods: `vllm_depthpar.model.blocks`.
 """
@@ -20,6 +21,8 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.distributed import is_global_first_rank
+from vllm.model_executor.layers.layernorm import GemmaRMSNorm
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.models.llama import LlamaForCausalLM, LlamaModel
 from vllm.model_executor.models.utils import PPMissingLayer, extract_layer_index
 from vllm.sequence import IntermediateTensors
@@ -30,10 +33,11 @@ from vllm_depthpar.model import last_words
 from vllm_depthpar.model.agreement import check_agreement
 from vllm_depthpar.model.blocks import Block
 from vllm_depthpar.model.decoder_layers import DealtDecoderLayer, DecoderLayer, Weights
+from vllm_depthpar.model.gemma import LAYERS
 from vllm_depthpar.model.inductor import keep_mutations_in_order
 from vllm_depthpar.model.wide_block import WideDecoderLayer
 from vllm_depthpar.plan.attached import config_of, layouts_of, plan_of
-from vllm_depthpar.plan.model_shape import half_of
+from vllm_depthpar.plan.families import family_of
 from vllm_depthpar.plan.plan import Half, Plan
 from vllm_depthpar.plan.spec import AS_ONE, DEALT, HALVES
 from vllm_depthpar.vllm_compat import (
@@ -66,7 +70,8 @@ def make_decoder_layer(
         if layout == DEALT:
             return DealtDecoderLayer(vllm_config, prefix, plan.blocks[position])
         return WideDecoderLayer(vllm_config, prefix, attentions, mlps)
-    return DecoderLayer(vllm_config, prefix, attends=layer in attentions, feeds=layer in mlps)
+    layer_type = LAYERS.get(vllm_config.model_config.hf_config.model_type, DecoderLayer)
+    return layer_type(vllm_config, prefix, attends=layer in attentions, feeds=layer in mlps)
 
 
 def place_of(plan: Plan, position: int) -> int:
@@ -84,12 +89,19 @@ class DepthParModel(LlamaModel):
         make_layer = partial(make_decoder_layer, plan, layouts)
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=make_layer)
         self.plan, self.layouts = plan, layouts
+        config = self.config
+        self.scaled = family_of(config.to_dict()).norms_after
+        if self.scaled:
+            self.norm = GemmaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+            # In the model's dtype: 55.5 for 55.4256 in bfloat16, as it was trained.
+            scale = torch.tensor(config.hidden_size**0.5)
+            self.register_buffer("normalizer", scale, persistent=False)
         self.read_after: tuple[int, ...] = ()
         self.blocks = [self._block(position) for position in range(self.plan.depth)]
         self.wide = [layer for layer in self.layers if isinstance(layer, WideDecoderLayer)]
         attending = next(block.attentions[0] for block in self.blocks if block.attentions)
         for layer in self.wide:
-            on_weights_loaded(attending.self_attn.attn, layer.let_go)
+            on_weights_loaded(attending.module.attn, layer.let_go)
         self.expected = Expected(config_of(vllm_config.model_config))
         # Random ones need not be loaded before a part of them can be.
         self.has_weights = vllm_config.load_config.load_format == "dummy"
@@ -115,6 +127,11 @@ class DepthParModel(LlamaModel):
             plan.unreduced(position),
             plan.is_apart(position),
         )
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Look up tokens, (tokens,), as the first block reads them."""
+        embedding: torch.Tensor = self.embed_tokens(input_ids)
+        return embedding * self.normalizer if self.scaled else embedding
 
     def forward(
         self,
@@ -168,6 +185,11 @@ class DepthParModel(LlamaModel):
 class DepthParForCausalLM(LlamaForCausalLM):
     """Any family's causal model, run by the plan in its config's key `depthpar`."""
 
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        if (cap := getattr(self.config, "final_logit_softcapping", None)) is not None:
+            self.logits_processor = LogitsProcessor(self.config.vocab_size, soft_cap=cap)
+
     def _init_model(
         self, vllm_config: VllmConfig, prefix: str = "", layer_type: object = None
     ) -> DepthParModel:
@@ -200,7 +222,7 @@ class DepthParForCausalLM(LlamaForCausalLM):
         if place is None:
             return False
         _, layer, rest = place
-        return (layer, half_of(rest)) not in plan.runs
+        return (layer, self.model.expected.half_of(rest)) not in plan.runs
 
 
 def places_of(plan: Plan, layouts: tuple[str, ...]) -> dict[Half, str]:
@@ -236,5 +258,5 @@ def addressed(
             yield name, tensor
             continue
         before, layer, rest = split
-        if (place := places.get((layer, half_of(rest)))) is not None:
+        if (place := places.get((layer, expected.half_of(rest)))) is not None:
             yield f"{before}layers.{place}.{rest}", tensor

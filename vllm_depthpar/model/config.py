@@ -37,7 +37,8 @@ MISTRAL_FORMAT = (
 )
 
 # Speculation: by what takes nothing from inside the target model, and by heads that read it.
-_SPECULATION = ("ngram", "ngram_gpu", "suffix", "draft_model", "eagle", "eagle3")
+_HEADS = ("eagle", "eagle3")
+_SPECULATION = ("ngram", "ngram_gpu", "suffix", "draft_model", *_HEADS)
 
 # Load formats that read no safetensors.
 _NOT_SAFETENSORS = ("dummy", "pt", "npcache")
@@ -78,7 +79,7 @@ class DepthParConfig(VerifyAndUpdateConfig):
         plan, shape = plan_of(model_config), shape_of(vllm_config)
         tp = vllm_config.parallel_config.tensor_parallel_size
         _check_format(vllm_config)
-        shape.check_layout(plan)
+        shape.check_plan(plan)
         _check_shards(plan, shape, tp)
         layouts = layouts_of(vllm_config)
         _check_features(vllm_config, plan, layouts)
@@ -222,6 +223,13 @@ def _check_features(vllm_config: VllmConfig, plan: Plan, layouts: Collection[str
         raise UserError(
             f"--speculative-config method {speculative.method!r} was not tried on restructured "
             f"models; allowed: {', '.join(_SPECULATION)}"
+        )
+    heads = speculative is not None and speculative.method in _HEADS
+    if heads and shape_of(vllm_config).family.norms_after:
+        raise UserError(
+            f"--speculative-config method {speculative.method!r} reads the target's insides, and "
+            f"vLLM has no such heads for {vllm_config.model_config.hf_config.model_type}; allowed: "
+            f"'draft_model', 'ngram'"
         )
     if speculative is not None and speculative.method == "eagle3" and plan.ladder:
         # Where it reads, a ladder's terms are still on their way.

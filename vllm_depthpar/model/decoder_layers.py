@@ -17,20 +17,15 @@ from vllm.model_executor.models.llama import LlamaDecoderLayer
 from vllm.model_executor.models.utils import AutoWeightsLoader
 
 from vllm_depthpar.model.attention import attention_of
+from vllm_depthpar.model.members import Member
 from vllm_depthpar.plan.families import family_of
 from vllm_depthpar.vllm_compat import member_of_this_rank, narrowed_tensor_parallel
 
 Weights = Iterable[tuple[str, torch.Tensor]]
 
 
-class DecoderLayer(LlamaDecoderLayer):
-    """A layer whose block runs it: its sums over ranks are not its own affair.
-
-    Not called as a whole: a block calls its norms, its attention and its MLP.
-    """
-
-    # Whether both norms are the same: gains folded in, both read one normalized stream.
-    norms_are_alike = False
+class DecoderLayer(Member, LlamaDecoderLayer):
+    """A layer of a family that is Llama's but for its attention."""
 
     def __init__(
         self,
@@ -50,14 +45,7 @@ class DecoderLayer(LlamaDecoderLayer):
         family = family_of(vllm_config.model_config.hf_config.to_dict())
         attention = attention_of(family) if attends else _Absent
         super().__init__(vllm_config, prefix, config, attn_layer_type=attention)
-        if attends:
-            self.self_attn.o_proj.reduce_results = False
-        else:
-            del self.self_attn, self.input_layernorm
-        if feeds:
-            self.mlp.down_proj.reduce_results = False
-        else:
-            del self.mlp, self.post_attention_layernorm
+        self.hand_over(family, attends, feeds)
 
 
 class _Absent(nn.Module):

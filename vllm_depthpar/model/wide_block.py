@@ -24,7 +24,7 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm_depthpar.model.attention import HeadNorm
 from vllm_depthpar.model.decoder_layers import DecoderLayer, Weights
 from vllm_depthpar.model.fold import fold_gain_, shard_of
-from vllm_depthpar.plan.model_shape import half_of
+from vllm_depthpar.plan.families import FAMILIES
 from vllm_depthpar.vllm_compat import logger
 
 # The norm whose gain is folded into a projection.
@@ -210,7 +210,7 @@ class WideDecoderLayer(DecoderLayer):
 
 def _half(parameter: str) -> str:
     """Which half of a layer a parameter or a module is of, by its name."""
-    return "self_attn" if half_of(f"{parameter}.") == "attention" else "mlp"
+    return "self_attn" if FAMILIES["llama"].half_of(f"{parameter}.") == "attention" else "mlp"
 
 
 def _load_part(

@@ -15,6 +15,8 @@ _MOST = 2**31 - 1
 
 Size = Annotated[int, Field(ge=1, le=_MOST)]
 _SIZE = f"an integer from 1 to {_MOST}"
+Cap = Annotated[float | None, Field(gt=0, allow_inf_nan=False)]
+_CAP = "a number above 0, or null"
 _SWITCH = "true or false"
 _MAPPING = "a mapping, or null"
 
@@ -38,6 +40,7 @@ class ConfigKeys(BaseModel):
     max_position_embeddings: Size = Field(1, description=_SIZE)
     sliding_window: Size | None = Field(None, description=f"{_SIZE}, or null")
     use_sliding_window: bool | None = Field(None, description=_SWITCH)
+    sliding_window_pattern: Size | None = Field(None, description=f"{_SIZE}, or null")
     max_window_layers: int = Field(0, ge=0, description="an integer of 0 or more")
     layer_types: list[Literal["full_attention", "sliding_attention"]] | None = Field(
         None, description="a list of 'full_attention' and 'sliding_attention', or null"
@@ -45,7 +48,11 @@ class ConfigKeys(BaseModel):
     tie_word_embeddings: bool | None = Field(None, description=_SWITCH)
     attention_bias: bool | None = Field(None, description=_SWITCH)
     mlp_bias: bool | None = Field(None, description=_SWITCH)
-    hidden_act: Literal["silu"] = Field("silu", description="'silu'")
+    query_pre_attn_scalar: float = Field(
+        1, gt=0, allow_inf_nan=False, description="a number above 0"
+    )
+    attn_logit_softcapping: Cap = Field(None, description=_CAP)
+    final_logit_softcapping: Cap = Field(None, description=_CAP)
     rms_norm_eps: float = Field(1e-6, gt=0, allow_inf_nan=False, description="a number above 0")
     rope_theta: float | None = Field(
         None, gt=0, allow_inf_nan=False, description="a number above 0, or null"
@@ -59,11 +66,12 @@ class ConfigKeys(BaseModel):
     transformers_weights: None = Field(None, description="config.json without it")
 
 
-def check_keys(config: Mapping[str, Any]) -> None:
+def check_keys(config: Mapping[str, Any], activation: str = "silu") -> None:
     """Refuse a config.json that says what no model is.
 
     Args:
         config: parsed, of the checkpoint itself: with the layers that it has.
+        activation: of its family's MLP.
 
     Raises:
         UserError: one line that names the key, the value and what is allowed.
@@ -74,6 +82,9 @@ def check_keys(config: Mapping[str, Any]) -> None:
         key = str(error.errors()[0]["loc"][0])
         allowed = ConfigKeys.model_fields[key].description
         raise _wrong(config, key, str(allowed)) from None
+    for key in ("hidden_act", "hidden_activation"):
+        if config.get(key, activation) != activation:
+            raise _wrong(config, key, repr(activation))
     heads, sizes = keys.num_attention_heads, {"hidden_size", "num_attention_heads"}
     if keys.num_key_value_heads and heads % keys.num_key_value_heads:
         raise _wrong(config, "num_key_value_heads", f"divisors of num_attention_heads, {heads}")

@@ -1,20 +1,28 @@
 """The families of models that can be restructured, and what of them is not Llama's.
 
-All have Llama's decoder layer: RMSNorm, attention with RoPE and grouped KV heads, RMSNorm, SwiGLU.
-A family differs in its biases, in norms of queries and keys, and in windows of attention.
+All have Llama's decoder layer: RMSNorm, attention with RoPE and grouped KV heads, RMSNorm, a gated
+MLP. A family differs in its biases, in norms of queries and keys, in windows of attention, and in
+norms of what attention and MLP give.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_depthpar.errors import UserError, shortened
 from vllm_depthpar.plan import ladder_checkpoint
 
+# The norms of a layer's halves: before the module, and after it, of what it gives.
+_LLAMA_NORMS = {"attention": ("input_layernorm",), "mlp": ("post_attention_layernorm",)}
+_GEMMA_NORMS = {
+    "attention": ("input_layernorm", "post_attention_layernorm"),
+    "mlp": ("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+}
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Family:
     """What of a family's decoder layer is not Llama's.
 
@@ -22,18 +30,47 @@ class Family:
         architectures: what config.json may name; the first is transformers' class.
         qkv_bias: q, k and v have biases and o has none, whatever config.json says.
         qk_norm: every head of q and k goes through an RMSNorm before RoPE.
+        norms: the names of the norms of each half: of what it reads, and, where `norms_after`, of
+            what it gives, before that is added to the stream.
+        activation: of the MLP's gate.
+        full_every: one layer in so many sees all tokens and the others a window, where config.json
+            has no `layer_types`; 0: they are alike.
+        caps_scores: attention scores are soft-capped, by `attn_logit_softcapping`.
+        defaults: what is meant by keys that config.json leaves out, where it is not Llama's.
         refused: keys of config.json that make another model of it.
     """
 
     architectures: tuple[str, ...]
     qkv_bias: bool = False
     qk_norm: bool = False
+    norms: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _LLAMA_NORMS)
+    activation: str = "silu"
+    full_every: int = 0
+    caps_scores: bool = False
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     refused: tuple[str, ...] = ()
 
+    @property
+    def norms_after(self) -> bool:
+        """Whether what an attention or an MLP gives goes through a norm before it is added."""
+        return len(self.norms["attention"]) > 1
 
+    def half_of(self, tensor: str) -> str:
+        """Say which half of a layer a tensor belongs to, by its name in the layer."""
+        module = tensor.partition(".")[0]
+        return "attention" if module in ("self_attn", *self.norms["attention"]) else "mlp"
+
+
+_SLIDING = "sliding_attention"
 _LLAMA = Family(
     ("LlamaForCausalLM", "LLaMAForCausalLM", "LlamaModel", ladder_checkpoint.ARCHITECTURE)
 )
+_GEMMA_DEFAULTS = {
+    "head_dim": 256,
+    "num_key_value_heads": 4,
+    "sliding_window": 4096,
+    "tie_word_embeddings": True,
+}
 _MISTRAL_VARIANTS = ("ada_rms_norm_t_cond", "llama_4_scaling")
 # By config.json's `model_type`.
 FAMILIES = {
@@ -46,6 +83,24 @@ FAMILIES = {
         ("Qwen2ForCausalLM",), qkv_bias=True, refused=("dual_chunk_attention_config", "qk_norm")
     ),
     "qwen3": Family(("Qwen3ForCausalLM",), qk_norm=True, refused=("dual_chunk_attention_config",)),
+    "gemma2": Family(
+        ("Gemma2ForCausalLM",),
+        norms=_GEMMA_NORMS,
+        activation="gelu_pytorch_tanh",
+        full_every=2,
+        caps_scores=True,
+        defaults=_GEMMA_DEFAULTS,
+        refused=("use_bidirectional_attention", "sliding_window_pattern"),
+    ),
+    "gemma3_text": Family(
+        ("Gemma3ForCausalLM",),
+        qk_norm=True,
+        norms=_GEMMA_NORMS,
+        activation="gelu_pytorch_tanh",
+        full_every=6,
+        defaults=_GEMMA_DEFAULTS,
+        refused=("use_bidirectional_attention",),
+    ),
 }
 
 
@@ -79,7 +134,9 @@ _ROTARY_SHARE = ("partial_rotary_factor", "rotary_pct", "rotary_emb_fraction")
 def _check_rotary(config: Mapping[str, Any], kind: object) -> None:
     # transformers' classes of these families turn the whole head, or fail; vLLM's turn the share
     # that is named. Nobody can say which of the two a checkpoint was trained with.
-    for place in (config, config.get("rope_parameters"), config.get("rope_scaling")):
+    rope = config.get("rope_parameters")
+    of_kinds = rope.values() if isinstance(rope, Mapping) else ()
+    for place in (config, rope, *of_kinds, config.get("rope_scaling")):
         for key in _ROTARY_SHARE:
             if isinstance(place, Mapping) and place.get(key) not in (None, 1):
                 raise UserError(
@@ -94,11 +151,17 @@ def windows(config: Mapping[str, Any]) -> list[int | None]:
     Args:
         config: a parsed config.json, or transformers' reading of one.
     """
-    window, kinds = config.get("sliding_window"), config.get("layer_types")
+    family = family_of({"model_type": "llama", **config})
+    config = {**family.defaults, **config}
+    layers, kinds = range(config["num_hidden_layers"]), config.get("layer_types")
+    if kinds is None and family.full_every:
+        every = config.get("sliding_window_pattern") or family.full_every
+        kinds = [_SLIDING if (layer + 1) % every else "full_attention" for layer in layers]
+    window = config.get("sliding_window")
     # Qwen's keys: whether there are windows, and from which layer on.
     if not config.get("use_sliding_window", "max_window_layers" not in config):
         window = None
     begin = config.get("max_window_layers", 0)
     if kinds is None:
-        return [window if layer >= begin else None for layer in range(config["num_hidden_layers"])]
-    return [window if kind == "sliding_attention" else None for kind in kinds]
+        return [window if layer >= begin else None for layer in layers]
+    return [window if kind == _SLIDING else None for kind in kinds]

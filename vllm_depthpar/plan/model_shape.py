@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from math import ceil, prod
 from typing import Any
 
 from vllm_depthpar.errors import UserError, shortened
 from vllm_depthpar.plan.config_keys import check_keys
-from vllm_depthpar.plan.families import family_of, windows
+from vllm_depthpar.plan.families import FAMILIES, Family, family_of, windows
 from vllm_depthpar.plan.plan import Plan
 from vllm_depthpar.plan.spec import DEALT, FOLDED, HALVES, SINGLE, WHOLE
 from vllm_depthpar.plan.weight_bits import weight_bits
@@ -30,9 +31,11 @@ class ModelShape:
         windows: how many tokens the attention of each layer sees; None: all before it. () if all
             see as many.
         layouts: of `LAYOUTS` those that layers of it can be held in: a gain can't be folded into
-            quantized weights, and adapters act on whole layers alone.
+            quantized weights, adapters act on whole layers alone, and a norm after a module needs
+            that module's sum alone.
         weight_bits: of one weight of a layer's projections, where they are quantized; None: as all
             other numbers. See `weight_bits.weight_bits`.
+        family: what of its layers is not Llama's.
     """
 
     layers: int
@@ -51,6 +54,7 @@ class ModelShape:
     windows: tuple[int | None, ...] = ()
     layouts: tuple[str, ...] = LAYOUTS
     weight_bits: float | None = None
+    family: Family = field(default_factory=lambda: FAMILIES["llama"])
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
@@ -60,7 +64,9 @@ class ModelShape:
             UserError: a needed key is missing, or see `families.family_of` and `check_keys`.
         """
         family = family_of({"model_type": "llama", **config})
-        check_keys(config)
+        check_keys(config, family.activation)
+        config = {**family.defaults, **config}
+        layouts = LAYOUTS if config.get("quantization_config") is None else UNFOLDED
         attention_bias = bool(config.get("attention_bias", False))
         try:
             heads, hidden = config["num_attention_heads"], config["hidden_size"]
@@ -81,8 +87,9 @@ class ModelShape:
                     str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch."), 2
                 ),
                 windows=tuple(windows(config)),
-                layouts=LAYOUTS if config.get("quantization_config") is None else UNFOLDED,
                 weight_bits=weight_bits(config),
+                layouts=(WHOLE,) if family.norms_after else layouts,
+                family=family,
             )
         except KeyError as error:
             raise UserError(
@@ -130,21 +137,27 @@ class ModelShape:
         ways = self._ways(plan, position, tp)
         return next((way for way in ways if self._fits_in(way, plan, position, tp)), ways[-1])
 
-    def check_layout(self, plan: Plan) -> None:
-        """Refuse a plan that asks to fold what can't be folded.
+    def check_plan(self, plan: Plan) -> None:
+        """Refuse a plan that such a model can't run: what asks to fold what can't be folded, or to
+        keep apart what goes through a norm first.
 
         Raises:
-            UserError: it does.
+            UserError: it is one.
         """
+        if plan.desync and self.family.norms_after:
+            raise UserError(
+                "plan key 'desync': this model's modules have norms after them, which take all "
+                "ranks' sum; allowed: 'drop_sync', 'parallel_residual' or 'ladder', or other models"
+            )
         if plan.layout != FOLDED:
             return
         for position, block in enumerate(plan.blocks):
             if len(block) > 1 and FOLDED not in self._ways(plan, position, 1):
-                why = (
-                    "of a model that is quantized or served with adapters"
-                    if FOLDED not in self.layouts
-                    else "whose windows of attention differ"
-                )
+                why = "of a model that is quantized or served with adapters"
+                if self.family.norms_after:
+                    why = "which have norms after their modules"
+                elif FOLDED in self.layouts:
+                    why = "whose windows of attention differ"
                 raise UserError(
                     f"plan key 'layout': the layers {shortened(list(block))}, {why}, can't be "
                     f"folded into one; allowed: 'whole', or no such key"
@@ -173,6 +186,15 @@ class ModelShape:
             not mlp or mlp * self.intermediate % tp == 0
         )
 
+    def terms_reduced(self, plan: Plan, position: int, halves: Iterable[str]) -> int:
+        """Count the terms, (tokens, hidden) each, in an all-reduce of halves of a block.
+
+        One, their sum; but where a norm comes after each module, that of every module.
+        """
+        if not self.family.norms_after:
+            return 1
+        return sum(len(getattr(plan, half)(position)) for half in halves)
+
     def fitting_tps(self, plan: Plan, limit: int = 64) -> list[int]:
         """Tensor-parallel sizes up to `limit` that every block of the plan can be cut into."""
         return [tp for tp in range(1, limit + 1) if self.fits_plan(plan, tp)]
@@ -198,11 +220,12 @@ class ModelShape:
             tensors[f"{name}.weight"] = (out, into)
             if bias:
                 tensors[f"{name}.bias"] = (out,)
-        for norm in ("input_layernorm", "post_attention_layernorm"):
+        for norm in chain.from_iterable(self.family.norms.values()):
             tensors[f"{norm}.weight"] = (self.hidden,)
         if self.qk_norm:
             for norm in ("q_norm", "k_norm"):
                 tensors[f"self_attn.{norm}.weight"] = (self.head_dim,)
+        half_of = self.family.half_of
         return {name: tensor for name, tensor in tensors.items() if half_of(name) not in without}
 
     def other_tensors(self) -> dict[str, tuple[int, ...]]:
@@ -241,11 +264,6 @@ class ModelShape:
         ]
         heads = sum(max(1, width * self.kv_heads // tp) for width in widths)
         return 2 * heads * self.head_dim * self.dtype_bytes
-
-
-def half_of(tensor: str) -> str:
-    """Say which half of a layer a tensor belongs to, by its name in the layer."""
-    return "attention" if tensor.startswith(("self_attn.", "input_layernorm.")) else "mlp"
 
 
 def missing_halves(plan: Plan, layer: int) -> list[str]:

@@ -60,5 +60,5 @@ def choose(
         spec, reason = auto_spec(shape, config.get("model_type", "llama"))
         source = f"{source}: auto, {reason}"
     plan = resolve(spec, shape.layers)
-    shape.check_layout(plan)
+    shape.check_plan(plan)
     return plan, source

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 
@@ -96,7 +96,7 @@ def step_time(
             for half, blocks in held.items()
         }
         communication = _Reduction(device, link, tp, size).communication(
-            plan, seconds["attention"], seconds["mlp"], plain
+            shape, plan, seconds["attention"], seconds["mlp"], plain
         )
         # vLLM gathers every rank's logits of the last tokens, for plans as for plain.
         logits = workload.batch * shape.vocab * shape.dtype_bytes / tp
@@ -209,7 +209,7 @@ class _Work:
 
 @dataclass(frozen=True)
 class _Reduction:
-    """All-reduces of one size between the ranks."""
+    """All-reduces of one size, in bytes, between the ranks."""
 
     device: Device
     link: Link
@@ -229,29 +229,40 @@ class _Reduction:
         return seconds + plain * self.device.plain_reduce_seconds
 
     def communication(
-        self, plan: Plan, attention: Sequence[float], mlp: Sequence[float], plain: bool
+        self,
+        shape: ModelShape,
+        plan: Plan,
+        attention: Sequence[float],
+        mlp: Sequence[float],
+        plain: bool,
     ) -> float:
-        """Seconds of a forward pass's all-reduces that nothing hides.
+        """Seconds of a forward pass's all-reduces that nothing hides; this is one of one term.
 
         Args:
             attention, mlp: seconds of each block's attentions, and of its MLPs.
         """
-        busy = self.busy(plain)
-        total = busy + self._left()  # the embedding's
+
+        def seconds(at: int, *halves: str, behind: float = 0.0) -> float:
+            return self._of(shape.terms_reduced(plan, at, halves)).left(plain, behind)
+
+        total = self.left(plain)  # the embedding's
         for at in range(plan.depth):
             ladder, before_ladder = plan.is_ladder(at), plan.is_ladder(at + 1)
             if plan.reduces_once(at) or (ladder and not before_ladder):
-                total += busy + self._left()  # of attention and MLP together
+                total += seconds(at, *HALVES)
                 continue
             unreduced = plan.unreduced(at)
             if plan.attention(at) and "attention" not in unreduced:
-                total += busy + self._left(mlp[at] if ladder else 0.0)
+                total += seconds(at, "attention", behind=mlp[at] if ladder else 0.0)
             if plan.mlp(at) and "mlp" not in unreduced:
-                behind = attention[at + 1] if before_ladder else 0.0
-                total += busy + self._left(behind)
+                total += seconds(at, "mlp", behind=attention[at + 1] if before_ladder else 0.0)
         return total
 
-    def _left(self, behind: float = 0.0) -> float:
+    def _of(self, terms: int) -> _Reduction:
+        """Take one of so many terms at once."""
+        return self if terms == 1 else replace(self, size=terms * self.size)
+
+    def left(self, plain: bool, behind: float = 0.0) -> float:
         """Compute what is left of an all-reduce behind so many seconds of computation."""
         hidden = 0.0 if self.link.shared_memory else self.device.overlap * self.flight
-        return self.flight - min(hidden, behind)
+        return self.busy(plain) + self.flight - min(hidden, behind)

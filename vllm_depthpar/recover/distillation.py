@@ -221,6 +221,7 @@ class Distillation(nn.Module):
             self.teacher.lm_head.weight,
             labels,
             self.objective == "distil",
+            hf.cap_of(self.teacher),
         )
         return losses
 
@@ -229,7 +230,7 @@ class Distillation(nn.Module):
         the shared blocks made of the stream: each of them is the layer of its own number."""
         x = stream[0] if isinstance(stream, tuple) else stream
         for layer in self.teacher_layers[self.first :]:
-            x = layer(x, **context)
+            x = layer(x, **hf.of_kind(layer, context))
         return cast(Tensor, self.teacher.model.norm(x))
 
     def train(self, mode: bool = True) -> Distillation:
@@ -264,10 +265,12 @@ class _HeadLoss(torch.autograd.Function):
         target_weight: Tensor,
         labels: Tensor,
         distil: bool,
+        cap: float | None,
     ) -> tuple[Tensor, Tensor]:
         """Compute means over the rows; the first has gradients if `distil`, else the second.
 
-        hidden, target: (rows, hidden); weights: (vocabulary, hidden); labels: (rows,).
+        hidden, target: (rows, hidden); weights: (vocabulary, hidden); labels: (rows,); cap: see
+        `hf.capped`.
         """
         rows = len(hidden)
         total = torch.zeros(2, device=hidden.device)
@@ -276,12 +279,14 @@ class _HeadLoss(torch.autograd.Function):
         weight_grad = torch.zeros_like(weight) if needs_weight else None
         for begin in range(0, rows, _ROWS):
             part = slice(begin, begin + _ROWS)
-            logs = functional.linear(hidden[part], weight).float().log_softmax(-1)
+            logits = hf.capped(functional.linear(hidden[part], weight).float(), cap)
+            logs = logits.log_softmax(-1)
             chosen = labels[part, None]
             total[1] -= logs.gather(1, chosen).sum()
             wanted = None
             if target is not None:
-                wanted_logs = functional.linear(target[part], target_weight).float().log_softmax(-1)
+                taught = functional.linear(target[part], target_weight).float()
+                wanted_logs = hf.capped(taught, cap).log_softmax(-1)
                 wanted = wanted_logs.exp()
                 total[0] += (wanted * wanted_logs.sub_(logs)).sum()
             if not needs_hidden and not needs_weight:
@@ -291,6 +296,8 @@ class _HeadLoss(torch.autograd.Function):
                 grad -= wanted
             else:
                 grad.scatter_add_(1, chosen, torch.full_like(chosen, -1, dtype=grad.dtype))
+            if cap is not None:  # the slope of tanh
+                grad *= 1 - (logits / cap) ** 2
             grad = grad.div_(rows).to(hidden.dtype)
             if hidden_grad is not None:
                 hidden_grad[part] = grad @ weight.to(grad.dtype)
@@ -308,5 +315,5 @@ class _HeadLoss(torch.autograd.Function):
         return (
             None if hidden_grad is None else hidden_grad * scale,
             None if weight_grad is None else weight_grad * scale,
-            *4 * (None,),
+            *5 * (None,),
         )

@@ -73,20 +73,23 @@ def refit(
         if end is not None:
             members = range(depth, end)
             norms = {
-                (index, half): getattr(layers[index], norm)
+                (index, half): getattr(layers[index], before)
                 for index in members
-                for half, norm in NORMS.items()
+                for half, (before, *_) in block.norms.items()
                 if fits
             }
             for state in states:
                 with _outputs_of(norms) as reads, distillation.autocast():
                     for index in members:
-                        state.target = layers[index](state.target, **state.context)
+                        layer = layers[index]
+                        state.target = layer(state.target, **hf.of_kind(layer, state.context))
                 state.reads = {key: outputs[0] for key, outputs in reads.items()}
             depth = end
         if fits:
             distillation.own_of([position], REFITTED)
-            for half in NORMS:
+            # The one attention of a block that is no ladder's reads what it should.
+            late = len(block.attending) > 1 or block.mode == "ladder"
+            for half in ("attention", "mlp") if late else ("mlp",):
                 fit_inputs(block, half, states, distillation.autocast)
             found[position] = fit_block(block, states, distillation.autocast)
         for state in states:
@@ -123,8 +126,7 @@ def _begin(distillation: Distillation, tokens: Tensor) -> BatchState:
     return BatchState(stream, stream[0] if isinstance(stream, tuple) else stream, context)
 
 
-# The norms before the halves of a layer, and the projections behind them.
-NORMS = {"attention": "input_layernorm", "mlp": "post_attention_layernorm"}
+# What reads the stream in the halves of a layer.
 _READERS = {
     "attention": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "mlp": ("mlp.gate_proj", "mlp.up_proj"),
@@ -140,45 +142,33 @@ def fit_inputs(
 ) -> None:
     """Fit the projections of one half of a block's layers to what they read, in place.
 
-    Layers of which the teacher's part is not in `BatchState.reads` are left alone, and attentions
-    of ranks that each have a stream of their own (`desync`).
+    Layers of which the teacher's part is not in `BatchState.reads` are left alone, and blocks of
+    ranks that each have a stream of their own (`desync`).
 
     Args:
         half: "attention" or "mlp".
         states: before the block.
     """
-    members = block.attending if half == "attention" else block.feeding
-    norms = {
-        index: getattr(block.members[str(index)], NORMS[half])
-        for index in members
-        if (index, half) in states[0].reads
-    }
-    problems: dict[int, list[_Ridge]] = {}
+    # By layer and part of its projections' rows; and those rows.
+    problems: dict[tuple[int, int], tuple[_Ridge, slice]] = {}
     for number, state in enumerate(states):
-        with _outputs_of(norms) as reads, autocast():
-            block(state.stream, **state.context)
+        with autocast():
+            reads = block.reads(half, state.stream, **state.context)
         for index, parts in reads.items():
+            if (index, half) not in state.reads:
+                continue
             right = state.reads[index, half].flatten(0, 1).float()
-            of_member = problems.setdefault(index, [_Ridge(right, right) for _ in parts])
-            for problem, part in zip(of_member, parts, strict=True):
-                read = part.flatten(0, 1).float()
+            for part, (mine, of_part) in enumerate(parts):
+                read = of_part.flatten(0, 1).float()
+                problem, _ = problems.setdefault((index, part), (_Ridge(read, right), mine))
                 problem.add(read, right - read, _is_held_out(number, len(states)))
     readers = []
-    for index, of_member in problems.items():
-        if len(of_member) == 1:
-            rows = [slice(None)]
-        elif half == "mlp":
-            rows = block.rows_of_ranks(index)
-        else:
-            continue
-        layer = block.members[str(index)]
-        weights = [layer.get_submodule(name).weight for name in _READERS[half]]
-        readers += [
-            (weight, weight.clone(), mine, problem)
-            for mine, problem in zip(rows, of_member, strict=True)
-            for weight in weights
-        ]
-    _choose(block, readers, states, autocast)
+    for (index, _), (problem, mine) in problems.items():
+        for name in _READERS[half]:
+            weight = block.members[str(index)].get_submodule(name).weight
+            readers.append((weight, weight[mine].clone(), mine, problem))
+    if readers:
+        _choose(block, readers, states, autocast)
 
 
 Reader: TypeAlias = "tuple[Tensor, Tensor, slice, _Ridge]"
@@ -193,14 +183,14 @@ def _choose(
     """Give projections the ridge, the same for all, that leaves least to be added after the block.
 
     Args:
-        readers: a weight, what it was, which of its rows, and what they are to be fitted to.
+        readers: a weight, what some rows of it were, which, and what they are to be fitted to.
     """
     kept = [state for number, state in enumerate(states) if _is_held_out(number, len(states))]
 
     def error(ridge: float) -> float:
         for weight, before, mine, problem in readers:
-            change = before[mine] @ problem.fitted(ridge).T if ridge < torch.inf else 0
-            weight[mine] = before[mine] + change
+            change = before @ problem.fitted(ridge).T if ridge < torch.inf else 0
+            weight[mine] = before + change
         left = [_left_over(block, state, autocast)[0] for state in kept]
         return sum(float(one.pow(2).mean()) for one in left)
 
@@ -226,12 +216,15 @@ def fit_block(
     states: list[BatchState],
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> float:
-    """Fit the down projections of one block, in place; returns the ridge.
+    """Fit the down projections of one block, in place; returns the ridge. Where norms come after
+    them there is no closed form: nothing is changed, as by an infinite one.
 
     Args:
         states: before the block; of some the stream after it decides which ridge is best.
         autocast: what the block computes in.
     """
+    if block.norms["mlp"][1:]:
+        return torch.inf
     downs = {index: block.members[str(index)].mlp.down_proj for index in block.feeding}
     widths = [down.in_features for down in downs.values()]
     problem: _Ridge | None = None

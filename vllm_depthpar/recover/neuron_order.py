@@ -111,8 +111,10 @@ def _run(block: ParallelBlock, stream: Tensor, context: dict[str, Any]) -> tuple
     (layer,) = block.feeding_layers
     read, of_ranks = block.read_by_mlp(stream, **context)
     scale = read.float().pow(2).mean(-1, keepdim=True).rsqrt()
-    right = hf.neurons(layer, read)
-    errors = [((hf.neurons(layer, x) - right) * scale).pow(2) for x in of_ranks]
+    right, *wrong = (
+        hf.neurons(layer, block.normalized("mlp", layer, x)) for x in (read, *of_ranks)
+    )
+    errors = [((neurons - right) * scale).pow(2) for neurons in wrong]
     size = layer.mlp.down_proj.weight.float().pow(2).sum(0)
     return read + block.feed(read), torch.stack([e.flatten(0, -2).sum(0) for e in errors]) * size
 

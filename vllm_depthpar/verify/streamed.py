@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from vllm_depthpar import hf
 from vllm_depthpar.checkpoint.config import read_config
@@ -100,20 +101,20 @@ class StreamedModel:
         else:
             self._fill(head, "lm_head.", dtype)
         scores = [
-            self._score(head, body.norm(stream[0]), text)
+            self._score(model, body.norm(stream[0]), text)
             for stream, text in zip(streams, texts, strict=True)
         ]
         on_progress(share)
         return scores
 
-    def _score(self, head: nn.Module, hidden: Tensor, text: Sequence[int]) -> Score:
+    def _score(self, model: PreTrainedModel, hidden: Tensor, text: Sequence[int]) -> Score:
         """Score a text, from the last norm's output, (tokens, hidden)."""
         targets = torch.tensor(text[1:], dtype=torch.int64, device=self._device)
         chosen: list[float] = []
         best: list[float] = []
         parts = hidden[:-1].split(_POSITIONS), targets.split(_POSITIONS)
         for positions, wanted in zip(*parts, strict=True):
-            logprobs = head(positions).float().log_softmax(-1)
+            logprobs = hf.logits(model, positions).log_softmax(-1)
             chosen += logprobs.gather(1, wanted[:, None])[:, 0].tolist()
             best += logprobs.amax(-1).tolist()
         return Score(chosen, best)
