@@ -261,6 +261,7 @@ def test_every_path_takes_a_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_pat
         ["search", "~/m", "--text", "~/t", "--depth=3", "--out=~/x.json"],
         ["recover", "~/m", "--plan=auto", "--text", "~/t", "--held-out", "~/h", "--out=~/x.json"],
         ["export", "~/m", "--plan=auto", "--out=~/x.json"],
+        ["order", "~/m", "--tp=2", "--text", "~/t", "--out=~/x.json"],
         ["verify", "~/m", "--out=~/x.json"],
         ["bench", "~/m", "--out=~/x.json"],
     ):
