@@ -197,9 +197,8 @@ class ParallelBlock(GradientCheckpointingLayer):
         if self.unreduced or isinstance(stream, Apart):
             return {}
         x, y = stream if isinstance(stream, tuple) else (stream, stream)
-        early = self.mode == "ladder"
         if half == "attention":
-            members, read = self.attending, y if early else x
+            members, read = self.attending, y if self.mode == "ladder" else x
         elif self.mode == "drop_sync" and self.ranks > 1:
             _, of_ranks = self.read_by_mlp(x, **context)
             return {index: self._reads_of_ranks(index, of_ranks) for index in self.feeding}

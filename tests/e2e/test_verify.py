@@ -86,8 +86,8 @@ def broken_ask(connection: Connection, model: str, flags: list[str], *more: Any)
     def break_too(self: Any, *given: Any) -> None:
         make(self, *given)
         if self.ladder:
-            for layer in self.mlps:
-                layer.mlp.register_forward_hook(lambda _module, _inputs, term: 0.95 * term)
+            for half in self.mlps:
+                half.module.register_forward_hook(lambda _module, _inputs, term: 0.95 * term)
 
     Block.__init__ = break_too  # type: ignore[assignment, method-assign]
     ask(connection, model, flags, *more)

@@ -111,15 +111,6 @@ class Distillation(nn.Module):
         mine = self._by_name()
         return [mine[name] for name in wanted]
 
-    def own_of(
-        self, positions: Iterable[int], projections: Iterable[str]
-    ) -> dict[str, nn.Parameter]:
-        """Give the student its own weights of projections, by their names in a layer, in the blocks
-        at `positions`; returns them by name."""
-        suffixes = tuple(f".{projection}.weight" for projection in projections)
-        names = [name for name in self._of_blocks(positions) if name.endswith(suffixes)]
-        return dict(zip(names, self.own(names), strict=True))
-
     def _of_blocks(self, positions: Iterable[int]) -> list[str]:
         layers = {layer for position in positions for layer in self.plan.blocks[position]}
         return [

@@ -22,7 +22,7 @@ section 3), but towards layers that are gone, came too late, or see less.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeVar
@@ -76,7 +76,8 @@ def refit(
                 (index, half): getattr(layers[index], before)
                 for index in members
                 for half, (before, *_) in block.norms.items()
-                if fits
+                # The attention at the block's beginning reads what it should.
+                if fits and (half == "mlp" or index > depth or block.mode == "ladder")
             }
             for state in states:
                 with _outputs_of(norms) as reads, distillation.autocast():
@@ -86,10 +87,8 @@ def refit(
                 state.reads = {key: outputs[0] for key, outputs in reads.items()}
             depth = end
         if fits:
-            distillation.own_of([position], REFITTED)
-            # The one attention of a block that is no ladder's reads what it should.
-            late = len(block.attending) > 1 or block.mode == "ladder"
-            for half in ("attention", "mlp") if late else ("mlp",):
+            distillation.own(_fitted(block, states[0].reads))
+            for half in _READERS:
                 fit_inputs(block, half, states, distillation.autocast)
             found[position] = fit_block(block, states, distillation.autocast)
         for state in states:
@@ -97,6 +96,19 @@ def refit(
                 state.stream = block(state.stream, **state.context)
         on_progress(1 / (plan.depth - distillation.first))
     return found
+
+
+def _fitted(block: ParallelBlock, reads: Collection[tuple[int, str]]) -> list[str]:
+    """List what of a block is fitted, by the names in the checkpoint."""
+    readers = [
+        (index, name)
+        for half, members in (("attention", block.attending), ("mlp", block.feeding))
+        for index in members
+        if (index, half) in reads
+        for name in _READERS[half]
+    ]
+    downs = [(index, "mlp.down_proj") for index in block.feeding if not block.norms["mlp"][1:]]
+    return [f"model.layers.{index}.{name}.weight" for index, name in readers + downs]
 
 
 @dataclass
@@ -131,7 +143,6 @@ _READERS = {
     "attention": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "mlp": ("mlp.gate_proj", "mlp.up_proj"),
 }
-REFITTED = (*(name for names in _READERS.values() for name in names), "mlp.down_proj")
 
 
 def fit_inputs(
@@ -149,6 +160,8 @@ def fit_inputs(
         half: "attention" or "mlp".
         states: before the block.
     """
+    if not any(of == half for _, of in states[0].reads):
+        return
     # By layer and part of its projections' rows; and those rows.
     problems: dict[tuple[int, int], tuple[_Ridge, slice]] = {}
     for number, state in enumerate(states):

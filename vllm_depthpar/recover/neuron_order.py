@@ -8,8 +8,8 @@ activation, of the whole attention, h_ir of rank r's alone, d_i its column of do
 
     minimize  sum_i c[r(i), i],     c[r, i] = |d_i|^2  mean_tokens (h_ir - h_i)^2 / mean(x^2)
 
-over the deals r that give each rank as many. Sync-Point Drop (arXiv 2502.20727, section 4) groups
-heads to the same end, where a rank has several KV heads.
+over the deals r that give each rank as many. Sync-Point Drop (arXiv 2502.20727) groups heads to the
+same end, where a rank has several of them.
 """
 
 from __future__ import annotations

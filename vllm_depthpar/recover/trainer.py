@@ -27,7 +27,7 @@ from vllm_depthpar.checkpoint.tensors import opened
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.evaluate.texts import Windows
 from vllm_depthpar.recover.distillation import Distillation, Objective
-from vllm_depthpar.recover.least_squares import REFITTED, refit
+from vllm_depthpar.recover.least_squares import refit
 from vllm_depthpar.util import files
 from vllm_depthpar.util.progress import bar
 
@@ -168,7 +168,7 @@ class Recovery:
             chosen = self._training[:: max(1, len(self._training) // count)][:count]
             with bar("Refit") as advance:
                 found = refit(self._distillation, chosen, on_progress=advance)
-            fitted = self._distillation.own_of(found, REFITTED)
+            fitted = self._distillation.changes()
             files.write_bytes(path, save({name: one.detach() for name, one in fitted.items()}))
             return found
 
@@ -179,7 +179,8 @@ class Recovery:
             torch.no_grad(),
         ):
             ridges = {int(at): float(ridge) for at, ridge in known.items()}
-            for name, one in self._distillation.own_of(ridges, REFITTED).items():
+            names = list(file.keys())
+            for name, one in zip(names, self._distillation.own(names), strict=True):
                 one.copy_(file.get_tensor(name))
         return ridges
 
