@@ -35,7 +35,9 @@ class NvFp4(kernels.EmulationNvFp4LinearKernel):
         return functional.linear(x, weight, bias)
 
 
-class MxFp4(kernels.MxFp4LinearKernel):
+class _Anywhere:
+    """On any processor, with the weights as they were loaded."""
+
     @classmethod
     def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
         return True, None
@@ -47,6 +49,8 @@ class MxFp4(kernels.MxFp4LinearKernel):
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         pass
 
+
+class MxFp4(_Anywhere, kernels.MxFp4LinearKernel):
     def apply_weights(
         self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -55,18 +59,7 @@ class MxFp4(kernels.MxFp4LinearKernel):
         return functional.linear(x, (groups * scale).flatten(1).to(x.dtype), bias)
 
 
-class Fp8Blocks(kernels.CPUFp8BlockScaledMMKernel):
-    @classmethod
-    def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
-        return True, None
-
-    @classmethod
-    def can_implement(cls, config: object) -> tuple[bool, str | None]:
-        return True, None
-
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
-        pass
-
+class Fp8Blocks(_Anywhere, kernels.CPUFp8BlockScaledMMKernel):
     def apply_weights(
         self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None, **_: object
     ) -> torch.Tensor:

@@ -24,7 +24,7 @@ from vllm_depthpar.checkpoint.tensors import (
     stored,
 )
 from vllm_depthpar.errors import UserError
-from vllm_depthpar.plan import Plan, drawing, ladder_checkpoint
+from vllm_depthpar.plan import Plan, drawing, ladder_checkpoint, resolve
 from vllm_depthpar.plan.model_shape import ModelShape
 from vllm_depthpar.plan.precedence import ARCHITECTURE, KEY
 from vllm_depthpar.util import files
@@ -138,15 +138,17 @@ def rewrite(
         transform: makes the new tensors of some of the old ones: of those that are in one file.
         described: for the model card, what was done.
         record: JSON-ready, what it was done with; it becomes rewritten.json.
+
+    Raises:
+        UserError: see `check_source`.
     """
-    source, shards = folder(model), dict[str, list[str]]()
-    for name, (shard, _) in stored(source).items():
-        shards.setdefault(shard, []).append(name)
+    source, config = folder(model), read_config(model)
+    shards = _shards(source, config, resolve("identity", ModelShape.from_config(config).layers))
     text = "\n".join([*_card_head(model, source), described])
     with made_whole(out) as partial:
         _write_weights(source, partial, shards, {}, transform)
         _copy_others(source, partial)
-        files.write_json(partial / "config.json", read_config(model))
+        files.write_json(partial / "config.json", config)
         files.write_json(partial / "rewritten.json", record)
         files.write_bytes(partial / "README.md", f"{text}\n".encode())
 

@@ -80,11 +80,11 @@ def refit(
                 if fits and (half == "mlp" or index > depth or block.mode == "ladder")
             }
             for state in states:
-                with _outputs_of(norms) as reads, distillation.autocast():
+                with _calls_of(norms) as calls, distillation.autocast():
                     for index in members:
                         layer = layers[index]
                         state.target = layer(state.target, **hf.of_kind(layer, state.context))
-                state.reads = {key: outputs[0] for key, outputs in reads.items()}
+                state.reads = {key: read for key, [(_, read)] in calls.items()}
             depth = end
         if fits:
             distillation.own(_fitted(block, states[0].reads))
@@ -245,9 +245,9 @@ def fit_block(
     widths = [down.in_features for down in downs.values()]
     problem: _Ridge | None = None
     for number, state in enumerate(states):
-        with _inputs_of(downs) as inputs:
+        with _calls_of(downs) as calls:
             r, scale = _left_over(block, state, autocast)
-        h = (torch.cat([inputs[index] for index in downs], -1) * scale).flatten(0, 1)
+        h = (torch.cat([given for [(given, _)] in calls.values()], -1) * scale).flatten(0, 1)
         r = r.flatten(0, 1)
         problem = problem or _Ridge(h, r)
         problem.add(h, r, _is_held_out(number, len(states)))
@@ -301,32 +301,16 @@ Key = TypeVar("Key")
 
 
 @contextmanager
-def _outputs_of(modules: Mapping[Key, nn.Module]) -> Iterator[dict[Key, list[Tensor]]]:
-    """Record what modules return, call by call, while this context lasts."""
-    outputs: dict[Key, list[Tensor]] = {key: [] for key in modules}
+def _calls_of(modules: Mapping[Key, nn.Module]) -> Iterator[dict[Key, list[tuple[Tensor, Tensor]]]]:
+    """Record what modules are given and return, call by call, while this context lasts."""
+    calls: dict[Key, list[tuple[Tensor, Tensor]]] = {key: [] for key in modules}
 
     def recorder(key: Key) -> Callable[..., None]:
-        return lambda _, __, output: outputs[key].append(output)
+        return lambda _, given, returned: calls[key].append((given[0], returned))
 
     hooks = [module.register_forward_hook(recorder(key)) for key, module in modules.items()]
     try:
-        yield outputs
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-@contextmanager
-def _inputs_of(modules: Mapping[int, nn.Module]) -> Iterator[dict[int, Tensor]]:
-    """Record what modules were last called with, while this context lasts."""
-    inputs: dict[int, Tensor] = {}
-
-    def recorder(key: int) -> Callable[..., None]:
-        return lambda _, given: inputs.update({key: given[0]})
-
-    hooks = [module.register_forward_pre_hook(recorder(key)) for key, module in modules.items()]
-    try:
-        yield inputs
+        yield calls
     finally:
         for hook in hooks:
             hook.remove()
