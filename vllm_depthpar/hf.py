@@ -44,6 +44,9 @@ attentions' terms, normalized as if they were whole, since RMSNorm has no scale:
     a_ir = a_ir(x);  f_ir = f_ir(x + sum_j N_j(a_jr))
     x <- x + sum_i N_i(sum_r a_ir) + sum_i M_i(sum_r f_ir)
 
+An MLP of experts is F_i as any other: its router chooses by what the MLP reads, and where ranks
+read different streams, each rank's by its own; a rank has an R-th of every expert.
+
 Desync residual (the Ladder authors' gpt_desync): where a sum T of a block, its attentions or its
 MLPs, is not reduced, each rank goes on with its own stream, and the next that is makes them one,
 
@@ -63,12 +66,14 @@ from typing import Any, TypeAlias, cast
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vllm_depthpar.checkpoint import ladder_config
 from vllm_depthpar.checkpoint.config import read_config, read_tensors
+from vllm_depthpar.checkpoint.experts import stacked
 from vllm_depthpar.checkpoint.quantized import dequantizer
 from vllm_depthpar.checkpoint.tensors import (
     WEIGHTS,
@@ -82,6 +87,7 @@ from vllm_depthpar.errors import UserError
 from vllm_depthpar.plan import Plan, resolve
 from vllm_depthpar.plan.families import FAMILIES, Family, family_of
 from vllm_depthpar.plan.model_shape import ModelShape
+from vllm_depthpar.plan.multimodal import MULTIMODAL, language_config
 from vllm_depthpar.plan.plan import Half, halves_of
 from vllm_depthpar.plan.precedence import KEY
 from vllm_depthpar.plan.spec import WHOLE
@@ -108,6 +114,8 @@ class ParallelBlock(GradientCheckpointingLayer):
         whole: whether each layer is cut into R parts by itself, see `Plan.layout`.
         norms: of each half, see `vllm_depthpar.plan.families.Family.norms`.
         attending, feeding: indices of the members that have an attention, and an MLP.
+        plain_mlps: of those with an MLP the ones whose gate, up and down are three projections.
+        multiplier: of what every attention and MLP gives (Granite's `residual_multiplier`).
     """
 
     def __init__(
@@ -129,10 +137,12 @@ class ParallelBlock(GradientCheckpointingLayer):
         self.before_ladder = before_ladder
         self.ranks = ranks
         self.unreduced = frozenset(unreduced) if ranks > 1 else frozenset()
-        self.whole = whole or any(len(of_half) > 1 for of_half in norms.values())
+        self.whole = whole
         self.norms = norms
         self.attending = [index for index in members if index not in drop_attention]
         self.feeding = [index for index in members if index not in drop_mlp]
+        self.plain_mlps = [i for i in self.feeding if hasattr(self._member(i).mlp, "gate_proj")]
+        self.multiplier = float(getattr(next(iter(members.values())), "residual_multiplier", 1))
 
     def forward(self, hidden_states: Stream, *_: Any, **context: Any) -> Stream:
         """Run the block.
@@ -192,7 +202,7 @@ class ParallelBlock(GradientCheckpointingLayer):
 
         Returns:
             By layer, rows of its projections and what those read: all rows, or where ranks read
-            different streams each rank's of the MLP. Nothing under `desync`.
+            different streams each rank's of the MLP. Nothing under `desync`, nor of experts.
         """
         if self.unreduced or isinstance(stream, Apart):
             return {}
@@ -201,9 +211,9 @@ class ParallelBlock(GradientCheckpointingLayer):
             members, read = self.attending, y if self.mode == "ladder" else x
         elif self.mode == "drop_sync" and self.ranks > 1:
             _, of_ranks = self.read_by_mlp(x, **context)
-            return {index: self._reads_of_ranks(index, of_ranks) for index in self.feeding}
+            return {index: self._reads_of_ranks(index, of_ranks) for index in self.plain_mlps}
         else:
-            members, read = self.feeding, x
+            members, read = self.plain_mlps, x
             if self.attending and self.mode not in ("ladder", "parallel_residual"):
                 read = x + self.attend(x, **context)
         every = slice(None)
@@ -226,10 +236,11 @@ class ParallelBlock(GradientCheckpointingLayer):
         return cast(Tensor, getattr(layer, self.norms[half][0])(stream))
 
     def _given(self, half: str, layer: Any, term: Tensor) -> Tensor:
-        """Compute the norm after it, if there is one."""
+        """Compute what is added of what a module gives: the norm of it, if there is one after the
+        module, and so many times it."""
         for norm in self.norms[half][1:]:
             term = getattr(layer, norm)(term)
-        return term
+        return term if self.multiplier == 1 else term * self.multiplier
 
     def _member(self, index: int) -> Any:
         return self.members[str(index)]
@@ -294,6 +305,13 @@ class ParallelBlock(GradientCheckpointingLayer):
         total = torch.zeros_like(streams[0])
         terms = [total] * self.ranks
         for member, layer in enumerate(self.feeding_layers):
+            if self.feeding[member] not in self.plain_mlps:
+                whole_parts = self._parts_of_mlp(layer, streams)
+                total = total + self._given("mlp", layer, _total(whole_parts))
+                if "mlp" in self.unreduced:
+                    given = (self._given("mlp", layer, part) for part in whole_parts)
+                    terms = list(map(torch.add, terms, given))
+                continue
             gate, up, down = layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj
             shares = list(self._shares(len(self.feeding), member, up.out_features))
             parts = []
@@ -306,11 +324,20 @@ class ParallelBlock(GradientCheckpointingLayer):
             if "mlp" not in self.unreduced:
                 continue
             for rank, mine in shares:
-                terms[rank] = terms[rank] + _columns(down, inner, mine)
+                part = self._given("mlp", layer, _columns(down, inner, mine))
+                terms[rank] = terms[rank] + part
             if getattr(down, "bias", None) is not None:
                 first = self._rank_of_bias(len(self.feeding), member)
-                terms[first] = terms[first] + down.bias
+                terms[first] = terms[first] + down.bias * self.multiplier
         return total, terms
+
+    def _parts_of_mlp(self, layer: Any, streams: Sequence[Tensor]) -> list[Tensor]:
+        """Compute each rank's part of an MLP, of whatever tensors, on its stream."""
+        cut = _cut_mlp(dict(layer.mlp.named_parameters()), self.ranks)
+        return [
+            cast(Tensor, functional_call(layer.mlp, mine, self.normalized("mlp", layer, stream)))
+            for mine, stream in zip(cut, streams, strict=True)
+        ]
 
     @contextmanager
     def _cut(self, attention: Any, member: int, streams: list[Tensor]) -> Iterator[None]:
@@ -379,6 +406,39 @@ def neurons(layer: Any, normalized: Tensor) -> Tensor:
     return inner
 
 
+def _cut_mlp(weights: Mapping[str, Tensor], ranks: int) -> list[dict[str, Tensor]]:
+    """Cut the weights of an MLP, many experts or one, by transformers' names, into those of ranks.
+
+    Raises:
+        UserError: the ranks can't share it.
+    """
+    return [
+        {name: _part_of(name, weight, rank, ranks) for name, weight in weights.items()}
+        for rank in range(ranks)
+    ]
+
+
+def _part_of(name: str, weight: Tensor, rank: int, ranks: int) -> Tensor:
+    if "gate_up_proj" in name:  # (both, hidden), or of all experts (experts, both, hidden)
+        halves = weight.chunk(2, -2)
+        return torch.cat([_part(half, rank, ranks, dim=-2) for half in halves], -2)
+    if "down_proj" in name:
+        return _part(weight, rank, ranks, dim=-1)
+    if "gate_proj" in name or "up_proj" in name:
+        return _part(weight, rank, ranks, dim=-2)
+    return weight  # of the router, which every rank has
+
+
+def _part(weight: Tensor, rank: int, ranks: int, dim: int) -> Tensor:
+    size = weight.shape[dim]
+    if size % ranks:
+        raise UserError(
+            f"{ranks} ranks can't cut {size} evenly; allowed: tensor-parallel sizes that fit the "
+            f"plan"
+        )
+    return weight.narrow(dim, rank * size // ranks, size // ranks)
+
+
 @contextmanager
 def _inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
     """Record what a module is given meanwhile; it computes all the same."""
@@ -437,11 +497,12 @@ def load(
         OSError: there is no checkpoint at `path`.
     """
     config = config_of(path)
-    if spec is None and getattr(config, KEY, None) is None:
+    text = language_config(config.to_dict())
+    if spec is None and text.get(KEY) is None:
         raise UserError(f"{path} carries no plan; allowed: a spec, or a checkpoint that does")
     if not isinstance(spec, Plan):
-        spec = resolve(getattr(config, KEY) if spec is None else spec, config.num_hidden_layers)
-    _check_layers(spec, config.num_hidden_layers)
+        spec = resolve(text[KEY] if spec is None else spec, text["num_hidden_layers"])
+    _check_layers(spec, text["num_hidden_layers"])
     return restructure(_weights(path, config, dtype, absent=spec.absent, **kwargs), spec, ranks)
 
 
@@ -478,24 +539,32 @@ def outline(path: str | PathLike[str], plan: Plan, device: torch.device) -> PreT
 
 def _model_type(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """Find transformers' class for a checkpoint of one of our families."""
-    found: type[PreTrainedModel] = getattr(transformers, _family(config).architectures[0])
+    outer = MULTIMODAL.get(config.model_type)
+    name = _family(config).architectures[0] if outer is None else outer.rpartition(":")[2]
+    found: type[PreTrainedModel] = getattr(transformers, name)
     return found
 
 
 def _family(config: PreTrainedConfig) -> Family:
-    return family_of(config.to_dict())
+    return family_of(language_config(config.to_dict()))
 
 
 def _without_weights(config: PreTrainedConfig, device: torch.device) -> PreTrainedModel:
     """Make a model with weights on the device "meta", and what no checkpoint has on `device`."""
     with torch.device("meta"):
         model = _model_type(config)(config)
-    body = model.model
+    inner = body(model)
     with device:
-        body.rotary_emb = type(body.rotary_emb)(config)
-        if hasattr(body.embed_tokens, "embed_scale"):
-            body.embed_tokens.embed_scale = torch.tensor(body.embed_tokens.scalar_embed_scale)
+        inner.rotary_emb = type(inner.rotary_emb)(inner.config)
+        if hasattr(inner.embed_tokens, "embed_scale"):
+            inner.embed_tokens.embed_scale = torch.tensor(inner.embed_tokens.scalar_embed_scale)
     return model
+
+
+def body(model: PreTrainedModel) -> Any:
+    """Find a model's decoder, of a multimodal one that of its language model: embedding, layers,
+    last norm, rotary embedding."""
+    return getattr(model.model, "language_model", model.model)
 
 
 def config_of(path: str | PathLike[str]) -> PreTrainedConfig:
@@ -539,8 +608,9 @@ def _weights(
                 f"{path} has no {WEIGHTS}; allowed: safetensors checkpoints, or "
                 f"use_safetensors=False for pickled ones"
             )
-        run = halves_of(range(config.num_hidden_layers)).difference(absent)
-        check_folder(Path(path), config.to_dict(), run)
+        text = language_config(config.to_dict())
+        run = halves_of(range(text["num_hidden_layers"])).difference(absent)
+        check_folder(Path(path), text, run)
     quantized = getattr(config, "quantization_config", None) is not None
     with _by_transformers(path):
         if quantized:
@@ -569,6 +639,8 @@ def _dequantized(
     model = _without_weights(config, torch.device("cpu"))
     names = list(stored(path))
     tensors = dequantize(dict(read_tensors(str(path), names)))
+    if (experts := _family(config).experts) is not None:
+        tensors = stacked(tensors, experts)
     tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     report = model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
@@ -594,12 +666,14 @@ def restructure(model: PreTrainedModel, plan: Plan, ranks: int | None = None) ->
         UserError: the plan is for another number of layers, or none for such a model, or the model
             was restructured before.
     """
-    layers = model.model.layers
+    inner = body(model)
+    layers, config = inner.layers, inner.config
     if any(isinstance(layer, ParallelBlock) for layer in layers):
         raise UserError("the model is already restructured; allowed: a model as loaded")
     _check_layers(plan, len(layers))
-    ModelShape.from_config(model.config.to_dict()).check_plan(plan)
-    norms = _family(model.config).norms
+    shape = ModelShape.from_config(config.to_dict())
+    shape.check_plan(plan)
+    norms = shape.family.norms
     attentions = [index for at in range(plan.depth) for index in plan.attention(at)]
     for slot, index in enumerate(attentions):
         layers[index].self_attn.layer_idx = slot
@@ -610,7 +684,7 @@ def restructure(model: PreTrainedModel, plan: Plan, ranks: int | None = None) ->
     # Decoder layers to transformers: gradient checkpointing, the recording of hidden states and
     # device maps treat them as such.
     block_type = type("ParallelBlock", (ParallelBlock, type(layers[0])), {})
-    model.model.layers = nn.ModuleList(
+    inner.layers = nn.ModuleList(
         block_type(
             {index: layers[index] for index in block},
             plan.mode(position),
@@ -619,20 +693,20 @@ def restructure(model: PreTrainedModel, plan: Plan, ranks: int | None = None) ->
             drop_attention=plan.drop_attention,
             drop_mlp=plan.drop_mlp,
             unreduced=plan.unreduced(position),
-            whole=plan.layout == WHOLE,
+            whole=plan.layout == WHOLE or shape.always_whole,
             norms=norms,
         )
         for position, block in enumerate(plan.blocks)
     )
     # transformers runs so many blocks, and gives caches so many slots, which are empty at first.
     count = max(plan.depth, len(attentions))
-    model.config.num_hidden_layers = count
-    if kinds := getattr(model.config, "layer_types", None):
+    config.num_hidden_layers = count
+    if kinds := getattr(config, "layer_types", None):
         # A cache has slots of the kinds that are named here, and those are the attentions'.
         of_slots = [kinds[index] for index in attentions]
-        model.config.layer_types = of_slots + of_slots[-1:] * (count - len(of_slots))
+        config.layer_types = of_slots + of_slots[-1:] * (count - len(of_slots))
         if len(set(kinds)) > 1:
-            model.model.register_forward_pre_hook(_tell_kinds, with_kwargs=True)
+            inner.register_forward_pre_hook(_tell_kinds, with_kwargs=True)
     return model
 
 
@@ -676,7 +750,7 @@ def context(model: PreTrainedModel, stream: Tensor) -> dict[str, Any]:
         stream: what the layers are to run on, (batch, tokens, hidden).
     """
     positions = torch.arange(stream.shape[1], device=stream.device)[None]
-    return _context(model.model, stream, positions)
+    return _context(body(model), stream, positions)
 
 
 def _context(
@@ -705,14 +779,27 @@ _FULL, _SLIDING = "full_attention", "sliding_attention"
 _MASKS = {_FULL: create_causal_mask, _SLIDING: create_sliding_window_causal_mask}
 
 
+def embed(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """Look up tokens as the first layer reads them."""
+    inner = body(model)
+    found: Tensor = inner.embed_tokens(tokens)  # a Gemma's multiplies, too
+    return found * getattr(inner, "embedding_multiplier", 1)
+
+
+def last_hidden(model: PreTrainedModel, stream: Tensor) -> Tensor:
+    """Compute what the head reads of the stream after the last layer."""
+    inner = body(model)
+    return cast(Tensor, inner.norm(stream)) / getattr(inner.config, "logits_scaling", 1)
+
+
 def logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Compute the logits in fp32, soft-capped where the model's are, of the last norm's output."""
+    """Compute the logits in fp32, soft-capped where the model's are, of `last_hidden`."""
     return capped(model.lm_head(hidden).float(), cap_of(model))
 
 
 def cap_of(model: PreTrainedModel) -> float | None:
     """Say at what a model's logits are soft-capped; None if they aren't."""
-    cap: float | None = getattr(model.config, "final_logit_softcapping", None)
+    cap: float | None = getattr(body(model).config, "final_logit_softcapping", None)
     return cap
 
 
@@ -727,6 +814,12 @@ def checkpoint_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         re.sub(r"^model\.layers\.\d+\.members\.", "model.layers.", name): tensor
         for name, tensor in tensors.items()
     }
+
+
+def is_of_experts(name: str) -> bool:
+    """Whether a model's tensor is of experts or their router, which the checkpoint has in another
+    form."""
+    return re.search(r"\.mlp\.(experts|gate)\.", name) is not None
 
 
 def _delete(layer: nn.Module, *names: str) -> None:

@@ -25,6 +25,7 @@ from vllm_depthpar.launch.command_line import options_in_file, options_of
 from vllm_depthpar.model import last_words
 from vllm_depthpar.plan import ladder_checkpoint
 from vllm_depthpar.plan.families import FAMILIES
+from vllm_depthpar.plan.multimodal import MULTIMODAL
 from vllm_depthpar.plan.precedence import ARCHITECTURE, OLD_ARCHITECTURE
 from vllm_depthpar.util import files
 
@@ -40,7 +41,14 @@ ARCHITECTURES = (
     *dict.fromkeys(name for family in FAMILIES.values() for name in family.architectures),
     ARCHITECTURE,
     OLD_ARCHITECTURE,
+    *(model.rpartition(":")[2] for model in MULTIMODAL.values()),
 )
+
+
+def _outside(model: str) -> str:
+    """Name the class of a multimodal model whose language model runs by a plan: it is vLLM's own,
+    under another name, so that the plan is chosen before it is made."""
+    return f"DepthPar{model.rpartition(':')[2]}"
 
 
 def register() -> None:
@@ -85,6 +93,8 @@ def install() -> None:
 
     for name in (ARCHITECTURE, OLD_ARCHITECTURE):
         vllm_compat.register(name, f"vllm_depthpar.model.causal_lm:{ARCHITECTURE}", DepthParConfig)
+    for model in MULTIMODAL.values():
+        vllm_compat.register(_outside(model), model, DepthParConfig)
     ladder_config.register()
     vllm_compat.let_select_architectures(architectures_of)
     vllm_compat.let_ray_copy("DEPTHPAR_")
@@ -105,6 +115,8 @@ def architectures_of(architectures: Sequence[str], model_config: ModelConfig) ->
     ladder = model_config.hf_config.model_type == ladder_checkpoint.MODEL_TYPE
     if model_config.model_impl != MODEL_IMPL and not ladder:
         return architectures
+    if outer := MULTIMODAL.get(model_config.hf_config.model_type):
+        return [_outside(outer)]
     if not any(name in ARCHITECTURES for name in architectures):
         raise UserError(
             f"--model-impl {MODEL_IMPL} can't serve the architecture {', '.join(architectures)}; "

@@ -132,6 +132,29 @@ def forget_attention(vllm_config: VllmConfig, name: str) -> None:
     del vllm_config.compilation_config.static_forward_context[name]
 
 
+def forget_experts(vllm_config: VllmConfig, name: str) -> None:
+    """Let vLLM know of no experts that were built and are not kept, if those are experts.
+
+    Relies on: they are in `static_forward_context` and `static_all_moe_layers` by their names once
+    they are built.
+    """
+    compilation = vllm_config.compilation_config
+    if compilation.static_forward_context.pop(name, None) is not None:
+        compilation.static_all_moe_layers.remove(name)
+
+
+def leave_sums(mlp: Any) -> None:
+    """Let an MLP return what this rank computes of it, not the sum over the ranks.
+
+    Relies on: `RowParallelLinear.reduce_results`; where there are experts, `MoERunner` asks its
+    `moe_config.skip_final_all_reduce` at every call, as vLLM's own models do that reduce later.
+    """
+    if hasattr(mlp, "experts"):
+        mlp.experts.moe_config.skip_final_all_reduce = True
+    else:
+        mlp.down_proj.reduce_results = False
+
+
 def on_weights_loaded(attention: Attention, call: Callable[[], None]) -> None:
     """Have a function called whenever weights have been loaded: all of a checkpoint's, or those of
     one update, be they all or not.

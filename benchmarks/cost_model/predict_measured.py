@@ -43,6 +43,11 @@ from vllm_depthpar.util.provenance import origin
 PLAIN_LINK = "cluster-eager-plain"
 COMPILED = "cluster-compiled-plain"
 CLUSTERS = (PLAIN_LINK, "cluster-eager-0.2ms", "cluster-eager-1gbit", "cluster-eager-shm", COMPILED)
+# Of one machine and link each.
+BELOW_THE_LAYER = (
+    ("cluster-dropped-0.2ms", "cluster-pairs-0.2ms", "cluster-desync-0.2ms"),
+    ("cluster-dropped-plain", "cluster-pairs-plain"),
+)
 NONE = "no communication"
 IDENTITY = "identity"
 PAIRS = '{"pair": [0, 24]}'
@@ -91,8 +96,9 @@ class Prediction:
 class Cluster:
     """The measurements on one link, and the model of the machine they were made on."""
 
-    def __init__(self, name: str) -> None:
-        report = common.result(f"network/{name}")
+    def __init__(self, name: str, *more: str) -> None:
+        """Read the measurements `name`, and others of the same machine, link and mode."""
+        report, *others = (common.result(f"network/{one}") for one in (name, *more))
         self.name = name
         self.shape = ModelShape.from_config(report["model"])
         self.trip_seconds = (report["link"]["round_trip_ms"] or 0.0) / 1e3
@@ -101,9 +107,10 @@ class Cluster:
         self.many = max(batch * prompt for batch, prompt, _, _ in report["loads"].values())
         self.eager = report["mode"] == "eager"
         self.rows = [
-            _cluster_row(one, load, report["variants"][0], *numbers)
-            for one in report["variants"]
-            for load, numbers in report["loads"].items()
+            _cluster_row(one, load, run["variants"][0], *numbers)
+            for run in (report, *others)
+            for one in run["variants"]
+            for load, numbers in run["loads"].items()
         ]
         self.few = max(row.workload.batch for row in self.rows if row.workload.tokens == 1)
 
@@ -122,14 +129,14 @@ class Cluster:
             }
         return {"latency_seconds": self.trip_seconds / 2, "bandwidth": self.nominal}
 
-    def fitted(self, rows: Iterable[Row], fixed: Constants) -> Constants:
-        """All constants, those that are not fixed fitted on rows."""
+    def fitted(self, rows: Iterable[Row], fixed: Constants, start: Constants = START) -> Constants:
+        """All constants, those that are not fixed fitted on rows, from first guesses."""
         rows = list(rows)
         found = fit(
             lambda one: [
                 math.log(self.seconds(row, {**fixed, **one}) / row.seconds) for row in rows
             ],
-            {name: START[name] for name in START.keys() - fixed.keys()},
+            {name: start[name] for name in start.keys() - fixed.keys()},
         )
         return {**fixed, **found}
 
@@ -141,6 +148,7 @@ class Cluster:
             one["memory_bandwidth"],
             ((self.few, one["flops_few"]), (self.many, one["flops_many"])),
             layer_seconds=one["layer_seconds"],
+            step_seconds=one.get("step_seconds", 0.0),
             reduce_seconds=one["reduce_seconds"],
             plain_reduce_seconds=one["plain_reduce_seconds"],
             reduce_bandwidth=one["reduce_bandwidth"],
@@ -235,6 +243,20 @@ def between_links(clusters: dict[str, Cluster]) -> list[Prediction]:
     ]
 
 
+def below_the_layer(_: dict[str, Cluster]) -> list[Prediction]:
+    """All-reduces left out: each machine by its rows without a plan and its pairs at batch 1.
+
+    A step costs something besides its layers: the scheduler and the server run on the ranks' cores,
+    which shows where products are fast.
+    """
+    start, found = {**START, "step_seconds": 1e-3}, []
+    for names in BELOW_THE_LAYER:
+        one = Cluster(*names)
+        rows = one.without_plan + one.pairs
+        found += one.predictions(one.fitted(rows, one.known(), start), rows)
+    return found
+
+
 def one_host() -> list[Prediction]:
     """SmolLM2 on one rank: fitted on plain vLLM and on one plan at batch 1, each plan in turn."""
     shape = ModelShape.from_config(shapes.config("smollm2-135m"))
@@ -290,6 +312,9 @@ CHECKS = {
     "Each link by rows without a plan, layers by the other links": within_a_link,
     "Compiled, by rows without a plan and its own pairs at batch 1": compiled,
     "From the plain link to the others, by latency and bandwidth alone": between_links,
+    "All-reduces left out, each machine by rows without a plan and its pairs at batch 1": (
+        below_the_layer
+    ),
     "One host, one rank, by plain vLLM and one plan": lambda _: one_host(),
 }
 

@@ -99,6 +99,19 @@ MODEL: dict[str, Any] = {
     "eos_token_id": 2,
     "torch_dtype": "bfloat16",
 }
+# SmolLM2-135M's, with heads that two ranks can share: 10 and 2 KV heads for its 9 and 3.
+SMOLLM2: dict[str, Any] = {
+    **MODEL,
+    "num_hidden_layers": 30,
+    "hidden_size": 576,
+    "num_attention_heads": 10,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "intermediate_size": 1536,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+}
+MODELS = {"24x1024": MODEL, "smollm2": SMOLLM2}
 PLANS = [
     "identity",
     '{"pair": [0, 24]}',
@@ -211,7 +224,7 @@ def measure(args: argparse.Namespace, link: Link | None, out: Path | None) -> di
     """All variants on one link (None: on one host): the report. `out` has it after each round."""
     link_name = SHARED_MEMORY if link is None else str(link)
     loads = [LOADS[name] for name in args.loads]
-    config = {**MODEL, "torch_dtype": args.dtype}
+    config = {**MODELS[args.model], "torch_dtype": args.dtype}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cluster-")))
         model = write_model(folder / "model", config)
@@ -221,14 +234,14 @@ def measure(args: argparse.Namespace, link: Link | None, out: Path | None) -> di
         save = common.saver(record, out)
         hosts = stack.enter_context(TwoHosts(link or Link()))
         if len(record["rounds"]) < args.rounds:
-            needed = {one.label: _memory_bytes(one, args.dtype, link is None) for one in chosen}
+            needed = {one.label: _memory_bytes(one, config, link is None) for one in chosen}
             memory.check(needed, 1 if args.one_at_a_time else len(chosen))
-        stage = Deployments(args, hosts, link is None, folder, model, stack)
+        stage = Deployments(args, hosts, link is None, folder, config, stack)
         common.take_turns(
             stage, chosen, loads, record, args.rounds, save, link_name, args.one_at_a_time
         )
         trip = None if link is None else round(stage.round_trip() * 1e3, 3)
-    resolved = {one.label: _plan(one) for one in chosen}
+    resolved = {one.label: _plan(one, config) for one in chosen}
     record |= {
         "threads": 1,
         "link": {
@@ -275,23 +288,22 @@ def beside_the_bound(model: Path, labels: list[str]) -> list[Variant]:
     return [plain, replace(plain, label=NONE), *others]
 
 
-def _plan(one: Variant) -> Plan:
-    return resolve(one.spec or "identity", MODEL["num_hidden_layers"])
+def _plan(one: Variant, config: dict[str, Any]) -> Plan:
+    return resolve(one.spec or "identity", config["num_hidden_layers"])
 
 
-def _kv_bytes(one: Variant, dtype: str) -> int:
+def _kv_bytes(one: Variant, config: dict[str, Any]) -> int:
     """Of each rank."""
     lengths = [LONGEST] * WIDEST
-    shape = ModelShape.from_config(MODEL).in_dtype(dtype)
-    return kv_cache.needed_bytes(shape, _plan(one), lengths, RANKS)
+    return kv_cache.needed_bytes(ModelShape.from_config(config), _plan(one, config), lengths, RANKS)
 
 
-def _memory_bytes(one: Variant, dtype: str, together: bool) -> int:
+def _memory_bytes(one: Variant, config: dict[str, Any], together: bool) -> int:
     """Of all processes, estimated."""
     # A server, its engine and its rank; on another host a server without a head, and its rank.
     processes = RANKS + (2 if together else 3)
-    shape = ModelShape.from_config(MODEL).in_dtype(dtype)
-    return memory.estimate(shape, _plan(one), RANKS, _kv_bytes(one, dtype), processes)
+    shape, held = ModelShape.from_config(config), _kv_bytes(one, config)
+    return memory.estimate(shape, _plan(one, config), RANKS, held, processes)
 
 
 def write_model(folder: Path, config: dict[str, Any]) -> Path:
@@ -308,7 +320,8 @@ class Deployments:
 
     Args:
         together: both ranks in the first host.
-        folder: for logs.
+        folder: for logs; the model is in it.
+        config: the model's.
         stack: ends the clients.
     """
 
@@ -318,11 +331,11 @@ class Deployments:
         hosts: TwoHosts,
         together: bool,
         folder: Path,
-        model: Path,
+        config: dict[str, Any],
         stack: ExitStack,
     ) -> None:
         self._args, self._hosts, self._together = args, hosts, together
-        self._folder, self._model = folder, model
+        self._folder, self._model, self._config = folder, folder / "model", config
         self._clients = [Client(hosts, host) for host in (0, 1)]
         for client in self._clients:
             stack.callback(client.stop)
@@ -353,7 +366,7 @@ class Deployments:
             batch=load.batch,
             prompt_tokens=load.prompt_tokens,
             tokens=load.tokens,
-            vocab=MODEL["vocab_size"],
+            vocab=self._config["vocab_size"],
             seed=seed,
         )
         return found
@@ -369,7 +382,7 @@ class Deployments:
             options += ["--master-port", f"{29500 + self._started}"]
         options += ["--max-model-len", f"{LONGEST}", "--max-num-seqs", f"{WIDEST}"]
         options += ["--no-enable-prefix-caching", "--max-num-batched-tokens", "2048"]
-        options += ["--kv-cache-memory-bytes", f"{_kv_bytes(variant, args.dtype)}"]
+        options += ["--kv-cache-memory-bytes", f"{_kv_bytes(variant, self._config)}"]
         options += ["--host", addresses[0], "--port", f"{deployment.port}", *variant.flags]
         options += [] if args.compiled else ["--enforce-eager"]
         env, path = variant.env, os.environ.get("PYTHONPATH", "")
@@ -510,6 +523,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--loads", nargs="+", choices=LOADS, default=list(LOADS), metavar="LOAD", help="(all)"
+    )
+    parser.add_argument(
+        "--model", choices=MODELS, default="24x1024", help="whose sizes it has (24x1024)"
     )
     parser.add_argument("--compiled", action="store_true", help="with torch.compile (eager)")
     common.add_one_at_a_time(parser)

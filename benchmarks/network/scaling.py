@@ -206,7 +206,9 @@ def measure(name: str, rounds: int, journal: Journal) -> None:
     with steps(total, name) as bar, tempfile.TemporaryDirectory(prefix="scaling-") as folder:
         if _rank(sweep.tp) not in journal:
             with bar.doing("calibrating"):
-                journal.add({_rank(sweep.tp): asdict(calibrate.measure(SHAPE, sweep.tp))})
+                journal.add(
+                    {_rank(sweep.tp): asdict(calibrate.measure(SHAPE, sweep.tp, eager=True))}
+                )
         if not missing:
             return
         files.write_json(Path(folder, "config.json"), CONFIG)

@@ -105,9 +105,17 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"model": "gpt2"},
         ["GPT2LMHeadModel", "allowed: ", "LlamaForCausalLM"],
     ),
-    "mixture of experts": (
-        {"model": "mixtral"},
-        ["MixtralForCausalLM", "allowed: ", "MistralForCausalLM", "Qwen3ForCausalLM"],
+    "more experts a token than there are": (
+        {"model": "greedy router"},
+        ["'num_experts_per_tok' is 7", "allowed: 1 to 6, its num_local_experts"],
+    ),
+    "expert parallelism under drop_sync": (
+        {"model": "mixtral", "args": [*plan({"drop_sync": "all"}), "--enable-expert-parallel"]},
+        ["--enable-expert-parallel", "'drop_sync'", "allowed: without the flag"],
+    ),
+    "a family whose weights its model loads": (
+        {"model": "gpt-oss"},
+        ["GptOssForCausalLM", "allowed: ", "MistralForCausalLM", "Qwen3MoeForCausalLM"],
     ),
     "a family's variant": (
         {"model": "chunked"},
@@ -287,7 +295,11 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Out
     (folder / "gpt2").mkdir()
     gpt2 = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_layer": 2, "n_head": 2}
     (folder / "gpt2" / "config.json").write_text(json.dumps(gpt2))
-    write_llama(folder / "mixtral", model_type="mixtral", architecture="MixtralForCausalLM")
+    gpt_oss = write_llama(folder / "gpt-oss") / "config.json"
+    named = {"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss"}
+    gpt_oss.write_text(json.dumps(json.loads(gpt_oss.read_text()) | named))
+    write_llama(folder / "mixtral", model_type="mixtral")
+    write_llama(folder / "greedy router", model_type="mixtral", num_experts_per_tok=7)
     write_llama(
         folder / "chunked", model_type="qwen2", dual_chunk_attention_config={"chunk_size": 8}
     )

@@ -56,6 +56,7 @@ class Case:
     # First load the weights of this checkpoint in one of the ways of `weight_updates`.
     update: tuple[str, Path] | None = None
     adapters: list[Path | None] | None = None  # of each prompt
+    images: list[Path] | None = None  # of each prompt, one
     engine: dict[str, Any] = field(default_factory=dict)
     prepare: Callable[[], None] | None = None  # in the engine's process, before it starts
 
@@ -143,6 +144,7 @@ def _memory(ports: list[int]) -> str:
 
 
 def _engine_run(case: Case, ranks: int, compiled: bool) -> Result:
+    from PIL import Image
     from torch._dynamo.utils import counters
     from torch._inductor import metrics
     from vllm import LLM, SamplingParams
@@ -196,8 +198,11 @@ def _engine_run(case: Case, ranks: int, compiled: bool) -> Result:
         LoRARequest(path.name, 1 + known.index(path), str(path)) if path is not None else None
         for path in case.adapters or ()
     ]
+    prompts = [TokensPrompt(prompt_token_ids=prompt) for prompt in case.prompts]
+    for prompt, path in zip(prompts, case.images or (), strict=False):
+        prompt["multi_modal_data"] = {"image": Image.open(path)}
     outputs = llm.generate(
-        [TokensPrompt(prompt_token_ids=prompt) for prompt in case.prompts],
+        prompts,
         SamplingParams(
             temperature=0,
             max_tokens=case.max_tokens,

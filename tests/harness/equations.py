@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,6 +13,24 @@ from torch import Tensor
 from torch.nn.functional import embedding, gelu, linear, silu
 
 from vllm_depthpar.plan import Plan
+
+# 1 where an element of a dimension of a size is on a rank, else 0.
+Part = Callable[[int], Tensor | float]
+
+
+def unfused(weights: dict[str, Tensor], q: int, kv: int) -> dict[str, Tensor]:
+    """With q, k and v, and gate and up, each by itself."""
+    found = {}
+    for name, tensor in weights.items():
+        if "qkv_proj" in name:
+            for part, split in zip("qkv", tensor.split([q, kv, kv]), strict=True):
+                found[name.replace("qkv_proj", f"{part}_proj")] = split
+        elif "gate_up_proj" in name:
+            for part, split in zip(("gate", "up"), tensor.chunk(2), strict=True):
+                found[name.replace("gate_up_proj", f"{part}_proj")] = split
+        else:
+            found[name] = tensor
+    return found
 
 
 def plain_logits(path: Path, plan: Plan, ids: Tensor, ranks: int = 1) -> Tensor:
@@ -24,7 +44,8 @@ def plain_logits(path: Path, plan: Plan, ids: Tensor, ranks: int = 1) -> Tensor:
     config = json.loads((path / "config.json").read_text())
     weights = {k: v.double() for k, v in load_file(path / "model.safetensors").items()}
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    width = len(weights["model.layers.0.self_attn.k_proj.weight"]) // kv_heads
+    width = config.get("head_dim") or config["hidden_size"] // heads
+    weights = unfused(weights, heads * width, kv_heads * width)
     tokens, window = len(ids), config.get("sliding_window") or len(ids)
     layers, begin = range(config["num_hidden_layers"]), config.get("max_window_layers", 0)
     kinds = config.get("layer_types") or [
@@ -33,6 +54,12 @@ def plain_logits(path: Path, plan: Plan, ids: Tensor, ranks: int = 1) -> Tensor:
     if gemma := config["model_type"].startswith("gemma"):
         every = 2 if config["model_type"] == "gemma2" else config["sliding_window_pattern"]
         kinds = ["full_attention" if layer % every == every - 1 else kinds[0] for layer in layers]
+
+    glm = config["model_type"] == "glm4"
+    mixtral = config["model_type"] == "mixtral"
+    sparse = mixtral or "num_experts" in config
+    always_whole = plan.layout == "whole" or gemma or glm or sparse
+    always_whole |= config["model_type"] in ("granite", "phi3")
 
     def apply(name: str, x: Tensor, biased: bool = True) -> Tensor:
         return linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias") if biased else None)
@@ -48,7 +75,8 @@ def plain_logits(path: Path, plan: Plan, ids: Tensor, ranks: int = 1) -> Tensor:
         base, scaling = config["rope_theta"], config["rope_scaling"]
         if kind == "sliding_attention" and "rope_local_base_freq" in config:
             base, scaling = config["rope_local_base_freq"], None
-        frequency = base ** -(torch.arange(0, width, 2).double() / width)
+        turning = int(width * (config.get("rope_parameters") or {}).get("partial_rotary_factor", 1))
+        frequency = base ** -(torch.arange(0, turning, 2).double() / turning)
         if scaling and scaling["rope_type"] == "linear":
             frequency = frequency / scaling["factor"]
         elif scaling:
@@ -58,18 +86,25 @@ def plain_logits(path: Path, plan: Plan, ids: Tensor, ranks: int = 1) -> Tensor:
             ramp = ((turns - low) / (high - low)).clamp(0, 1)
             frequency = frequency * (ramp + (1 - ramp) / scaling["factor"])
         turn = torch.polar(torch.ones(()).double(), torch.arange(tokens)[:, None] * frequency)
+        x, rest = x[..., :turning], x[..., turning:]
+        if glm:  # neighbours turn together
+            turned = torch.complex(x[..., ::2].contiguous(), x[..., 1::2].contiguous()) * turn
+            return torch.cat([torch.view_as_real(turned).flatten(-2), rest], dim=-1)
         first, second = x.chunk(2, dim=-1)
         turned = torch.complex(first, second) * turn
-        return torch.cat([turned.real, turned.imag], dim=-1)
+        return torch.cat([turned.real, turned.imag, rest], dim=-1)
 
-    def mine(block: tuple[int, ...], layer: int, size: int, rank: int) -> Tensor:
-        """1 where an element of a layer's dimension is on a rank, else 0."""
-        if plan.layout == "whole" or gemma:
+    def whole(_: int) -> float:
+        return 1.0
+
+    def mine(block: tuple[int, ...], layer: int, rank: int, size: int) -> Tensor:
+        """1 where an element of a layer's dimension of a size is on a rank, else 0."""
+        if always_whole:
             block = (layer,)
         place = block.index(layer) * size + torch.arange(size)
         return (place * ranks // (len(block) * size) == rank).double()
 
-    def attention(layer: int, x: Tensor, on: Tensor | float = 1.0, biased: bool = True) -> Tensor:
+    def attention(layer: int, x: Tensor, on: Part = whole, biased: bool = True) -> Tensor:
         name, kind = f"model.layers.{layer}", kinds[layer]
         x = norm(f"{name}.input_layernorm", x)
         q, k, v = (
@@ -79,7 +114,8 @@ def plain_logits(path: Path, plan: Plan, ids: Tensor, ranks: int = 1) -> Tensor:
         if f"{name}.self_attn.q_norm.weight" in weights:
             q, k = norm(f"{name}.self_attn.q_norm", q), norm(f"{name}.self_attn.k_norm", k)
         q = rotate(q, kind).view(kv_heads, heads // kv_heads, tokens, width)
-        scores = q @ rotate(k, kind)[:, None].mT / config.get("query_pre_attn_scalar", width) ** 0.5
+        scale = config.get("query_pre_attn_scalar", width) ** -0.5
+        scores = q @ rotate(k, kind)[:, None].mT * config.get("attention_multiplier", scale)
         if config["model_type"] == "gemma2":
             scores = capped(scores, "attn_logit_softcapping")
         seen = torch.ones(tokens, tokens).tril()
@@ -87,35 +123,60 @@ def plain_logits(path: Path, plan: Plan, ids: Tensor, ranks: int = 1) -> Tensor:
             seen = seen.triu(1 - window)
         mixed = scores.masked_fill(seen == 0, -torch.inf).softmax(-1) @ v[:, None]
         merged = mixed.reshape(heads, tokens, width).transpose(0, 1).reshape(tokens, -1)
-        return apply(f"{name}.self_attn.o_proj", merged * on, biased)
+        return apply(f"{name}.self_attn.o_proj", merged * on(heads * width), biased)
 
-    def mlp(layer: int, x: Tensor, on: Tensor | float = 1.0, biased: bool = True) -> Tensor:
+    def gated(name: str, x: Tensor, on: Part, biased: bool = True) -> Tensor:
+        names = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
+        gate, up, down = (f"{name}.{part}" for part in names)
+        inner = apply(gate, x)
+        inner = (gelu(inner, approximate="tanh") if gemma else silu(inner)) * apply(up, x)
+        return apply(down, inner * on(inner.shape[-1]), biased)
+
+    def experts(name: str, x: Tensor, on: Part) -> Tensor:
+        likely = apply(f"{name}.gate", x).softmax(-1)
+        best = likely.topk(config["num_experts_per_tok"])
+        shares = torch.zeros_like(likely).scatter(-1, best.indices, best.values)
+        if mixtral or config["norm_topk_prob"]:
+            shares = shares / shares.sum(-1, keepdim=True)
+        given = [gated(f"{name}.experts.{e}", x, on) for e in range(likely.shape[-1])]
+        total = (torch.stack(given, -1) * shares[:, None]).sum(-1)
+        if f"{name}.shared_expert_gate.weight" in weights:
+            share = apply(f"{name}.shared_expert_gate", x).sigmoid()
+            total = total + share * gated(f"{name}.shared_expert", x, on)
+        return total
+
+    def mlp(layer: int, x: Tensor, on: Part = whole, biased: bool = True) -> Tensor:
         name = f"model.layers.{layer}"
         before = "pre_feedforward" if gemma else "post_attention"
         x = norm(f"{name}.{before}_layernorm", x)
-        gate, up = apply(f"{name}.mlp.gate_proj", x), apply(f"{name}.mlp.up_proj", x)
-        gate = gelu(gate, approximate="tanh") if gemma else silu(gate)
-        return apply(f"{name}.mlp.down_proj", gate * up * on, biased)
+        name = f"{name}.block_sparse_moe" if mixtral else f"{name}.mlp"
+        if f"{name}.gate.weight" in weights:
+            return experts(name, x, on)
+        return gated(name, x, on, biased)
 
     def after(layer: int, half: str, x: Tensor) -> Tensor:
         """What is added to the stream of what a module gives."""
-        name = "post_attention" if half == "attention" else "post_feedforward"
-        return norm(f"model.layers.{layer}.{name}_layernorm", x) if gemma else x
+        names = ("post_self_attn", "post_mlp") if glm else ("post_attention", "post_feedforward")
+        name = names[half == "mlp"]
+        x = norm(f"model.layers.{layer}.{name}_layernorm", x) if gemma or glm else x
+        return x * config.get("residual_multiplier", 1)
 
     def parts(block: tuple[int, ...], half: str, x: Tensor, rank: int) -> list[Tensor]:
         """What a rank computes of each layer's attention or MLP."""
         found = []
         for at, layer in enumerate(block):
             # Where a member is a group of ranks, the first of them adds its output bias.
-            dealt = ranks % len(block) == 0 and plan.layout != "whole" and not gemma
+            dealt = ranks % len(block) == 0 and not always_whole
             first = at * ranks // len(block) if dealt else 0
-            size, of = (heads * width, attention) if half == "attention" else (inner, mlp)
-            found.append(of(layer, x, mine(block, layer, size, rank), rank == first))
+            of = attention if half == "attention" else mlp
+            on = partial(mine, block, layer, rank)
+            found.append(of(layer, x, on, rank == first))
         return found
 
     def term(block: tuple[int, ...], half: str, x: Tensor, rank: int) -> Tensor:
         """What a rank computes of a sum."""
-        return torch.stack(parts(block, half, x, rank)).sum(0)
+        scale = config.get("residual_multiplier", 1)
+        return torch.stack(parts(block, half, x, rank)).sum(0) * scale
 
     def without_sync(block: tuple[int, ...], x: Tensor) -> Tensor:
         named = [(layer, half) for half in ("attention", "mlp") for layer in block]
@@ -147,11 +208,10 @@ def plain_logits(path: Path, plan: Plan, ids: Tensor, ranks: int = 1) -> Tensor:
                 streams = [whole.sum(0)] * ranks
         return streams
 
-    inner = len(weights["model.layers.0.mlp.up_proj.weight"])
     streams: list[Tensor] = []
     x = after_attention = embedding(ids, weights["model.embed_tokens.weight"])
-    if gemma:
-        x = after_attention = x * config["hidden_size"] ** 0.5
+    x = x * (config["hidden_size"] ** 0.5 if gemma else config.get("embedding_multiplier", 1))
+    after_attention = x
     for position, block in enumerate(plan.blocks):
         if plan.desync and plan.mode(position) == "standard" and not plan.is_ladder(position + 1):
             streams = desync(position, streams if plan.is_apart(position) else [x] * ranks)
@@ -172,4 +232,5 @@ def plain_logits(path: Path, plan: Plan, ids: Tensor, ranks: int = 1) -> Tensor:
         terms = [fed(layer, read) for layer in block if layer not in plan.drop_mlp]
         x = torch.stack([after_attention, *terms]).sum(0)
     head = "model.embed_tokens" if config["tie_word_embeddings"] else "lm_head"
-    return capped(apply(head, norm("model.norm", x)), "final_logit_softcapping")
+    logits = apply(head, norm("model.norm", x)) / config.get("logits_scaling", 1)
+    return capped(logits, "final_logit_softcapping")

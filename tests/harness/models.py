@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -25,6 +26,12 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "glm4": "Glm4ForCausalLM",
+    "granite": "GraniteForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
 }
 # What of Gemma's configs the others' don't have: every key with a value that shows at the few dozen
 # tokens of a test. Gemma 2's layers alternate, of Gemma 3's one in three sees all tokens.
@@ -34,6 +41,52 @@ GEMMA: dict[str, dict[str, object]] = {
         "sliding_window_pattern": 3,
         "rope_local_base_freq": 100.0,
         "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
+}
+
+# Of families that are Llama's but for their shares of heads that turn, or their multipliers.
+OTHERS: dict[str, dict[str, object]] = {
+    "phi3": {
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.75,
+        },
+        "pad_token_id": None,
+        "sliding_window": None,
+    },
+    "glm4": {
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5,
+        },
+        "pad_token_id": None,
+    },
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.3,
+        "residual_multiplier": 0.7,
+        "logits_scaling": 2.0,
+    },
+}
+# Of families with experts: some MLPs of Qwen's are one.
+MOE: dict[str, dict[str, object]] = {
+    "mixtral": {"num_local_experts": 6, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 128,
+        "norm_topk_prob": False,
+        "mlp_only_layers": [1],
+    },
+    "qwen3_moe": {
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [4],
     },
 }
 
@@ -89,18 +142,17 @@ def write_llama(
     # Attention and MLP add about 0.4 to each element of the stream. The embedding adds less, or a
     # model with tied embeddings would repeat its last token for ever; its last norm makes up for
     # what that takes from the logits.
-    qkv_bias = attention_bias or model_type == "qwen2"
-    if model_type == "qwen2":  # whose config has no such key
+    of_qwen2 = model_type in ("qwen2", "qwen2_moe")
+    qkv_bias = attention_bias or of_qwen2
+    if of_qwen2:  # whose config has no such key
         head_dim = hidden // heads
-    gemma = model_type in GEMMA
-    shapes = {
+    output_bias = attention_bias and model_type != "glm4"
+    gemma, moe = model_type in GEMMA, MOE.get(model_type, {}) | config_keys
+    attention = {
         "self_attn.q_proj": (heads * head_dim, hidden, 1.0, qkv_bias),
         "self_attn.k_proj": (kv_heads * head_dim, hidden, 1.0, qkv_bias),
         "self_attn.v_proj": (kv_heads * head_dim, hidden, 1.0, qkv_bias),
-        "self_attn.o_proj": (hidden, heads * head_dim, 0.6, attention_bias),
-        "mlp.gate_proj": (intermediate, hidden, 1.0, mlp_bias),
-        "mlp.up_proj": (intermediate, hidden, 1.0, mlp_bias),
-        "mlp.down_proj": (hidden, intermediate, 0.6, mlp_bias),
+        "self_attn.o_proj": (hidden, heads * head_dim, 0.6, output_bias),
     }
     # A Gemma multiplies its embedding, adds one to its gains, and normalizes what modules give.
     embedding, one = (hidden**0.5, 1) if gemma else (1, 0)
@@ -113,13 +165,21 @@ def write_llama(
         if gemma:
             tensors[f"{prefix}pre_feedforward_layernorm.weight"] = gain() - one
             tensors[f"{prefix}post_feedforward_layernorm.weight"] = gain() * 0.4 - one
-        if model_type in ("qwen3", "gemma3_text"):
+        if model_type == "glm4":
+            for norm in ("post_self_attn_layernorm", "post_mlp_layernorm"):
+                tensors[f"{prefix}{norm}.weight"] = gain() * 0.4
+        if model_type in ("qwen3", "qwen3_moe", "gemma3_text"):
             for norm in ("q_norm", "k_norm"):
                 tensors[f"{prefix}self_attn.{norm}.weight"] = gain(head_dim) - one
-        for name, (out, into, scale, bias) in shapes.items():
+        sparse = model_type in MOE and layer not in moe.get("mlp_only_layers", ())
+        mlp = _experts(hidden, intermediate, moe) if sparse else _mlp("mlp", hidden, intermediate)
+        mlp = {name: (*shape, mlp_bias) for name, shape in mlp.items()}
+        for name, (out, into, scale, bias) in {**attention, **mlp}.items():
             tensors[f"{prefix}{name}.weight"] = normal(out, into, std=scale / into**0.5)
             if bias:
                 tensors[f"{prefix}{name}.bias"] = normal(out, std=0.1)
+    if model_type in ("phi3", "glm4"):
+        tensors = _fused(tensors, qkv=model_type == "phi3")
     tensors["model.norm.weight"] = gain() * (3 * embedding if tie else 1) - one
     if not tie:
         tensors["lm_head.weight"] = normal(vocab, hidden, std=3 / hidden**0.5)
@@ -144,10 +204,12 @@ def write_llama(
         "torch_dtype": str(dtype).removeprefix("torch."),
         "bos_token_id": None,
         "eos_token_id": None,
-        **({} if model_type == "qwen2" else {"head_dim": head_dim}),
+        **({} if of_qwen2 else {"head_dim": head_dim}),
         **({"sliding_window": None} if model_type == "mistral" else {}),
         **({"sliding_window": 8, "query_pre_attn_scalar": 24} if gemma else {}),
         **GEMMA.get(model_type, {}),
+        **MOE.get(model_type, {}),
+        **OTHERS.get(model_type, {}),
         **config_keys,
     }
     if ladder_layers is not None:
@@ -162,6 +224,116 @@ def write_llama(
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=2))
+    return folder
+
+
+def _fused(tensors: dict[str, torch.Tensor], qkv: bool) -> dict[str, torch.Tensor]:
+    """With gate and up, and perhaps q, k and v, as one projection."""
+    parts = {"gate_up_proj": ("gate_proj", "up_proj")}
+    if qkv:
+        parts["qkv_proj"] = ("q_proj", "k_proj", "v_proj")
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        for fused, of in parts.items():
+            if any(f".{part}." in name for part in of):
+                one = next(name.replace(part, fused) for part in of if f".{part}." in name)
+                found[one] = torch.cat([found[one], tensor]) if one in found else tensor
+                break
+        else:
+            found[name] = tensor
+    return found
+
+
+def _mlp(
+    module: str,
+    hidden: int,
+    intermediate: int,
+    names: Sequence[str] = ("gate_proj", "up_proj", "down_proj"),
+) -> dict[str, tuple[int, int, float]]:
+    gate, up, down = (f"{module}.{name}" for name in names)
+    into = intermediate, hidden, 1.0
+    return {gate: into, up: into, down: (hidden, intermediate, 0.6)}
+
+
+def _experts(
+    hidden: int, intermediate: int, config: dict[str, Any]
+) -> dict[str, tuple[int, int, float]]:
+    mixtral = "num_local_experts" in config
+    module = "block_sparse_moe" if mixtral else "mlp"
+    names = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
+    count = config["num_local_experts" if mixtral else "num_experts"]
+    shapes = {f"{module}.gate": (count, hidden, 2.0)}
+    for expert in range(count):
+        size = config.get("moe_intermediate_size", intermediate)
+        shapes |= _mlp(f"{module}.experts.{expert}", hidden, size, names)
+    if shared := config.get("shared_expert_intermediate_size"):
+        shapes |= _mlp(f"{module}.shared_expert", hidden, shared)
+        shapes[f"{module}.shared_expert_gate"] = (1, hidden, 1.0)
+    return shapes
+
+
+# Of `write_llava`: what stands for an image in a prompt, and how many tokens it becomes.
+IMAGE_TOKEN, IMAGE_TOKENS = 258, 16
+
+
+def write_llava(folder: Path, text: Path) -> Path:
+    """Write a seeded model that sees, with a processor, around a checkpoint of `write_llama`'s."""
+    from transformers import (
+        CLIPImageProcessor,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+    )
+
+    torch.manual_seed(0)
+    language = json.loads((text / "config.json").read_text())
+    patches = int(IMAGE_TOKENS**0.5)
+    vision = CLIPVisionConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=8 * patches,
+        patch_size=8,
+        initializer_range=0.3,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=LlamaConfig(**language),
+        image_token_index=IMAGE_TOKEN,
+        image_seq_length=IMAGE_TOKENS,
+        architectures=["LlavaForConditionalGeneration"],
+        tie_word_embeddings=False,
+        dtype="float32",
+    )
+    model = LlavaForConditionalGeneration(config)
+    tensors = {
+        name: tensor for name, tensor in model.state_dict().items() if "language" not in name
+    }
+    tensors = {
+        name.removeprefix("model."): torch.randn_like(tensor) * 0.2
+        for name, tensor in tensors.items()
+        if not name.startswith("lm_head.")
+    }
+    for name, tensor in load_file(text / "model.safetensors").items():
+        tensors[f"language_model.{name}"] = tensor
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(folder)
+    write_tokenizer(folder)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<unused>", "<image>"]})
+    assert tokenizer.convert_tokens_to_ids("<image>") == IMAGE_TOKEN
+    size = 8 * patches
+    LlavaProcessor(
+        CLIPImageProcessor(size={"height": size, "width": size}, crop_size=size),
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    ).save_pretrained(folder)
     return folder
 
 

@@ -97,6 +97,12 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "Gemma 2": {"model_type": "gemma2", "tie": True},
     "Gemma 3": {"model_type": "gemma3_text", "attention_bias": True},
+    "Phi 3": {"model_type": "phi3"},
+    "GLM 4": {"model_type": "glm4", "attention_bias": True},
+    "Granite": {"model_type": "granite", "tie": True},
+    "Mixtral": {"model_type": "mixtral"},
+    "Qwen2 MoE": {"model_type": "qwen2_moe"},
+    "Qwen3 MoE": {"model_type": "qwen3_moe"},
 }
 
 # Written for this test, so that nothing needs to be downloaded to read it.
@@ -138,18 +144,26 @@ def test_every_plan_equals_the_equations(model: str, tmp_path: Path) -> None:
         assert (logits - expected).abs().max() < 1e-4, name
 
 
+RANKED = ["Phi 3", "GLM 4", "Granite", "Mixtral", "Qwen2 MoE"]
 # Heads and sizes that three ranks can cut, and blocks of any width two ranks and six.
 CUT = {"hidden": 96, "heads": 6, "kv_heads": 6, "intermediate": 96}
+NO_DESYNC = {
+    "Gemma 3": "'desync': this model's modules have norms after",
+    "GLM 4": "'desync': this model's modules have norms after",
+    "Phi 3": "'desync': this model's q, k and v are one projection",
+}
+CUT_EXPERTS = {"moe_intermediate_size": 48, "shared_expert_intermediate_size": 96}
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 6])
-@pytest.mark.parametrize("model", ["GQA", "biases", "Qwen3", "Gemma 3"])
+@pytest.mark.parametrize("model", ["GQA", "biases", "Qwen3", "Gemma 3", *RANKED])
 def test_what_depends_on_ranks_equals_the_equations(model: str, ranks: int, tmp_path: Path) -> None:
-    path = write_llama(tmp_path, layers=LAYERS, seed=1, **{**MODELS[model], **CUT})
+    sizes = {**CUT, **(CUT_EXPERTS if model == "Qwen2 MoE" else {})}
+    path = write_llama(tmp_path, layers=LAYERS, seed=1, **{**MODELS[model], **sizes})
     ids = prompts(2, 48, seed=2)
     for name, spec in DROPS.items():
-        if model == "Gemma 3" and "desync" in spec:
-            with pytest.raises(UserError, match="'desync': this model's modules have norms after"):
+        if model in NO_DESYNC and "desync" in spec:
+            with pytest.raises(UserError, match=NO_DESYNC[model]):
                 hf.load(path, spec)
             continue
         plan = resolve(spec, LAYERS)
@@ -324,7 +338,7 @@ def test_errors(folder: Path, tmp_path: Path) -> None:
     config = json.loads((other / "config.json").read_text())
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"model_type": "gemma"}, "'gemma' is not supported; allowed: 'llama', .*'qwen3'"),
-        ({"model_type": "mixtral"}, "'mixtral' is not supported; allowed: 'llama'"),
+        ({"model_type": "gpt_oss"}, "'gpt_oss' is not supported; allowed: 'llama'"),
         (
             {"model_type": "qwen2", "dual_chunk_attention_config": {"chunk_size": 8}},
             "'dual_chunk_attention_config' is not supported; allowed: qwen2 models without it",

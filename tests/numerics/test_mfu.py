@@ -25,6 +25,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     # One layer in three sees all tokens.
     "gemma3": {"model_type": "gemma3_text"},
+    "mixtral": {"model_type": "mixtral"},
 }
 PLANS: list[Any] = ["plain", "identity", {"pair": [0, 6]}, {"pair": [2, 4]}, {"blocks": [[0], [4]]}]
 
@@ -99,7 +100,7 @@ def test_a_plan_counts_what_runs(
         for part, whole in parts.items():
             times = runs.depth if part in ONCE else len(runs.kept)
             expected = whole if part.startswith("unembed.") else times * whole // LAYERS
-            if family == "gemma3" and part in ONCE:
+            if family in ("gemma3", "mixtral") and part in ONCE:
                 times = len(runs.kept)  # whole in any case
                 expected = times * whole // LAYERS
             if family in WINDOWED and part in BY_WINDOW:

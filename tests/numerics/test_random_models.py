@@ -67,6 +67,18 @@ GEMMAS: dict[str, dict[str, Any]] = {
     "Gemma 2": {"model_type": "gemma2", "tie": True},
     "Gemma 3": {"model_type": "gemma3_text"},
 }
+# Whole in any case, too.
+OTHERS: dict[str, dict[str, Any]] = {
+    "Phi 3": {"model_type": "phi3"},
+    "GLM 4": {"model_type": "glm4", "attention_bias": True},
+    "Granite": {"model_type": "granite", "tie": True},
+}
+# Routers beside each other, and experts whose sums the blocks reduce.
+MOES: dict[str, dict[str, Any]] = {
+    "Mixtral": {"model_type": "mixtral"},
+    "Qwen2 MoE": {"model_type": "qwen2_moe", "hidden": 128, "tie": True},
+    "Qwen3 MoE": {"model_type": "qwen3_moe"},
+}
 # Shapes of the families, each with plans that exercise it. Six layers.
 RANDOM: dict[str, tuple[dict[str, Any], list[Any]]] = {
     "GQA, untied": ({}, [{"pair": [1, 5]}, {"pair": [0, 6], "group": 3}, {"pair": [0, 6]}]),
@@ -85,8 +97,14 @@ RANDOM: dict[str, tuple[dict[str, Any], list[Any]]] = {
     **{name: (shape, FAMILY) for name, shape in FAMILIES.items()},
     "Gemma 2": (GEMMAS["Gemma 2"], [FAMILY[1], HALF[1]]),
     "Gemma 3": (GEMMAS["Gemma 3"], FAMILY),
+    "Mixtral": (MOES["Mixtral"], [FAMILY[1], HALF[2]]),
+    "Qwen2 MoE": (MOES["Qwen2 MoE"], [FAMILY[2], DESYNC[0]]),
+    "Qwen3 MoE": (MOES["Qwen3 MoE"], [*FAMILY, HALF[1]]),
     "whole": ({"attention_bias": True, "mlp_bias": True}, WHOLE),
     "whole, one KV head": ({"kv_heads": 1}, WHOLE[:1]),
+    "Phi 3": (OTHERS["Phi 3"], [FAMILY[2], HALF[1]]),
+    "GLM 4": (OTHERS["GLM 4"], [FAMILY[1], FAMILY[2]]),
+    "Granite": (OTHERS["Granite"], [*FAMILY[1:], DESYNC[0], HALF[1]]),
     **{f"{name}, whole": (shape, WHOLE[3:4]) for name, shape in FAMILIES.items()},
     # TP 2 can't deal out three KV heads evenly: such a block is whole there, on one rank folded.
     "three KV heads": ({"kv_heads": 1}, [{"pair": [0, 6], "group": 3}]),
@@ -169,7 +187,7 @@ def test_identity_of_other_families_is_plain(tmp_path: Path) -> None:
     """vLLM's own class of each family gives the same numbers, to the last bit."""
     cases = [
         Case(folder, plan, prompts(1, 40).tolist(), max_tokens=4)
-        for name, shape in (FAMILIES | GEMMAS).items()
+        for name, shape in (FAMILIES | GEMMAS | OTHERS | MOES).items()
         for folder in [write_llama(tmp_path / name, layers=2, **shape)]
         for plan in ("plain", "identity")
     ]

@@ -76,7 +76,13 @@ def test_show_json_counts_bytes(model: Path, capsys: pytest.CaptureFixture[str])
     assert resolve(facts["plan"], 8).digest == facts["digest"]
 
 
-@pytest.mark.parametrize("kind", ["mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"])
+FAMILIES = [
+    *("mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"),
+    *("phi3", "glm4", "granite", "mixtral", "qwen2_moe", "qwen3_moe"),
+]
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_bytes_of_other_families(
     tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,8 +15,13 @@ from hypothesis import strategies as st
 from benchmarks.cost_model import predict_measured, predict_published
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.plan import Plan, resolve
-from vllm_depthpar.plan.families import FAMILIES
-from vllm_depthpar.plan.model_shape import ModelShape, all_reduces, hidden_all_reduces
+from vllm_depthpar.plan.families import FAMILIES, Experts
+from vllm_depthpar.plan.model_shape import (
+    ExpertSizes,
+    ModelShape,
+    all_reduces,
+    hidden_all_reduces,
+)
 from vllm_depthpar.predict.cost_model import plain_time, speedup, step_time
 from vllm_depthpar.predict.devices import DEVICES
 from vllm_depthpar.predict.links import LINKS
@@ -123,6 +128,33 @@ def test_whole_blocks_take_each_layers_time_and_one_blocks_all_reduces() -> None
     assert (plain.fixed, folded.fixed, kept.fixed) == (8, 4, 8)
     assert (plain.communication, folded.communication, kept.communication) == (18, 10, 10)
     assert kept.memory == pytest.approx(plain.memory)
+
+
+def test_experts_by_hand() -> None:
+    # One row reads 2 of 8 experts of 3 x 64 x 32 weights; a router of 8 x 64; and 3 x 64 x 16
+    # weights of the expert of all rows. Two of the eight layers have an MLP of 3 x 64 x 128.
+    names = Experts(shared="shared_expert_intermediate_size")
+    sizes = ExpertSizes(names, 8, 2, 32, 16, frozenset(range(2, 8)))
+    shape = replace(SHAPE, experts=sizes, layouts=("whole",))
+    alone = Deployment(Device("slow", 1e6, ((1, 1e12),), step_seconds=5.0), None, 1)
+
+    def mlps(workload: Workload) -> float:
+        without = resolve({"drop_mlp": list(range(8))}, 8)
+        there, gone = (step_time(shape, plan, alone, workload) for plan in (IDENTITY, without))
+        return (there.memory - gone.memory) * 1e6 / 2
+
+    one = 2 * 3 * 64 * 32 + 8 * 64 + 3 * 64 * 16
+    assert mlps(Workload(1)) == pytest.approx(6 * one + 2 * 3 * 64 * 128)
+    # Two rows, each with two experts of its own choice: 8 x (1 - (6 / 8)^2) = 3.5 are read.
+    two = 3.5 * 3 * 64 * 32 + 8 * 64 + 3 * 64 * 16
+    assert mlps(Workload(2)) == pytest.approx(6 * two + 2 * 3 * 64 * 128)
+    # FLOP/s: every row pays for two.
+    fast = replace(alone.device, memory_bandwidth=1e15, flops=((1, 1e6),))
+    flops = [
+        step_time(shape, resolve(spec, 8), replace(alone, device=fast), Workload(5)).compute * 1e6
+        for spec in ("identity", {"drop_mlp": [2]})
+    ]
+    assert flops[0] - flops[1] == pytest.approx(2 * 5 * one)
 
 
 def test_where_norms_follow_modules_an_all_reduce_is_of_every_members_term() -> None:

@@ -27,6 +27,8 @@ QUANTIZED = ModelShape.from_config({**CONFIG, "quantization_config": {"quant_met
 KINDS = ["full_attention", "full_attention", *["full_attention", "sliding_attention"] * 2]
 WINDOWS = ModelShape.from_config({**CONFIG, "sliding_window": 8, "layer_types": KINDS})
 GEMMA = ModelShape.from_config({**CONFIG, "model_type": "gemma2", "head_dim": 16})
+MOE = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+MIXTRAL = ModelShape.from_config({**CONFIG, **MOE})
 ADAPTED = replace(SHAPE, layouts=(WHOLE,))
 PAIRS: dict[str, Any] = {"blocks": [[0, 1], [2, 3], [4], [5]]}
 
@@ -43,6 +45,7 @@ PAIRS: dict[str, Any] = {"blocks": [[0, 1], [2, 3], [4], [5]]}
         (ADAPTED, 2, [WHOLE, WHOLE]),
         (GEMMA, 1, [WHOLE, WHOLE]),
         (GEMMA, 2, [WHOLE, WHOLE]),
+        (MIXTRAL, 2, [WHOLE, WHOLE]),
     ],
 )
 def test_the_fastest_that_can_be(shape: ModelShape, tp: int, expected: list[str]) -> None:
@@ -79,6 +82,7 @@ def test_kv_cache_of_whole_blocks_is_the_plain_models() -> None:
         (replace(SHAPE, layouts=UNFOLDED), ["[0, 1]", "quantized or served with adapters"]),
         (WINDOWS, ["[2, 3]", "windows of attention differ"]),
         (GEMMA, ["[0, 1]", "which have norms after their modules"]),
+        (MIXTRAL, ["[0, 1]", "whose routers choose among their own experts"]),
     ],
 )
 def test_what_cannot_be_folded_is_said(shape: ModelShape, words: list[str]) -> None:

@@ -11,6 +11,7 @@ from vllm_depthpar.checkpoint.tensors import opened, stored
 from vllm_depthpar.errors import UserError, shortened
 from vllm_depthpar.plan.families import family_of
 from vllm_depthpar.plan.model_shape import ModelShape
+from vllm_depthpar.plan.multimodal import language_config
 from vllm_depthpar.plan.precedence import KEY
 from vllm_depthpar.util import files
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def read_config(model: str) -> dict[str, Any]:
-    """Read the config.json of a checkpoint.
+    """Read the config.json of a checkpoint; of a multimodal one what it says of its language model.
 
     Args:
         model: its folder, or its name on the Hugging Face hub (cached or downloaded).
@@ -34,6 +35,7 @@ def read_config(model: str) -> dict[str, Any]:
     config = files.read_json(path, allowed="a config.json")
     if not isinstance(config, dict):
         raise UserError(f"{path} is not a JSON object; allowed: a config.json")
+    config = language_config(config)
     family_of(config)
     ModelShape.from_config(config)
     return config

@@ -26,6 +26,7 @@ from vllm_depthpar.checkpoint.tensors import (
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.plan import Plan, drawing, ladder_checkpoint, resolve
 from vllm_depthpar.plan.model_shape import ModelShape
+from vllm_depthpar.plan.multimodal import language_names
 from vllm_depthpar.plan.precedence import ARCHITECTURE, KEY
 from vllm_depthpar.util import files
 from vllm_depthpar.util.markdown import table
@@ -69,8 +70,8 @@ def check_source(model: str, plan: Plan) -> None:
     """Refuse a checkpoint that can't be exported with a plan, before anything long begins.
 
     Raises:
-        UserError: it is not in safetensors, lacks layers that the plan runs, or its tensors are not
-            what its config.json says.
+        UserError: it is multimodal or not in safetensors, lacks layers that the plan runs, or its
+            tensors are not what its config.json says.
     """
     _shards(folder(model), read_config(model), plan)
 
@@ -193,6 +194,11 @@ def exported_config(config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
 def _shards(source: Path, config: Mapping[str, Any], plan: Plan) -> dict[str, list[str]]:
     """List the names of the tensors to keep, by the file that they are in."""
     tensors = stored(source)
+    if any(stands != name for stands, name in language_names(tensors).items()):
+        raise UserError(
+            f"{source} is multimodal, and can't be written anew; allowed: to serve it as it is, "
+            f"with its plan in --hf-overrides or DEPTHPAR_PLAN"
+        )
     shapes = {name: shape for name, (_, shape) in tensors.items()}
     expected = Expected(config)
     expected.check_all(shapes, plan.runs)

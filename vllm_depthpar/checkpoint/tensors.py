@@ -14,6 +14,7 @@ from typing import Any
 
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.plan.model_shape import ModelShape
+from vllm_depthpar.plan.multimodal import language_names
 from vllm_depthpar.plan.plan import Half
 from vllm_depthpar.util import files
 
@@ -50,8 +51,17 @@ class Expected:
         shape = ModelShape.from_config(config)
         self.layers, self.half_of = shape.layers, shape.family.half_of
         quantized = config.get("quantization_config") is not None
-        self.of_layer: dict[str, Shape] = {} if quantized else shape.layer_tensors()
+        self._is_sparse = shape.is_sparse
+        # Of layers with one MLP, and of those with experts.
+        self._of_layers: dict[bool, dict[str, Shape]] = {
+            shape.is_sparse(layer): {} if quantized else shape.layer_tensors(layer)
+            for layer in range(shape.layers)
+        }
         self.of_model: dict[str, Shape] = {} if quantized else shape.other_tensors()
+
+    def of_layer(self, layer: int) -> dict[str, Shape]:
+        """Look up the shapes of a layer's tensors, by their names in it."""
+        return self._of_layers[self._is_sparse(layer)]
 
     def check(self, name: str, shape: Iterable[int]) -> None:
         """Refuse a tensor of a layer that is not in the model, or of a wrong shape.
@@ -68,7 +78,7 @@ class Expected:
                 f"the checkpoint has layer {layer} ({name!r}), and its config.json says "
                 f"num_hidden_layers {self.layers}; allowed: layers 0 to {self.layers - 1}"
             )
-        right, found = self.of_layer.get(rest), tuple(shape)
+        right, found = self.of_layer(layer).get(rest), tuple(shape)
         if right is not None and found != right:
             raise UserError(
                 f"layer {layer} of the checkpoint: {name!r} has the shape {list(found)}; allowed: "
@@ -96,7 +106,7 @@ class Expected:
                     f"the checkpoint has no layer {layer}, which the plan runs; allowed: layers "
                     f"{', '.join(map(str, sorted(there))) or 'none'}"
                 )
-            for rest in self.of_layer:
+            for rest in self.of_layer(layer):
                 if self.half_of(rest) == half and rest not in there[layer]:
                     raise lacks(layer, rest)
         self._check_rest(shapes)
@@ -208,11 +218,13 @@ def stored(folder: Path) -> dict[str, tuple[str, Shape]]:
 
 
 def check_folder(folder: Path, config: Mapping[str, Any], runs: Iterable[Half]) -> None:
-    """Refuse a checkpoint whose safetensors are not what its config.json says; see `Expected`.
+    """Refuse a checkpoint whose safetensors are not what its config.json says; see `Expected`. Of
+    a multimodal one only the language model's are looked at.
 
     Raises:
         UserError: it is one. Folders without safetensors pass.
     """
     if has_safetensors(folder):
-        shapes = {name: shape for name, (_, shape) in stored(folder).items()}
+        found = stored(folder)
+        shapes = {name: found[stored_as][1] for stored_as, name in language_names(found).items()}
         Expected(config).check_all(shapes, runs)

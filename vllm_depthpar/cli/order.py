@@ -73,7 +73,13 @@ def _run(args: argparse.Namespace) -> str:
 def _check(args: argparse.Namespace) -> None:
     """Refuse what is wrong before anything long begins."""
     config = read_original_config(args.model)
-    intermediate = ModelShape.from_config(config).intermediate
+    shape = ModelShape.from_config(config)
+    intermediate = shape.intermediate
+    if shape.experts:
+        raise UserError(
+            f"{args.model} has MLPs of experts, whose neurons have no order yet; allowed: models "
+            f"without"
+        )
     if intermediate % args.tp:
         raise UserError(
             f"--tp {args.tp}: {intermediate} neurons of an MLP can't be dealt out evenly; allowed: "

@@ -69,7 +69,12 @@ def add(commands: Any) -> None:
         f"({devices.THIS})",
     )
     predict.add_argument(
-        "--calibrate", action="store_true", help="measure this machine first (a minute)"
+        "--calibrate", action="store_true", help="measure this machine first (two minutes)"
+    )
+    predict.add_argument(
+        "--eager",
+        action="store_true",
+        help="calibrate for --enforce-eager (compiled, vLLM's default)",
     )
     predict.add_argument("--json", action="store_true", help="print the numbers as JSON")
     predict.set_defaults(run=_predict)
@@ -107,7 +112,9 @@ def _predict(args: argparse.Namespace) -> str:
         raise UserError(f"--calibrate measures this machine; allowed: --device {devices.THIS}")
     for plan in chosen.values():
         check(shape, plan, args.tp)
-    device = _calibrated(shape, args.tp) if args.calibrate else devices.device_named(args.device)
+    if args.eager and not args.calibrate:
+        raise UserError("--eager says what --calibrate measures; allowed: beside it")
+    device = _calibrated(shape, args) if args.calibrate else devices.device_named(args.device)
     deployment = Deployment(device, link, args.tp)
     workloads = {DECODE: Workload(args.batch, args.context)}
     if args.prompt:
@@ -135,11 +142,11 @@ def _ratios(base: dict[str, StepTime], times: dict[str, StepTime]) -> dict[str, 
     return {load: base[load].seconds / times[load].seconds for load in base}
 
 
-def _calibrated(shape: ModelShape, tp: int) -> Device:
+def _calibrated(shape: ModelShape, args: argparse.Namespace) -> Device:
     from vllm_depthpar.predict.calibrate import measure
 
-    print("Measuring this machine (about a minute) ...", file=sys.stderr, flush=True)
-    device = measure(shape, tp)
+    print("Measuring this machine (about two minutes) ...", file=sys.stderr, flush=True)
+    device = measure(shape, args.tp, args.eager)
     print(f"Saved in {devices.save(device)}", file=sys.stderr)
     return device
 

@@ -26,7 +26,7 @@ from vllm_depthpar.evaluate.rows import Block, Row, row_of
 from vllm_depthpar.evaluate.texts import Windows
 from vllm_depthpar.hf import ParallelBlock
 from vllm_depthpar.plan import Plan, resolve
-from vllm_depthpar.plan.families import family_of
+from vllm_depthpar.plan.model_shape import ModelShape
 from vllm_depthpar.plan.plan import Half
 from vllm_depthpar.util.result_cache import Journal
 
@@ -96,8 +96,9 @@ class Evaluator:
     ) -> None:
         self.ranks = ranks
         self._model = model.eval()
-        self._norms = family_of(model.config.to_dict()).norms
-        self._layers: list[GradientCheckpointingLayer] = list(model.model.layers)
+        shape = ModelShape.from_config(hf.body(model).config.to_dict())
+        self._norms, self._whole = shape.family.norms, shape.always_whole
+        self._layers: list[GradientCheckpointingLayer] = list(hf.body(model).layers)
         self.unmodified = unmodified or resolve("identity", len(self._layers))
         self._origin = origin
         self._batch = batch
@@ -171,7 +172,7 @@ class Evaluator:
         """Measure the sums of `Quality.nll` and of `Quality.kl` of each row, window by window."""
         tokens = tokens.to(self._model.device)
         targets = tokens[:, -counted:]
-        stream = self._model.model.embed_tokens(tokens)
+        stream = hf.embed(self._model, tokens)
         context = hf.context(self._model, stream)
         # The unmodified model's distribution is what the others are compared with, hence first.
         unmodified = row_of(self.unmodified)
@@ -191,7 +192,7 @@ class Evaluator:
             nll, kl = [], []
             # Window by window: the logits of one are the largest tensor there is.
             for at, (x, target) in enumerate(zip(streams[-1][0], targets, strict=True)):
-                hidden = self._model.model.norm(x[-counted - 1 : -1])
+                hidden = hf.last_hidden(self._model, x[-counted - 1 : -1])
                 logits = hf.logits(self._model, hidden)
                 normalizer = logits.logsumexp(-1)
                 chosen = logits.gather(1, target[:, None])[:, 0]
@@ -223,7 +224,7 @@ class Evaluator:
             drop_attention=block.drop_attention,
             drop_mlp=block.drop_mlp,
             unreduced=block.unreduced,
-            whole=block.whole,
+            whole=block.whole or self._whole,
             norms=self._norms,
         )
 

@@ -128,19 +128,26 @@ def spawn(target: Callable[..., None], *args: object) -> BaseProcess:
     return process
 
 
-def call(target: Callable[..., Any], *args: object, progress: bool = False) -> Any:
+def call(
+    target: Callable[..., Any],
+    *args: object,
+    env: Mapping[str, str] | None = None,
+    progress: bool = False,
+) -> Any:
     """Call `target(*args)` in a new process for plain vLLM; returns its result.
 
     Args:
         target: a function of a module; it imports vLLM itself.
         args: can be pickled, as the answer.
+        env: see `Worker`.
         progress: see `Worker`; else stderr is kept for the message.
 
     Raises:
         EngineError: the function raised, or its process was ended; the message is the last line
             that it printed.
     """
-    worker = Worker("a call", _answer, target, args, env=_PLAIN, progress=progress)
+    given = {**_PLAIN, **(env or {})}
+    worker = Worker("a call", _answer, target, args, env=given, progress=progress)
     try:
         return worker.receive()
     except EngineError as error:

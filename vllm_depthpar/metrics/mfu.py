@@ -114,9 +114,21 @@ class BlockFfn(_Sum, ComponentMetrics):
         one = FfnMetrics.from_vllm_config(vllm_config)
         if source_of(vllm_config.model_config) is None:
             return one
-        size = shape_of(vllm_config).intermediate
+        shape = shape_of(vllm_config)
+        if shape.experts:
+            layers = [layer for (layer,) in _held_together(vllm_config, "mlp")]
+            counts = {
+                "num_hidden_layers": len(layers),
+                "num_moe_layers": sum(map(shape.is_sparse, layers)),
+            }
+            return cls(parts=[one.model_copy(update=counts)])
         parts = [
-            one.model_copy(update={"num_hidden_layers": count, "intermediate_size": width * size})
+            one.model_copy(
+                update={
+                    "num_hidden_layers": count,
+                    "intermediate_size": width * shape.intermediate,
+                }
+            )
             for width, count in _mlps(vllm_config).items()
         ]
         return cls(parts=parts)

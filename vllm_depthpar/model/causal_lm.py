@@ -6,8 +6,8 @@ addresses a layer finds it: weights, adapters, quantization schemes, KV caches. 
 side by side may also be held as *one*, in the place of the first of them: m times as wide (see
 `vllm_depthpar.model.fold`), or, where m divides the tensor-parallel size, one member per group of
 ranks. Most families' layers are Llama's but for their attention, which is in
-`vllm_depthpar.model.attention`; Gemma's are in `vllm_depthpar.model.gemma`. The shell around the
-layers is Llama's, with what Gemma's has more: a scaled embedding, soft-capped logits.
+`vllm_depthpar.model.attention`; others are in `vllm_depthpar.model.family_layers`. The shell around
+the layers is Llama's, with what Gemma's has more: a scaled embedding, soft-capped logits.
 
 Unified Layer Skipping: arXiv 2404.06954. The other methods: `vllm_depthpar.model.blocks`.
 """
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -33,7 +34,7 @@ from vllm_depthpar.model import last_words
 from vllm_depthpar.model.agreement import check_agreement
 from vllm_depthpar.model.blocks import Block
 from vllm_depthpar.model.decoder_layers import DealtDecoderLayer, DecoderLayer, Weights
-from vllm_depthpar.model.gemma import LAYERS
+from vllm_depthpar.model.family_layers import LAYERS, naming
 from vllm_depthpar.model.inductor import keep_mutations_in_order
 from vllm_depthpar.model.wide_block import WideDecoderLayer
 from vllm_depthpar.plan.attached import config_of, layouts_of, plan_of
@@ -90,8 +91,12 @@ class DepthParModel(LlamaModel):
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=make_layer)
         self.plan, self.layouts = plan, layouts
         config = self.config
-        self.scaled = family_of(config.to_dict()).norms_after
-        if self.scaled:
+        self.hf_to_vllm_mapper = naming(config.model_type)["hf_to_vllm_mapper"]
+        family = family_of(config.to_dict())
+        self.scaled = family.gemma or family.multipliers
+        if family.multipliers:
+            self.normalizer: torch.Tensor | float = config.embedding_multiplier
+        if family.gemma:
             self.norm = GemmaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
             # In the model's dtype: 55.5 for 55.4256 in bfloat16, as it was trained.
             scale = torch.tensor(config.hidden_size**0.5)
@@ -185,10 +190,22 @@ class DepthParModel(LlamaModel):
 class DepthParForCausalLM(LlamaForCausalLM):
     """Any family's causal model, run by the plan in its config's key `depthpar`."""
 
+    def __new__(cls, *args: Any, vllm_config: VllmConfig, **kwargs: Any) -> DepthParForCausalLM:
+        """Make it of a class with the family's `naming`, which vLLM asks classes for."""
+        kind = vllm_config.model_config.hf_config.model_type
+        made = type(cls.__name__, (cls,), naming(kind))
+        return cast(
+            "DepthParForCausalLM", super().__new__(made, *args, vllm_config=vllm_config, **kwargs)
+        )
+
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        if (cap := getattr(self.config, "final_logit_softcapping", None)) is not None:
-            self.logits_processor = LogitsProcessor(self.config.vocab_size, soft_cap=cap)
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        scale = 1 / getattr(self.config, "logits_scaling", 1)
+        if cap is not None or scale != 1:
+            self.logits_processor = LogitsProcessor(
+                self.config.vocab_size, scale=scale, soft_cap=cap
+            )
 
     def _init_model(
         self, vllm_config: VllmConfig, prefix: str = "", layer_type: object = None

@@ -65,7 +65,7 @@ class DepthParConfig(VerifyAndUpdateConfig):
         if precedence.KEY in given and given[precedence.KEY] is None:
             raise UserError(f"--hf-overrides, key {precedence.KEY!r}: {NULL}")
         plan, source = precedence.choose(
-            config.to_dict(),
+            config_of(model_config),
             override=given.get(precedence.KEY),
             environ=os.environ.get(precedence.ENV),
         )
@@ -201,6 +201,11 @@ def _separate_kv_caches(vllm_config: VllmConfig, plan: Plan, layouts: Collection
 
 
 def _check_features(vllm_config: VllmConfig, plan: Plan, layouts: Collection[str]) -> None:
+    if vllm_config.parallel_config.enable_expert_parallel and plan.depends_on_ranks:
+        raise UserError(
+            "--enable-expert-parallel: under the plan's 'drop_sync' or 'desync' a rank has a part "
+            "of every expert; allowed: without the flag, or other plans"
+        )
     stages = vllm_config.parallel_config.pipeline_parallel_size
     if stages > 1:
         # vLLM 0.32's CPU build fails at the first request with two stages, plan or not: the second

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, cast
 
+import torch
 from torch import nn
 
 from vllm_depthpar.plan.families import Family
+from vllm_depthpar.vllm_compat import leave_sums
 
 
 class Half(NamedTuple):
@@ -14,17 +17,13 @@ class Half(NamedTuple):
 
     Attributes:
         before: the norm of what it reads.
-        module: what makes this rank's part of a term of what is normalized.
+        module: makes this rank's part of a term of what is normalized.
         after: the norm of the term, once all ranks' parts are summed; None if it is added as it is.
     """
 
     before: nn.Module
-    module: nn.Module
+    module: Any
     after: nn.Module | None
-
-
-# The modules of a half, by what `vllm_depthpar.plan.spec.HALVES` calls it.
-_MODULES = {"attention": "self_attn", "mlp": "mlp"}
 
 
 class Member:
@@ -35,6 +34,8 @@ class Member:
 
     # Whether both norms are the same: gains folded in, both read one normalized stream.
     norms_are_alike = False
+    # What a module gives is multiplied by it.
+    multiplier = 1.0
 
     def hand_over(self, family: Family, attends: bool, feeds: bool) -> None:
         """Leave sums over ranks to the block, and drop the halves that it does without.
@@ -45,17 +46,27 @@ class Member:
                 weights of that half, its norms among them.
         """
         self.norm_names = family.norms
-        layer: Any = self
+        self.modules_of = {"attention": "self_attn", "mlp": family.mlp}
         for half, kept in (("attention", attends), ("mlp", feeds)):
             if not kept:
-                for name in (_MODULES[half], *self.norm_names[half]):
-                    delattr(layer, name)
+                for name in (self.modules_of[half], *self.norm_names[half]):
+                    delattr(self, name)
         if attends:
-            layer.self_attn.o_proj.reduce_results = False
+            self._module("attention").o_proj.reduce_results = False
         if feeds:
-            layer.mlp.down_proj.reduce_results = False
+            leave_sums(self._module("mlp"))
+
+    def _module(self, half: str) -> Any:
+        return getattr(self, self.modules_of[half])
 
     def half(self, name: str) -> Half:
         """Take one of its halves, by its name in `vllm_depthpar.plan.spec.HALVES`."""
         before, *after = (getattr(self, norm) for norm in self.norm_names[name])
-        return Half(before, getattr(self, _MODULES[name]), *after or [None])
+        module = self._module(name)
+        if self.multiplier != 1:
+            module = partial(_multiplied, module, self.multiplier)
+        return Half(before, module, *after or [None])
+
+
+def _multiplied(module: nn.Module, by: float, *given: torch.Tensor) -> torch.Tensor:
+    return cast(torch.Tensor, module(*given)) * by

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vllm_depthpar.plan.model_shape import ModelShape
+from vllm_depthpar.plan.multimodal import language_config
 from vllm_depthpar.plan.plan import Plan, resolve
 from vllm_depthpar.plan.spec import DEALT, FOLDED
 
@@ -25,12 +26,13 @@ def attach(model_config: ModelConfig, plan: Plan, source: str) -> None:
     """Put a plan into a model's config.
 
     Relies on: `ModelConfig.compute_hash` takes the dataclass's fields and no other attributes,
-    which copies and pickles keep; all of `hf_config` is among the fields.
+    which copies and pickles keep; all of `hf_config` is among the fields, and `hf_text_config` is
+    it, or the part of it that the language model of a multimodal one is made from.
 
     Args:
         source: where the plan came from, for people.
     """
-    model_config.hf_config.depthpar = plan.to_spec()
+    model_config.hf_text_config.depthpar = plan.to_spec()
     setattr(model_config, _SOURCE, source)
 
 
@@ -41,7 +43,7 @@ def has_plan(model_config: ModelConfig) -> bool:
 
 def plan_of(model_config: ModelConfig) -> Plan:
     """Read the plan of a model that has one."""
-    config = model_config.hf_config
+    config = model_config.hf_text_config
     return resolve(config.depthpar, config.num_hidden_layers)
 
 
@@ -51,9 +53,8 @@ def source_of(model_config: ModelConfig) -> str | None:
 
 
 def config_of(model_config: ModelConfig) -> dict[str, Any]:
-    """Read the checkpoint's config.json."""
-    config: dict[str, Any] = model_config.hf_config.to_dict()
-    return config
+    """Read the checkpoint's config.json, of a multimodal one what it says of its language model."""
+    return language_config(model_config.hf_config.to_dict())
 
 
 def shape_of(vllm_config: VllmConfig) -> ModelShape:

@@ -38,7 +38,10 @@ class ConfigKeys(BaseModel):
     num_key_value_heads: Size | None = Field(None, description=f"{_SIZE}, or null")
     head_dim: Size | None = Field(None, description=f"{_SIZE}, or null")
     max_position_embeddings: Size = Field(1, description=_SIZE)
-    sliding_window: Size | None = Field(None, description=f"{_SIZE}, or null")
+    # 0 is how transformers writes that there is none.
+    sliding_window: int | None = Field(
+        None, ge=0, le=_MOST, description=f"an integer from 0 to {_MOST}, or null"
+    )
     use_sliding_window: bool | None = Field(None, description=_SWITCH)
     sliding_window_pattern: Size | None = Field(None, description=f"{_SIZE}, or null")
     max_window_layers: int = Field(0, ge=0, description="an integer of 0 or more")
@@ -59,6 +62,14 @@ class ConfigKeys(BaseModel):
     )
     rope_scaling: dict[str, Any] | None = Field(None, description=_MAPPING)
     rope_parameters: dict[str, Any] | None = Field(None, description=_MAPPING)
+    num_experts: Size = Field(1, description=_SIZE)
+    num_local_experts: Size = Field(1, description=_SIZE)
+    num_experts_per_tok: Size = Field(1, description=_SIZE)
+    moe_intermediate_size: Size = Field(1, description=_SIZE)
+    shared_expert_intermediate_size: Size = Field(1, description=_SIZE)
+    norm_topk_prob: bool = Field(False, description=_SWITCH)
+    decoder_sparse_step: Size = Field(1, description=_SIZE)
+    mlp_only_layers: list[int] | None = Field(None, description="a list of layers, or null")
     quantization_config: dict[str, Any] | None = Field(None, description=_MAPPING)
     dtype: str | None = Field(None, description="the name of a dtype, or null")
     torch_dtype: str | None = Field(None, description="the name of a dtype, or null")

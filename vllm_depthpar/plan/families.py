@@ -1,8 +1,8 @@
 """The families of models that can be restructured, and what of them is not Llama's.
 
 All have Llama's decoder layer: RMSNorm, attention with RoPE and grouped KV heads, RMSNorm, a gated
-MLP. A family differs in its biases, in norms of queries and keys, in windows of attention, and in
-norms of what attention and MLP give.
+MLP. A family differs in its biases, in norms of queries and keys, in windows of attention, in norms
+of what attention and MLP give, and in MLPs that are many experts.
 """
 
 from __future__ import annotations
@@ -22,6 +22,27 @@ _GEMMA_NORMS = {
 }
 
 
+@dataclass(frozen=True)
+class Experts:
+    """What MLPs of experts, of which a router chooses some for each token, are called.
+
+    Attributes:
+        module: the MLP, in a layer of the checkpoint.
+        projections: gate, up and down of an expert.
+        counts: the keys of config.json that may have the number of experts: transformers writes one
+            and reads all.
+        size: the key with the intermediate size of one.
+        shared: the key with the intermediate size of one more, which every token goes through; ""
+            if there is none.
+    """
+
+    module: str = "mlp"
+    projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    counts: tuple[str, ...] = ("num_experts", "num_local_experts")
+    size: str = "moe_intermediate_size"
+    shared: str = ""
+
+
 @dataclass(frozen=True, eq=False)
 class Family:
     """What of a family's decoder layer is not Llama's.
@@ -36,6 +57,15 @@ class Family:
         full_every: one layer in so many sees all tokens and the others a window, where config.json
             has no `layer_types`; 0: they are alike.
         caps_scores: attention scores are soft-capped, by `attn_logit_softcapping`.
+        experts: what MLPs of experts are called, if it has any.
+        fused_qkv: q, k and v are one projection in the checkpoint, `qkv_proj`.
+        fused_mlp: gate and up are, `gate_up_proj`.
+        turns_shares: its attention turns the share of each head that config.json names.
+        output_bias: o has a bias where q, k and v have.
+        gemma: the embedding is scaled by the root of its size, and norms multiply by one more than
+            their gains.
+        multipliers: config.json says by what the embedding, scores, logits and what every module
+            gives are multiplied (Granite).
         defaults: what is meant by keys that config.json leaves out, where it is not Llama's.
         refused: keys of config.json that make another model of it.
     """
@@ -47,6 +77,13 @@ class Family:
     activation: str = "silu"
     full_every: int = 0
     caps_scores: bool = False
+    experts: Experts | None = None
+    fused_qkv: bool = False
+    fused_mlp: bool = False
+    turns_shares: bool = False
+    output_bias: bool = True
+    gemma: bool = False
+    multipliers: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
     refused: tuple[str, ...] = ()
 
@@ -55,12 +92,28 @@ class Family:
         """Whether what an attention or an MLP gives goes through a norm before it is added."""
         return len(self.norms["attention"]) > 1
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether its layers side by side are held whole: for their norms, or because nobody has
+        taught this package to fold them."""
+        return self.norms_after or self.fused_qkv or self.fused_mlp or self.multipliers
+
+    @property
+    def mlp(self) -> str:
+        """The name of the MLP in a layer of the checkpoint."""
+        return "mlp" if self.experts is None else self.experts.module
+
     def half_of(self, tensor: str) -> str:
         """Say which half of a layer a tensor belongs to, by its name in the layer."""
         module = tensor.partition(".")[0]
         return "attention" if module in ("self_attn", *self.norms["attention"]) else "mlp"
 
 
+# GLM's, of which the two with Llama's names are where they are in Llama's.
+_GLM_NORMS = {
+    "attention": ("input_layernorm", "post_self_attn_layernorm"),
+    "mlp": ("post_attention_layernorm", "post_mlp_layernorm"),
+}
 _SLIDING = "sliding_attention"
 _LLAMA = Family(
     ("LlamaForCausalLM", "LLaMAForCausalLM", "LlamaModel", ladder_checkpoint.ARCHITECTURE)
@@ -71,6 +124,8 @@ _GEMMA_DEFAULTS = {
     "sliding_window": 4096,
     "tie_word_embeddings": True,
 }
+# What vLLM's classes of these take no notice of, and transformers' do.
+_MOE_REFUSED = ("use_sliding_window", "dual_chunk_attention_config")
 _MISTRAL_VARIANTS = ("ada_rms_norm_t_cond", "llama_4_scaling")
 # By config.json's `model_type`.
 FAMILIES = {
@@ -83,8 +138,38 @@ FAMILIES = {
         ("Qwen2ForCausalLM",), qkv_bias=True, refused=("dual_chunk_attention_config", "qk_norm")
     ),
     "qwen3": Family(("Qwen3ForCausalLM",), qk_norm=True, refused=("dual_chunk_attention_config",)),
+    "mixtral": Family(
+        ("MixtralForCausalLM",),
+        experts=Experts("block_sparse_moe", ("w1", "w3", "w2"), size="intermediate_size"),
+        defaults={"num_key_value_heads": 8},
+        refused=("sliding_window", "attention_bias"),
+    ),
+    "qwen2_moe": Family(
+        ("Qwen2MoeForCausalLM",),
+        qkv_bias=True,
+        experts=Experts(shared="shared_expert_intermediate_size"),
+        refused=("head_dim", "qk_norm", *_MOE_REFUSED),
+    ),
+    "qwen3_moe": Family(
+        ("Qwen3MoeForCausalLM",),
+        qk_norm=True,
+        experts=Experts(),
+        refused=("attention_bias", "shared_expert_intermediate_size", *_MOE_REFUSED),
+    ),
+    "phi3": Family(("Phi3ForCausalLM",), fused_qkv=True, fused_mlp=True, turns_shares=True),
+    "glm4": Family(
+        ("Glm4ForCausalLM",),
+        norms=_GLM_NORMS,
+        fused_mlp=True,
+        turns_shares=True,
+        output_bias=False,
+    ),
+    "granite": Family(
+        ("GraniteForCausalLM",), multipliers=True, refused=("layer_types", "sliding_window")
+    ),
     "gemma2": Family(
         ("Gemma2ForCausalLM",),
+        gemma=True,
         norms=_GEMMA_NORMS,
         activation="gelu_pytorch_tanh",
         full_every=2,
@@ -94,6 +179,7 @@ FAMILIES = {
     ),
     "gemma3_text": Family(
         ("Gemma3ForCausalLM",),
+        gemma=True,
         qk_norm=True,
         norms=_GEMMA_NORMS,
         activation="gelu_pytorch_tanh",
@@ -123,7 +209,8 @@ def family_of(config: Mapping[str, Any]) -> Family:
             raise UserError(
                 f"config.json's key {key!r} is not supported; allowed: {kind} models without it"
             )
-    _check_rotary(config, kind)
+    if not family.turns_shares:
+        _check_rotary(config, kind)
     return family
 
 
@@ -157,7 +244,7 @@ def windows(config: Mapping[str, Any]) -> list[int | None]:
     if kinds is None and family.full_every:
         every = config.get("sliding_window_pattern") or family.full_every
         kinds = [_SLIDING if (layer + 1) % every else "full_attention" for layer in layers]
-    window = config.get("sliding_window")
+    window = config.get("sliding_window") or None
     # Qwen's keys: whether there are windows, and from which layer on.
     if not config.get("use_sliding_window", "max_window_layers" not in config):
         window = None
@@ -165,3 +252,13 @@ def windows(config: Mapping[str, Any]) -> list[int | None]:
     if kinds is None:
         return [window if layer >= begin else None for layer in layers]
     return [window if kind == _SLIDING else None for kind in kinds]
+
+
+def sparse_layers(config: Mapping[str, Any]) -> frozenset[int]:
+    """List the layers whose MLP is many experts; arguments as `windows`."""
+    family = family_of({"model_type": "llama", **config})
+    if family.experts is None:
+        return frozenset()
+    every, dense = config.get("decoder_sparse_step") or 1, config.get("mlp_only_layers") or ()
+    layers = range(config["num_hidden_layers"])
+    return frozenset(layer for layer in layers if (layer + 1) % every == 0 and layer not in dense)

@@ -10,7 +10,14 @@ from typing import Any
 
 from vllm_depthpar.errors import UserError, shortened
 from vllm_depthpar.plan.config_keys import check_keys
-from vllm_depthpar.plan.families import FAMILIES, Family, family_of, windows
+from vllm_depthpar.plan.families import (
+    FAMILIES,
+    Experts,
+    Family,
+    family_of,
+    sparse_layers,
+    windows,
+)
 from vllm_depthpar.plan.plan import Plan
 from vllm_depthpar.plan.spec import DEALT, FOLDED, HALVES, SINGLE, WHOLE
 from vllm_depthpar.plan.weight_bits import weight_bits
@@ -24,6 +31,27 @@ UNFOLDED = (DEALT, WHOLE)
 
 
 @dataclass(frozen=True)
+class ExpertSizes:
+    """The sizes of MLPs of experts.
+
+    Attributes:
+        names: what they are called.
+        count: experts in an MLP.
+        chosen: experts that a token goes through.
+        intermediate: of one.
+        shared: intermediate size of the one that every token goes through beside them; 0: none.
+        layers: whose MLPs these are.
+    """
+
+    names: Experts
+    count: int
+    chosen: int
+    intermediate: int
+    shared: int
+    layers: frozenset[int]
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """The numbers of a config.json that decide bytes, shards and reductions.
 
@@ -31,11 +59,13 @@ class ModelShape:
         windows: how many tokens the attention of each layer sees; None: all before it. () if all
             see as many.
         layouts: of `LAYOUTS` those that layers of it can be held in: a gain can't be folded into
-            quantized weights, adapters act on whole layers alone, and a norm after a module needs
-            that module's sum alone.
+            quantized weights, adapters act on whole layers alone, a norm after a module needs that
+            module's sum alone, a router chooses among its own layer's experts, and some families
+            nobody has taught this package to fold.
         weight_bits: of one weight of a layer's projections, where they are quantized; None: as all
             other numbers. See `weight_bits.weight_bits`.
         family: what of its layers is not Llama's.
+        experts: of MLPs that are many; None if no layer has such.
     """
 
     layers: int
@@ -55,6 +85,7 @@ class ModelShape:
     layouts: tuple[str, ...] = LAYOUTS
     weight_bits: float | None = None
     family: Family = field(default_factory=lambda: FAMILIES["llama"])
+    experts: ExpertSizes | None = None
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
@@ -69,6 +100,7 @@ class ModelShape:
         layouts = LAYOUTS if config.get("quantization_config") is None else UNFOLDED
         attention_bias = bool(config.get("attention_bias", False))
         try:
+            experts = _experts(family, config)
             heads, hidden = config["num_attention_heads"], config["hidden_size"]
             return cls(
                 layers=config["num_hidden_layers"],
@@ -80,7 +112,7 @@ class ModelShape:
                 vocab=config["vocab_size"],
                 tied=bool(config.get("tie_word_embeddings", False)),
                 qkv_bias=attention_bias or family.qkv_bias,
-                output_bias=attention_bias and not family.qkv_bias,
+                output_bias=attention_bias and family.output_bias and not family.qkv_bias,
                 mlp_bias=bool(config.get("mlp_bias", False)),
                 qk_norm=family.qk_norm,
                 dtype_bytes=DTYPE_BYTES.get(
@@ -88,8 +120,9 @@ class ModelShape:
                 ),
                 windows=tuple(windows(config)),
                 weight_bits=weight_bits(config),
-                layouts=(WHOLE,) if family.norms_after else layouts,
+                layouts=(WHOLE,) if family.is_whole or experts else layouts,
                 family=family,
+                experts=experts,
             )
         except KeyError as error:
             raise UserError(
@@ -149,6 +182,12 @@ class ModelShape:
                 "plan key 'desync': this model's modules have norms after them, which take all "
                 "ranks' sum; allowed: 'drop_sync', 'parallel_residual' or 'ladder', or other models"
             )
+        if plan.desync and self.family.fused_qkv:
+            raise UserError(
+                "plan key 'desync': this model's q, k and v are one projection, which has no "
+                "reference for ranks with streams of their own; allowed: 'drop_sync', "
+                "'parallel_residual' or 'ladder', or other models"
+            )
         if plan.layout != FOLDED:
             return
         for position, block in enumerate(plan.blocks):
@@ -156,6 +195,10 @@ class ModelShape:
                 why = "of a model that is quantized or served with adapters"
                 if self.family.norms_after:
                     why = "which have norms after their modules"
+                elif self.experts:
+                    why = "whose routers choose among their own experts"
+                elif self.always_whole:
+                    why = "of a family that is served layer by layer"
                 elif FOLDED in self.layouts:
                     why = "whose windows of attention differ"
                 raise UserError(
@@ -182,9 +225,29 @@ class ModelShape:
         attention, mlp = len(plan.attention(position)), len(plan.mlp(position))
         if layout in (SINGLE, WHOLE):
             attention, mlp = min(attention, 1), min(mlp, 1)
+        sizes = self.mlp_sizes(plan.mlp(position)) if self.experts else {mlp * self.intermediate}
         return (not attention or self.fits(attention, tp, mlp=0)) and (
-            not mlp or mlp * self.intermediate % tp == 0
+            not any(size % tp for size in sizes)
         )
+
+    @property
+    def always_whole(self) -> bool:
+        """Whether layers side by side are held whole, whatever a plan says."""
+        return self.layouts == (WHOLE,)
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether a layer's MLP is many experts."""
+        return self.experts is not None and layer in self.experts.layers
+
+    def mlp_sizes(self, layers: Iterable[int]) -> set[int]:
+        """Collect the intermediate sizes of layers' MLPs, and of experts in them."""
+        sizes = set()
+        for layer in layers:
+            if (experts := self.experts) and self.is_sparse(layer):
+                sizes |= {experts.intermediate, experts.shared}
+            else:
+                sizes.add(self.intermediate)
+        return sizes - {0}
 
     def terms_reduced(self, plan: Plan, position: int, halves: Iterable[str]) -> int:
         """Count the terms, (tokens, hidden) each, in an all-reduce of halves of a block.
@@ -199,22 +262,38 @@ class ModelShape:
         """Tensor-parallel sizes up to `limit` that every block of the plan can be cut into."""
         return [tp for tp in range(1, limit + 1) if self.fits_plan(plan, tp)]
 
-    def layer_tensors(self, without: Collection[str] = ()) -> dict[str, tuple[int, ...]]:
+    def layer_tensors(
+        self, layer: int, without: Collection[str] = ()
+    ) -> dict[str, tuple[int, ...]]:
         """List the shapes of one decoder layer's tensors, by their names in it.
 
         Args:
             without: halves that it does not have, of `spec.HALVES`.
         """
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        projections = {
-            "self_attn.q_proj": (q, self.hidden, self.qkv_bias),
-            "self_attn.k_proj": (kv, self.hidden, self.qkv_bias),
-            "self_attn.v_proj": (kv, self.hidden, self.qkv_bias),
-            "self_attn.o_proj": (self.hidden, q, self.output_bias),
-            "mlp.gate_proj": (self.intermediate, self.hidden, self.mlp_bias),
-            "mlp.up_proj": (self.intermediate, self.hidden, self.mlp_bias),
-            "mlp.down_proj": (self.hidden, self.intermediate, self.mlp_bias),
-        }
+        projections = {"self_attn.o_proj": (self.hidden, q, self.output_bias)}
+        if self.family.fused_qkv:
+            projections["self_attn.qkv_proj"] = (q + 2 * kv, self.hidden, self.qkv_bias)
+        else:
+            for name, size in (("q_proj", q), ("k_proj", kv), ("v_proj", kv)):
+                projections[f"self_attn.{name}"] = (size, self.hidden, self.qkv_bias)
+        if (experts := self.experts) and self.is_sparse(layer):
+            mlp, names = experts.names.module, experts.names.projections
+            projections[f"{mlp}.gate"] = (experts.count, self.hidden, False)
+            for expert in range(experts.count):
+                one = f"{mlp}.experts.{expert}"
+                projections |= self._gated_mlp(one, names, experts.intermediate, bias=False)
+            if experts.shared:
+                one = f"{mlp}.shared_expert"
+                projections |= self._gated_mlp(one, names, experts.shared, bias=False)
+                projections[f"{one}_gate"] = (1, self.hidden, False)
+        elif self.family.fused_mlp:
+            both = 2 * self.intermediate
+            projections["mlp.gate_up_proj"] = (both, self.hidden, self.mlp_bias)
+            projections["mlp.down_proj"] = (self.hidden, self.intermediate, self.mlp_bias)
+        else:
+            names = ("gate_proj", "up_proj", "down_proj")
+            projections |= self._gated_mlp("mlp", names, self.intermediate, self.mlp_bias)
         tensors: dict[str, tuple[int, ...]] = {}
         for name, (out, into, bias) in projections.items():
             tensors[f"{name}.weight"] = (out, into)
@@ -228,15 +307,22 @@ class ModelShape:
         half_of = self.family.half_of
         return {name: tensor for name, tensor in tensors.items() if half_of(name) not in without}
 
+    def _gated_mlp(
+        self, module: str, names: tuple[str, str, str], size: int, bias: bool
+    ) -> dict[str, tuple[int, int, bool]]:
+        gate, up, down = (f"{module}.{name}" for name in names)
+        into, out = (size, self.hidden, bias), (self.hidden, size, bias)
+        return {gate: into, up: into, down: out}
+
     def other_tensors(self) -> dict[str, tuple[int, ...]]:
         """List the shapes of tensors of no layer, by their names in the decoder; and the head's."""
         matrix = (self.vocab, self.hidden)
         tensors = {"embed_tokens.weight": matrix, "norm.weight": (self.hidden,)}
         return tensors if self.tied else {**tensors, "lm_head.weight": matrix}
 
-    def layer_parameters(self) -> int:
-        """Parameters of one decoder layer, its norms included."""
-        return sum(prod(shape) for shape in self.layer_tensors().values())
+    def layer_parameters(self, layer: int = 0) -> int:
+        """Count the parameters of one decoder layer, its norms included."""
+        return sum(prod(shape) for shape in self.layer_tensors(layer).values())
 
     @property
     def projection_bytes(self) -> float:
@@ -249,7 +335,7 @@ class ModelShape:
         layers = sum(
             prod(tensor) * (self.projection_bytes if len(tensor) == 2 else self.dtype_bytes)
             for layer in plan.kept
-            for tensor in self.layer_tensors(missing_halves(plan, layer)).values()
+            for tensor in self.layer_tensors(layer, missing_halves(plan, layer)).values()
         )
         cut = embeddings * self.dtype_bytes + ceil(layers)
         return cut // tp + self.hidden * self.dtype_bytes
@@ -264,6 +350,25 @@ class ModelShape:
         ]
         heads = sum(max(1, width * self.kv_heads // tp) for width in widths)
         return 2 * heads * self.head_dim * self.dtype_bytes
+
+
+def _experts(family: Family, config: Mapping[str, Any]) -> ExpertSizes | None:
+    """Read the sizes of experts; `config` has the family's defaults.
+
+    Raises:
+        UserError: a token is to go through more of them than there are.
+    """
+    layers, names = sparse_layers(config), family.experts
+    if names is None or not layers:
+        return None
+    key = next((key for key in names.counts if key in config), names.counts[0])
+    count, chosen = config[key], config["num_experts_per_tok"]
+    if chosen > count:
+        raise UserError(
+            f"config.json's key 'num_experts_per_tok' is {chosen}; allowed: 1 to {count}, its {key}"
+        )
+    shared = config[names.shared] if names.shared else 0
+    return ExpertSizes(names, count, chosen, config[names.size], shared, layers)
 
 
 def missing_halves(plan: Plan, layer: int) -> list[str]:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from vllm_depthpar.errors import UserError
-from vllm_depthpar.launch import engine
+from vllm_depthpar.launch import engine, hardware
 from vllm_depthpar.plan.model_shape import ModelShape
 from vllm_depthpar.predict.devices import CPU_REDUCTIONS, GPU_OVERLAP, THIS
 from vllm_depthpar.predict.machines import Device
@@ -47,14 +47,16 @@ _NARROW = {
 }
 
 
-def measure(shape: ModelShape, tp: int = 1) -> Device:
+def measure(shape: ModelShape, tp: int = 1, eager: bool = False) -> Device:
     """Measure one rank of this machine: a GPU if there is one, else what this process may use of
     the CPU.
 
-    Takes half a minute or more. On a CPU fixed costs are those of eager mode.
+    Takes half a minute or more.
 
     Args:
         tp: into how many shards the products are cut.
+        eager: let layers cost what they do with ``--enforce-eager``; else compiled, with CUDA
+            graphs on a GPU, as vLLM runs by default.
 
     Raises:
         UserError: vLLM could not run here.
@@ -63,7 +65,7 @@ def measure(shape: ModelShape, tp: int = 1) -> Device:
     dtype = torch.float32 if shape.dtype_bytes == 4 else torch.bfloat16
     bandwidth, flops = measure_products(shape, tp, CudaTimer() if on_gpu else CpuTimer(), dtype)
     name = str(dtype).removeprefix("torch.")
-    layer_seconds, step_seconds = measure_fixed(name, eager=not on_gpu)
+    layer_seconds, step_seconds = measure_fixed(name, eager)
     what = torch.cuda.get_device_name() if on_gpu else cpu_model()
     day = datetime.now(UTC).date().isoformat()
     return Device(
@@ -73,7 +75,8 @@ def measure(shape: ModelShape, tp: int = 1) -> Device:
         layer_seconds,
         step_seconds,
         **({"overlap": GPU_OVERLAP} if on_gpu else CPU_REDUCTIONS),
-        source=f"measured {day}: {what}, {name}, {torch.get_num_threads()} threads",
+        source=f"measured {day}: {what}, {name}, {torch.get_num_threads()} threads, "
+        f"{'eager' if eager else 'compiled'}",
     )
 
 
@@ -137,7 +140,8 @@ def measure_fixed(dtype: str, eager: bool) -> tuple[float, float]:
         UserError: vLLM could not run here.
     """
     try:
-        shallow, deep = engine.call(_decode, dtype, eager)
+        environment = hardware.environment(1, torch.cuda.is_available())
+        shallow, deep = engine.call(_decode, dtype, eager, env=environment)
     except engine.EngineError as error:
         raise UserError(f"vLLM does not run here ({error}); allowed: --device") from None
     layer = max(0.0, (deep - shallow) / (DEPTHS[1] - DEPTHS[0]))

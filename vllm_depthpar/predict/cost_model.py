@@ -76,7 +76,9 @@ def step_time(
     widths = {half: Counter(chain.from_iterable(blocks)) for half, blocks in held.items()}
     parts = {
         "attention": {width: _parts(work.attention(width)) for width in widths["attention"]},
-        "mlp": {width: _parts(work.mlp(width)) for width in widths["mlp"]},
+        "mlp": {
+            width: _parts(work.mlp(width) if width else work.experts()) for width in widths["mlp"]
+        },
     }
     memory, compute = (
         head
@@ -143,12 +145,17 @@ def check(shape: ModelShape, plan: Plan, tp: int) -> None:
 
 
 def _held(plan: Plan, half: str, shape: ModelShape, tp: int) -> list[list[int]]:
-    """List, for each block, vLLM's attentions or MLPs by how many of the checkpoint's each is."""
+    """List, for each block, vLLM's attentions or MLPs by how many of the checkpoint's each is; 0
+    stands for an MLP of experts, which is one by itself."""
     held = []
     for at in range(plan.depth):
-        count = len(getattr(plan, half)(at))
-        whole = shape.layout(plan, at, tp) == WHOLE
-        held.append([1] * count if whole else [count] * bool(count))
+        layers = getattr(plan, half)(at)
+        if half == "mlp" and shape.experts:
+            held.append([int(not shape.is_sparse(layer)) for layer in layers])
+        elif shape.layout(plan, at, tp) == WHOLE:
+            held.append([1] * len(layers))
+        else:
+            held.append([len(layers)] * bool(layers))
     return held
 
 
@@ -195,7 +202,22 @@ class _Work:
         weights = 3 * width * self.shape.hidden * self.shape.intermediate
         return [self._matmul(weights, self.workload.rows, self.shape.projection_bytes)]
 
-    def _matmul(self, weights: int, rows: int, size: float) -> _Operation:
+    def experts(self) -> list[_Operation]:
+        """Router, the experts that any row chooses, each as likely as the others, and the one of
+        all rows."""
+        shape, sizes, load = self.shape, self.shape.experts, self.workload
+        assert sizes is not None
+        of_one = 3 * shape.hidden * sizes.intermediate
+        chosen = sizes.chosen / sizes.count
+        read = sizes.count * (1 - (1 - chosen) ** load.rows)
+        rows = sizes.chosen * load.rows / read
+        return [
+            self._matmul(sizes.count * shape.hidden, load.rows, shape.dtype_bytes),
+            self._matmul(read * of_one, rows, shape.projection_bytes),
+            self._matmul(3 * shape.hidden * sizes.shared, load.rows, shape.projection_bytes),
+        ]
+
+    def _matmul(self, weights: float, rows: float, size: float) -> _Operation:
         """Products of `rows` activations with so many weights of `size` bytes, cut into tp shards.
 
         Activations are of the model's dtype: as much arithmetic whatever the weights are kept as.

@@ -45,7 +45,7 @@ class Device:
     overlap: float = 1.0
     source: str = ""
 
-    def flops_at(self, rows: int) -> float:
+    def flops_at(self, rows: float) -> float:
         """Interpolate FLOP/s of products with so many rows: between two known ones time grows
         evenly."""
         (low, at_low), *others = self.flops

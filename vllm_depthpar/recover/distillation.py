@@ -84,6 +84,8 @@ class Distillation(nn.Module):
     def unfreeze(self, what: str, rank: int = 16, seed: int = 0) -> None:
         """Choose what gradients change: "blocks", "norms" or "lora" of the changed blocks, "all".
 
+        Experts and their routers stay the teacher's.
+
         Args:
             what: "all" needs `everything`.
             rank: of the low-rank adapters.
@@ -93,6 +95,7 @@ class Distillation(nn.Module):
             self._adapt(rank, seed)
             return
         chosen = self._by_name() if what == "all" else self._of_blocks(self.changed)
+        chosen = [name for name in chosen if not hf.is_of_experts(name)]
         for parameter in self.own(name for name in chosen if what != "norms" or "norm" in name):
             parameter.requires_grad_(True)
 
@@ -168,12 +171,12 @@ class Distillation(nn.Module):
     @property
     def blocks(self) -> list[ParallelBlock]:
         """The student's blocks."""
-        return [cast(ParallelBlock, block) for block in self.student.model.layers]
+        return [cast(ParallelBlock, block) for block in hf.body(self.student).layers]
 
     @property
     def teacher_layers(self) -> list[GradientCheckpointingLayer]:
         """The teacher's layers."""
-        return list(self.teacher.model.layers)
+        return list(hf.body(self.teacher).layers)
 
     def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
         """Compute the loss on a batch of windows.
@@ -194,16 +197,16 @@ class Distillation(nn.Module):
     def _losses(self, input_ids: Tensor, taught: bool) -> tuple[Tensor, Tensor]:
         """Compute KL (0 if not `taught`) and negative log-likelihood, means of all predictions."""
         with torch.no_grad():
-            stream: Stream = self.teacher.model.embed_tokens(input_ids)
+            stream: Stream = hf.embed(self.teacher, input_ids)
             context = hf.context(self.teacher, cast(Tensor, stream))
             for block in self.blocks[: self.first]:
                 stream = block(stream, **context)
             target = self._teach(stream, context) if taught else None
         if self.everything:
-            stream = self.student.model.embed_tokens(input_ids)
+            stream = hf.embed(self.student, input_ids)
         for block in self.blocks[self.first :]:
             stream = block(stream, **context)
-        hidden = self.student.model.norm(stream)[:, :-1].flatten(0, 1)
+        hidden = hf.last_hidden(self.student, cast(Tensor, stream))[:, :-1].flatten(0, 1)
         labels = input_ids[:, 1:].flatten()
         losses: tuple[Tensor, Tensor] = _HeadLoss.apply(
             hidden,
@@ -222,7 +225,7 @@ class Distillation(nn.Module):
         x = stream[0] if isinstance(stream, tuple) else stream
         for layer in self.teacher_layers[self.first :]:
             x = layer(x, **hf.of_kind(layer, context))
-        return cast(Tensor, self.teacher.model.norm(x))
+        return hf.last_hidden(self.teacher, cast(Tensor, x))
 
     def train(self, mode: bool = True) -> Distillation:
         """Switch training on or off as every module does, but the teacher never trains."""

@@ -102,12 +102,12 @@ def _fitted(block: ParallelBlock, reads: Collection[tuple[int, str]]) -> list[st
     """List what of a block is fitted, by the names in the checkpoint."""
     readers = [
         (index, name)
-        for half, members in (("attention", block.attending), ("mlp", block.feeding))
+        for half, members in (("attention", block.attending), ("mlp", block.plain_mlps))
         for index in members
         if (index, half) in reads
         for name in _READERS[half]
     ]
-    downs = [(index, "mlp.down_proj") for index in block.feeding if not block.norms["mlp"][1:]]
+    downs = [(index, "mlp.down_proj") for index in block.plain_mlps if not block.norms["mlp"][1:]]
     return [f"model.layers.{index}.{name}.weight" for index, name in readers + downs]
 
 
@@ -129,7 +129,7 @@ class BatchState:
 
 
 def _begin(distillation: Distillation, tokens: Tensor) -> BatchState:
-    embedded = distillation.teacher.model.embed_tokens(tokens)
+    embedded = hf.embed(distillation.teacher, tokens)
     context = hf.context(distillation.teacher, embedded)
     stream: Stream = embedded
     with distillation.autocast():
@@ -233,21 +233,23 @@ def fit_block(
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> float:
     """Fit the down projections of one block, in place; returns the ridge. Where norms come after
-    them there is no closed form: nothing is changed, as by an infinite one.
+    them there is no closed form, nor where there are experts: nothing is changed, as by an infinite
+    one.
 
     Args:
         states: before the block; of some the stream after it decides which ridge is best.
         autocast: what the block computes in.
     """
-    if block.norms["mlp"][1:]:
+    if block.norms["mlp"][1:] or not block.plain_mlps:
         return torch.inf
-    downs = {index: block.members[str(index)].mlp.down_proj for index in block.feeding}
+    downs = {index: block.members[str(index)].mlp.down_proj for index in block.plain_mlps}
     widths = [down.in_features for down in downs.values()]
     problem: _Ridge | None = None
     for number, state in enumerate(states):
         with _calls_of(downs) as calls:
             r, scale = _left_over(block, state, autocast)
-        h = (torch.cat([given for [(given, _)] in calls.values()], -1) * scale).flatten(0, 1)
+        given = torch.cat([given for [(given, _)] in calls.values()], -1) * block.multiplier
+        h = (given * scale).flatten(0, 1)
         r = r.flatten(0, 1)
         problem = problem or _Ridge(h, r)
         problem.add(h, r, _is_held_out(number, len(states)))

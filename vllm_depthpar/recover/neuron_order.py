@@ -67,15 +67,15 @@ def orders(
         batch: windows that run together.
         on_progress: called with the share of the work done since the last call.
     """
-    layers = len(model.model.layers)
+    layers = len(hf.body(model).layers)
     neurons = model.config.intermediate_size
     hf.restructure(model, resolve({"drop_sync": "all", "tp": ranks}, layers))
     states: list[tuple[Tensor, dict[str, Any]]] = []
     for part in tokens.split(batch):
-        stream = model.model.embed_tokens(part.to(model.device))
+        stream = hf.embed(model, part.to(model.device))
         states.append((stream, hf.context(model, stream)))
     found = []
-    for block in model.model.layers:
+    for block in hf.body(model).layers:
         costs = torch.zeros(ranks, neurons, device=model.device)
         for at, (stream, context) in enumerate(states):
             after, errors = _run(block, stream, context)

@@ -17,9 +17,12 @@ from transformers import PreTrainedModel
 
 from vllm_depthpar import hf
 from vllm_depthpar.checkpoint.config import read_config
+from vllm_depthpar.checkpoint.experts import stacked
 from vllm_depthpar.checkpoint.quantized import dequantizer
 from vllm_depthpar.checkpoint.tensors import check_folder, check_shape, opened, stored
 from vllm_depthpar.plan import Plan
+from vllm_depthpar.plan.families import Experts, family_of
+from vllm_depthpar.plan.multimodal import language_names
 
 # Positions whose logits are in memory at once.
 _POSITIONS = 256
@@ -53,7 +56,12 @@ class StreamedModel:
     def __init__(self, folder: Path, device: torch.device) -> None:
         self._folder, self._device = folder, device
         self._dequantize = dequantizer(folder)
-        self._files = {name: folder / file for name, (file, _) in stored(folder).items()}
+        found = stored(folder)
+        # By the names of the language model alone: where each is, and what it is called there.
+        self._files = {
+            name: (folder / found[stands][0], stands)
+            for stands, name in language_names(found).items()
+        }
         # Checkpoints of a model without its head have no prefix.
         self._prefix = "" if "embed_tokens.weight" in self._files else "model."
 
@@ -78,37 +86,39 @@ class StreamedModel:
         """
         check_folder(self._folder, read_config(str(self._folder)), plan.runs)
         model = hf.outline(self._folder, plan, self._device)
-        body, head = model.model, model.lm_head
+        body, head = hf.body(model), model.lm_head
+        experts = family_of(body.config.to_dict()).experts
         share = 1 / (len(body.layers) + 1)
         self._fill(body.embed_tokens, "embed_tokens.", dtype)
         streams: list[Any] = [
-            body.embed_tokens(torch.tensor([text], device=self._device)) for text in texts
+            hf.embed(model, torch.tensor([text], device=self._device)) for text in texts
         ]
         contexts = [hf.context(model, stream) for stream in streams]
-        if not model.config.tie_word_embeddings:
+        tied = model.config.tie_word_embeddings
+        if not tied:
             body.embed_tokens.to("meta")
         for block in body.layers:
             for index, layer in block.members.items():
-                self._fill(layer, f"layers.{index}.", dtype)
+                self._fill(layer, f"layers.{index}.", dtype, experts)
             streams = [
                 block(stream, **context) for stream, context in zip(streams, contexts, strict=True)
             ]
             block.to("meta")
             on_progress(share)
         self._fill(body.norm, "norm.", dtype)
-        if model.config.tie_word_embeddings:
+        if tied:
             head.weight = body.embed_tokens.weight
         else:
             self._fill(head, "lm_head.", dtype)
         scores = [
-            self._score(model, body.norm(stream[0]), text)
+            self._score(model, hf.last_hidden(model, stream[0]), text)
             for stream, text in zip(streams, texts, strict=True)
         ]
         on_progress(share)
         return scores
 
     def _score(self, model: PreTrainedModel, hidden: Tensor, text: Sequence[int]) -> Score:
-        """Score a text, from the last norm's output, (tokens, hidden)."""
+        """Score a text, from what the head reads, (tokens, hidden)."""
         targets = torch.tensor(text[1:], dtype=torch.int64, device=self._device)
         chosen: list[float] = []
         best: list[float] = []
@@ -119,10 +129,14 @@ class StreamedModel:
             best += logprobs.amax(-1).tolist()
         return Score(chosen, best)
 
-    def _fill(self, module: nn.Module, name: str, dtype: torch.dtype) -> None:
+    def _fill(
+        self, module: nn.Module, name: str, dtype: torch.dtype, experts: Experts | None = None
+    ) -> None:
         """Give a module its weights; `name` is the module's in transformers' decoder, and a dot."""
         prefix = name if name == "lm_head." else self._prefix + name
         found = self._dequantize(self._read(prefix))
+        if experts is not None:
+            found = stacked(found, experts)
         state = {}
         for leaf, outline in module.state_dict().items():
             stands = prefix + leaf
@@ -132,11 +146,11 @@ class StreamedModel:
 
     def _read(self, prefix: str) -> dict[str, Tensor]:
         """Read all tensors whose names begin so."""
-        names = [name for name in self._files if name.startswith(prefix)]
+        chosen = {name: at for name, at in self._files.items() if name.startswith(prefix)}
         found = {}
-        for file in {self._files[name] for name in names}:
+        for file in {file for file, _ in chosen.values()}:
             with opened(file) as tensors:
-                for name in names:
-                    if self._files[name] == file:
-                        found[name] = tensors.get_tensor(name)
+                for name, (where, stands) in chosen.items():
+                    if where == file:
+                        found[name] = tensors.get_tensor(stands)
         return found

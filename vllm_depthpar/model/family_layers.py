@@ -1,0 +1,115 @@
+"""Families whose layer is not Llama's: vLLM's own decoder layers, whole, for blocks to run.
+
+Gemma's have norms after their modules, too; windows, RoPE of each kind of layer, norms of heads,
+the scale of scores and their soft cap are in vLLM's attentions. Mixtral's and Qwen's MoE have
+MLPs of experts, with routers, in vLLM's MoE modules. What is around the layers is in
+`vllm_depthpar.model.causal_lm`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.model_executor.models import mixtral, qwen2_moe, qwen3_moe
+from vllm.model_executor.models.gemma2 import Gemma2DecoderLayer
+from vllm.model_executor.models.gemma3 import Gemma3DecoderLayer
+from vllm.model_executor.models.glm4 import Glm4DecoderLayer
+from vllm.model_executor.models.granite import GraniteDecoderLayer
+from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.model_executor.models.phi3 import Phi3ForCausalLM
+
+from vllm_depthpar.model.members import Member
+from vllm_depthpar.plan.families import family_of
+from vllm_depthpar.vllm_compat import forget_attention, forget_experts
+
+
+class FamilyLayer(Member):
+    """Before one of vLLM's classes among the bases."""
+
+    def __init__(
+        self, vllm_config: VllmConfig, prefix: str, attends: bool = True, feeds: bool = True
+    ) -> None:
+        """Build the layer; arguments as `decoder_layers.DecoderLayer`'s."""
+        self._build(vllm_config, prefix)
+        family = family_of(vllm_config.model_config.hf_config.to_dict())
+        if not attends:
+            forget_attention(vllm_config, f"{prefix}.self_attn.attn")
+        if not feeds:
+            forget_experts(vllm_config, f"{prefix}.{family.mlp}.experts")
+        self.hand_over(family, attends, feeds)
+
+    def _build(self, vllm_config: VllmConfig, prefix: str) -> None:
+        config: Any = vllm_config.model_config.hf_config
+        make: Any = super().__init__
+        make(config, vllm_config.cache_config, vllm_config.quant_config, prefix)
+
+
+class Gemma2Layer(FamilyLayer, Gemma2DecoderLayer):
+    """A layer of Gemma 2."""
+
+
+class Gemma3Layer(FamilyLayer, Gemma3DecoderLayer):
+    """A layer of Gemma 3."""
+
+
+class MixtralLayer(FamilyLayer, mixtral.MixtralDecoderLayer):
+    """A layer of Mixtral."""
+
+
+class Qwen2MoeLayer(FamilyLayer, qwen2_moe.Qwen2MoeDecoderLayer):
+    """A layer of Qwen's MoE of the second generation: experts beside one that is always taken."""
+
+
+class Qwen3MoeLayer(FamilyLayer, qwen3_moe.Qwen3MoeDecoderLayer):
+    """A layer of Qwen's MoE of the third generation."""
+
+    def _build(self, vllm_config: VllmConfig, prefix: str) -> None:
+        make: Any = super(FamilyLayer, self).__init__
+        make(vllm_config, prefix)
+
+
+class Glm4Layer(FamilyLayer, Glm4DecoderLayer):
+    """A layer of GLM-4, which has norms after its modules."""
+
+    def _build(self, vllm_config: VllmConfig, prefix: str) -> None:
+        make: Any = super(FamilyLayer, self).__init__
+        make(vllm_config, prefix)
+
+
+class GraniteLayer(FamilyLayer, GraniteDecoderLayer):
+    """A layer of Granite, which multiplies what its modules give."""
+
+    @property
+    def multiplier(self) -> float:
+        """What that is multiplied by."""
+        return float(self.residual_multiplier)
+
+
+# By config.json's `model_type`.
+LAYERS: dict[str, type[FamilyLayer]] = {
+    "gemma2": Gemma2Layer,
+    "gemma3_text": Gemma3Layer,
+    "glm4": Glm4Layer,
+    "granite": GraniteLayer,
+    "mixtral": MixtralLayer,
+    "qwen2_moe": Qwen2MoeLayer,
+    "qwen3_moe": Qwen3MoeLayer,
+}
+
+# vLLM's models whose names of tensors are not Llama's, by `model_type`.
+_MODELS: dict[str, Any] = {
+    "phi3": Phi3ForCausalLM,
+    "mixtral": mixtral.MixtralForCausalLM,
+    "qwen2_moe": qwen2_moe.Qwen2MoeForCausalLM,
+    "qwen3_moe": qwen3_moe.Qwen3MoeForCausalLM,
+}
+
+
+def naming(model_type: str) -> dict[str, Any]:
+    """Look up what vLLM's model of a family says of names, for a class of ours to say it, too: what
+    it renames when it loads, and what adapters and quantized checkpoints find packed together."""
+    theirs = _MODELS.get(model_type, LlamaForCausalLM)
+    # Qwen's say what is packed in a dense MLP only once there is one.
+    packed = {"gate_up_proj": ["gate_proj", "up_proj"], **theirs.packed_modules_mapping}
+    return {"hf_to_vllm_mapper": theirs.hf_to_vllm_mapper, "packed_modules_mapping": packed}

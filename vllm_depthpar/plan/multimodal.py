@@ -1,0 +1,56 @@
+"""Models that see: a tower, which no plan touches, and a language model of one of our families.
+
+Its config is under the key `text_config`, its tensors under `language_model`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from vllm_depthpar.plan.precedence import KEY
+
+# vLLM's class of each, as "module:class", by config.json's `model_type`.
+MULTIMODAL = {
+    "gemma3": "vllm.model_executor.models.gemma3_mm:Gemma3ForConditionalGeneration",
+    "llava": "vllm.model_executor.models.llava:LlavaForConditionalGeneration",
+    "mistral3": "vllm.model_executor.models.mistral3:Mistral3ForConditionalGeneration",
+}
+_TEXT = "text_config"
+# What config.json has beside it of the language model.
+_OUTSIDE = ("tie_word_embeddings", "dtype", "torch_dtype", "quantization_config", KEY)
+# How files name the language model's tensors, old ones and those of transformers 5.
+_NAME = re.compile(r"(?:model\.)?language_model\.(?:model\.)?(.*)")
+
+
+def is_multimodal(config: Mapping[str, Any]) -> bool:
+    """Whether a parsed config.json is of a model with a language model inside."""
+    return config.get("model_type") in MULTIMODAL and isinstance(config.get(_TEXT), Mapping)
+
+
+def language_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Find what a parsed config.json says of the language model: all of it, if that is all there
+    is."""
+    if not is_multimodal(config):
+        return dict(config)
+    outside = {key: config[key] for key in _OUTSIDE if config.get(key) is not None}
+    return {**config[_TEXT], **outside}
+
+
+def language_names(names: Iterable[str]) -> dict[str, str]:
+    """Find the language model's among the names of a checkpoint's tensors.
+
+    Returns:
+        What the language model alone would call them, by their names; all as they are where they
+        are of no multimodal model.
+    """
+    listed = list(names)
+    inside = {name: match[1] for name in listed if (match := _NAME.match(name)) is not None}
+    if not inside:
+        return {name: name for name in listed}
+    found = {
+        name: rest if rest.startswith("lm_head.") else f"model.{rest}"
+        for name, rest in inside.items()
+    }
+    return found | {name: name for name in listed if name.startswith("lm_head.")}
