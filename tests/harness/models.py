@@ -276,6 +276,7 @@ def _experts(
 IMAGE_TOKEN, IMAGE_TOKENS = 258, 16
 
 
+@torch.no_grad()
 def write_llava(folder: Path, text: Path) -> Path:
     """Write a seeded model that sees, with a processor, around a checkpoint of `write_llama`'s."""
     from transformers import (
@@ -309,19 +310,19 @@ def write_llava(folder: Path, text: Path) -> Path:
         dtype="float32",
     )
     model = LlavaForConditionalGeneration(config)
+    words = load_file(text / "model.safetensors")
+    for name, tensor in model.state_dict().items():
+        of_text = name.replace("model.language_model.", "model.")
+        tensor.copy_(words[of_text] if of_text in words else torch.randn_like(tensor) * 0.2)
+    model.save_pretrained(folder)
+    # As checkpoints of the hub name the tower's, which is what vLLM knows.
+    file = folder / "model.safetensors"
+    tower = "vision_tower."
     tensors = {
-        name: tensor for name, tensor in model.state_dict().items() if "language" not in name
+        f"{tower}vision_model.{name.removeprefix(tower)}" if name.startswith(tower) else name: of
+        for name, of in load_file(file).items()
     }
-    tensors = {
-        name.removeprefix("model."): torch.randn_like(tensor) * 0.2
-        for name, tensor in tensors.items()
-        if not name.startswith("lm_head.")
-    }
-    for name, tensor in load_file(text / "model.safetensors").items():
-        tensors[f"language_model.{name}"] = tensor
-    folder.mkdir(parents=True)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config.save_pretrained(folder)
+    save_file(tensors, file, metadata={"format": "pt"})
     write_tokenizer(folder)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<unused>", "<image>"]})

@@ -17,6 +17,15 @@ from transformers import AutoImageProcessor
 
 from vllm_depthpar import hf
 
+try:
+    import torchvision  # noqa: F401
+except (ImportError, RuntimeError) as why:
+    # The one of PyPI is for PyTorch with CUDA and does not import beside another.
+    pytest.skip(
+        f"vLLM's models that see need a torchvision for this PyTorch, from PyTorch's index: {why}",
+        allow_module_level=True,
+    )
+
 PLANS: list[Any] = [
     {"pair": [1, 5]},
     {"skip": {"speedup": 1.5}, "ladder": [0, 2]},
