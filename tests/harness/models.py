@@ -147,7 +147,8 @@ def write_llama(
     if of_qwen2:  # whose config has no such key
         head_dim = hidden // heads
     output_bias = attention_bias and model_type != "glm4"
-    gemma, moe = model_type in GEMMA, MOE.get(model_type, {}) | config_keys
+    gemma = model_type in GEMMA
+    moe: dict[str, Any] = MOE.get(model_type, {}) | config_keys
     attention = {
         "self_attn.q_proj": (heads * head_dim, hidden, 1.0, qkv_bias),
         "self_attn.k_proj": (kv_heads * head_dim, hidden, 1.0, qkv_bias),
@@ -173,8 +174,8 @@ def write_llama(
                 tensors[f"{prefix}self_attn.{norm}.weight"] = gain(head_dim) - one
         sparse = model_type in MOE and layer not in moe.get("mlp_only_layers", ())
         mlp = _experts(hidden, intermediate, moe) if sparse else _mlp("mlp", hidden, intermediate)
-        mlp = {name: (*shape, mlp_bias) for name, shape in mlp.items()}
-        for name, (out, into, scale, bias) in {**attention, **mlp}.items():
+        biased = {name: (*shape, mlp_bias) for name, shape in mlp.items()}
+        for name, (out, into, scale, bias) in {**attention, **biased}.items():
             tensors[f"{prefix}{name}.weight"] = normal(out, into, std=scale / into**0.5)
             if bias:
                 tensors[f"{prefix}{name}.bias"] = normal(out, std=0.1)
@@ -229,7 +230,7 @@ def write_llama(
 
 def _fused(tensors: dict[str, torch.Tensor], qkv: bool) -> dict[str, torch.Tensor]:
     """With gate and up, and perhaps q, k and v, as one projection."""
-    parts = {"gate_up_proj": ("gate_proj", "up_proj")}
+    parts: dict[str, tuple[str, ...]] = {"gate_up_proj": ("gate_proj", "up_proj")}
     if qkv:
         parts["qkv_proj"] = ("q_proj", "k_proj", "v_proj")
     found: dict[str, torch.Tensor] = {}

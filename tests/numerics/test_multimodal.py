@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from transformers import AutoImageProcessor
 from vllm_depthpar import hf
 
 try:
-    import torchvision  # noqa: F401
+    importlib.import_module("torchvision")
 except (ImportError, RuntimeError) as why:
     # The one of PyPI is for PyTorch with CUDA and does not import beside another.
     pytest.skip(

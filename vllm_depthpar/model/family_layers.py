@@ -80,10 +80,9 @@ class Glm4Layer(FamilyLayer, Glm4DecoderLayer):
 class GraniteLayer(FamilyLayer, GraniteDecoderLayer):
     """A layer of Granite, which multiplies what its modules give."""
 
-    @property
-    def multiplier(self) -> float:
-        """What that is multiplied by."""
-        return float(self.residual_multiplier)
+    def _build(self, vllm_config: VllmConfig, prefix: str) -> None:
+        super()._build(vllm_config, prefix)
+        self.multiplier = float(self.residual_multiplier)
 
 
 # By config.json's `model_type`.
