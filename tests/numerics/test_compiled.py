@@ -69,7 +69,12 @@ GEMMA: dict[str, Any] = {
         "parallel_residual": [3, 4],
     },
 }
-PLANS |= {name: plan for name, plan in GEMMA.items() if plan != "plain"}
+# Of a Qwen3 MoE: routers beside each other, which no compiler may merge.
+MOE: dict[str, Any] = {"MoE": "plain", "MoE, every mode": GEMMA["Gemma, every mode"]}
+OTHERS = GEMMA | MOE
+PLANS |= {name: plan for name, plan in OTHERS.items() if plan != "plain"}
+# Whose plans begin so; all others are a Llama's.
+FAMILIES = {"Gemma": "gemma3_text", "MoE": "qwen3_moe"}
 DTYPES = ("float32", "bfloat16")
 # Ranks, and whether each is a host.
 PLACEMENTS = {"one rank": (1, False), "one host": (2, False), "two hosts": (2, True)}
@@ -87,7 +92,7 @@ ALWAYS: dict[str, dict[str, tuple[str, ...]]] = {
     "two hosts": {
         "float32": (
             *("all mixed", "dropped sync points", "whole, every mode"),
-            *("Gemma, pairs and a ladder", "Gemma, every mode"),
+            *("Gemma, pairs and a ladder", "Gemma, every mode", "MoE, every mode"),
         )
     },
 }
@@ -116,23 +121,23 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
-    """A Llama, and, under True, a Gemma."""
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One of each family; a Llama under "plain"."""
     return {
-        gemma: write_llama(
+        family: write_llama(
             tmp_path_factory.mktemp(model_type),
             layers=LAYERS,
             hidden=128,
             intermediate=192,
             model_type=model_type,
         )
-        for gemma, model_type in ((False, "llama"), (True, "gemma3_text"))
+        for family, model_type in {"plain": "llama", **FAMILIES}.items()
     }
 
 
 def control_of(plan: str) -> str:
     """What plain vLLM makes of the same model."""
-    return "Gemma" if plan in GEMMA else "plain"
+    return next((family for family in FAMILIES if plan.startswith(family)), "plain")
 
 
 Answers = dict[Combination, tuple[Case, Result]]
@@ -140,7 +145,7 @@ Answers = dict[Combination, tuple[Case, Result]]
 
 @pytest.fixture(scope="module")
 def answers(
-    models: dict[bool, Path],
+    models: dict[str, Path],
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Answers]:
@@ -158,14 +163,14 @@ def answers(
         (where, dtype, control_of(plan)) for where, dtype, plan in tested if dtype == "bfloat16"
     }
     found: Answers = {}
-    all_plans = [*(PLANS | GEMMA), "plain"]
+    all_plans = [*(PLANS | OTHERS), "plain"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
         for placement, (ranks, hosts) in PLACEMENTS.items():
             cases = {
                 (placement, dtype, plan): Case(
-                    models[plan in GEMMA],
-                    (PLANS | GEMMA).get(plan, plan),
+                    models[control_of(plan)],
+                    (PLANS | OTHERS).get(plan, plan),
                     prompts(4, 40).tolist(),
                     dtype,
                     max_tokens=16,
