@@ -48,7 +48,8 @@ class Measure:
         more_is_better: or less is.
         form: how its values are written.
         is_quality: or a speed.
-        text: that it is a quality on, cut in one way, if it is on one.
+        text, text_name: that it is a quality on, cut in one way, if it is on one; what people
+            call it.
         figure: which of a text's figures: "perplexity", "ratio" (to the unmodified model's), "kl".
         plotted: whether points are plotted against it.
     """
@@ -60,6 +61,7 @@ class Measure:
     form: str = ".3f"
     is_quality: bool = False
     text: str = ""
+    text_name: str = ""
     figure: str = ""
     plotted: bool = True
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from vllm_depthpar.bench.report import FIGURES, SHOWN
@@ -240,15 +241,26 @@ def _qualities(
         writer = model if name.startswith("own-") else ""
         text = " ".join([name, cut, record.dtype, writer])
         perplexity = Measure(
-            f"perplexity {text}", f"perplexity, {name}", (at,),
-            form=".2f", is_quality=True, text=text, figure="perplexity", plotted=False,
-        )  # fmt: skip
+            f"perplexity {text}",
+            f"perplexity, {name}",
+            (at,),
+            form=".2f",
+            is_quality=True,
+            text=text,
+            text_name=name,
+            figure="perplexity",
+            plotted=False,
+        )
         found.see(key, perplexity, Value(quality.perplexity))
         if with_kl:
-            kl = Measure(
-                f"kl {text} {model}", f"KL, {name}, nats/token", (at,),
-                is_quality=True, text=text, figure="kl",
-            )  # fmt: skip
+            kl = replace(
+                perplexity,
+                key=f"kl {text} {model}",
+                title=f"KL, {name}, nats/token",
+                form=".3f",
+                figure="kl",
+                plotted=True,
+            )
             found.see(key, kl, Value(quality.kl, error=quality.kl_standard_error))
 
 

@@ -12,7 +12,6 @@ from importlib.resources import files
 from vllm_depthpar.report import sections
 from vllm_depthpar.report.data import KINDS, Measure, Page, Point, front
 
-# A page with a plot of very many points would be of use to nobody, and take long to draw.
 _HEAD = """<!doctype html>
 <html lang="en">
 <head>
@@ -107,7 +106,10 @@ def _summary(page: Page) -> str:
 def _section(name: str, title: str, content: str) -> str:
     if not content:
         return ""
-    return f'<section id="{name}" aria-labelledby="{name}-title"><h2 id="{name}-title">{title}</h2>{content}</section>\n'  # noqa: E501
+    return (
+        f'<section id="{name}" aria-labelledby="{name}-title">'
+        f'<h2 id="{name}-title">{title}</h2>{content}</section>\n'
+    )
 
 
 def _plot(page: Page) -> str:

@@ -43,7 +43,7 @@ def legend(points: Sequence[Point]) -> str:
         for kind in MARKS
         if kind in there
     )
-    return f'<ul class="legend">{items}<li class="front-line">━ best known</li></ul>'
+    return f'<ul class="legend">{items}<li>━ the best known (filled)</li></ul>'
 
 
 def points_table(page: Page) -> str:
@@ -155,15 +155,14 @@ def _figures(page: Page, point: Point) -> str:
             f"<td>{_cell(point, found[figure]) if figure in found else ''}</td>"
             for figure in ("perplexity", "ratio", "kl")
         )
-        name = found["perplexity"].title.removeprefix("perplexity, ")
-        notes = _notes(found["perplexity"].sources)
-        rows.append(f'<tr><th scope="row">{escape(name)}{notes}</th>{cells}</tr>')
+        name = f"{escape(of_text[0].text_name)}{_notes(of_text[0].sources)}"
+        rows.append(f'<tr><th scope="row">{name}</th>{cells}</tr>')
     html = ""
     if rows:
         html += (
             '<div class="wide"><table><thead><tr><th scope="col">text</th>'
-            '<th scope="col">perplexity</th><th scope="col">times the unmodified\'s</th>'
-            '<th scope="col">KL, nats/token</th></tr></thead>'
+            '<th scope="col">perplexity</th><th scope="col">its ratio</th>'
+            '<th scope="col">KL</th></tr></thead>'
             f"<tbody>{''.join(rows)}</tbody></table></div>"
         )
     others = [
@@ -237,7 +236,10 @@ def _answers(found: Answers) -> str:
             for at, (label, text) in enumerate(zip(found.labels, texts, strict=True))
         )
         items.append(f'<li><p class="prompt">{escape(prompt)}</p><div class="side">{columns}</div>')
-    return f'{_notes([found.source])}<ol class="answers">{"".join(items)}</ol>'
+    return (
+        f'<p class="lead">What differs from the first column is underlined.{_notes([found.source])}'
+        f'</p><ol class="answers">{"".join(items)}</ol>'
+    )
 
 
 def _against(text: str, first: str) -> str:
