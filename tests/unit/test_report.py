@@ -166,7 +166,7 @@ def test_a_predicted_speed_is_plotted_first() -> None:
     for number, one in enumerate([report["plan"], *report["front"], *report["measured"]]):
         one["predicted_speedup"] = 1 + number / 100
     page = gather.page([("a.json", records.read(report, "a.json"))])
-    assert page.speed[0].title == "predicted speed-up"
+    assert page.speed[0].title.startswith("predicted speed-up (")
     assert page.points[0].kind == UNMODIFIED
     assert page.points[0].values[page.speed[0].key].value == 1
 
@@ -196,6 +196,40 @@ def test_files_meet_in_a_plan() -> None:
     value = point.values[measure_of(page, title, 2)]
     assert (value.value, value.low, value.high) == (speed["median"], speed["min"], speed["max"])
     assert [point.kind for point in page.points].count(UNMODIFIED) == 1
+    # Each value knows who measured it.
+    sources = {point.values[key].source for key in point.values}
+    assert sources == {None, 0, 1, 2}, "None: what the plan itself says"
+    assert value.source == 2
+
+
+def test_searches_on_the_same_texts_have_one_front() -> None:
+    """Of all methods; on texts cut otherwise they have one each."""
+    pairs = QUALITY / "search-smollm2-tp3-pairs-49-report.json"
+    page = page_of(HALVES, pairs)
+    title = "KL from the unmodified model, nats/token"
+    (kl,) = [one for one in page.quality if one.title == title]
+    assert kl.sources == (0, 1)
+    reports = [json.loads(path.read_text()) for path in (HALVES, pairs)]
+    known = {one["digest"] for report in reports for one in report["measured"]}
+    assert sum(kl.key in point.values for point in page.points) == len(known) + 1
+    page = page_of(HALVES, QUALITY / "search-smollm2-tp3-sync-41-report.json")
+    assert [one.sources for one in page.quality if one.title == title] == [(0,), (1,)]
+
+
+def test_predictions_for_the_same_machine_are_one_measure() -> None:
+    def search(name: str, options: str) -> tuple[str, records.Record]:
+        report = json.loads(SEARCH.read_text())
+        report["plan"]["predicted_speedup"] = 1.2
+        report["command"] += f" {options}"
+        return name, records.read(report, name)
+
+    h100 = "--device h100 --tp 2 --link p2p-off"
+    page = gather.page([search("a", h100), search("b", f"--seed 1 {h100}"), search("c", "--tp 2")])
+    predicted = {one.title: one.sources for one in page.speed if one.title.startswith("predicted")}
+    assert predicted == {
+        "predicted speed-up (device h100, tp 2, link p2p-off)": (0, 1),
+        "predicted speed-up (tp 2)": (2,),
+    }
 
 
 def test_what_was_recovered_stands_beside_its_plan() -> None:
@@ -228,7 +262,7 @@ def test_an_adapter_is_served_as_one_and_not_taken_to_be_as_fast() -> None:
     after = point_of(page, record["plan"], RECOVERED)
     assert "--enable-lora --max-lora-rank 32" in after.serve
     before = page.points[after.before or 0]
-    predicted = measure_of(page, "predicted speed-up", 0)
+    (predicted,) = [one.key for one in page.speed if one.title.startswith("predicted")]
     assert before.values[predicted].value == 1.5
     assert predicted not in after.values
 

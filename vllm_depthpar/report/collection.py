@@ -119,7 +119,13 @@ class Collection:
             self._points[key] = replace(point, names=(*point.names, name))
 
     def see(self, key: Key, measure: Measure, value: Value) -> None:
-        """Add a value; what is known stays, and what is no number is left out."""
+        """Add a value; what is known stays, and what is no number is left out.
+
+        Args:
+            measure: of one source.
+        """
+        (source,) = measure.sources
+        value = replace(value, source=source)
         if not all(math.isfinite(one) for one in vars(value).values() if one is not None):
             return
         measures = self.qualities if measure.is_quality else self.speeds
@@ -145,8 +151,10 @@ class Collection:
                 plotted=True,
             )
             for key, point in list(self._points.items()):
-                if (mine := point.values.get(measure.key)) is not None:
-                    self.see(key, ratio, Value(mine.value / base.value))
+                mine = point.values.get(measure.key)
+                if mine is not None and mine.source is not None:
+                    of_source = replace(ratio, sources=(mine.source,))
+                    self.see(key, of_source, Value(mine.value / base.value))
 
     def points(self) -> list[Point]:
         """List the points."""

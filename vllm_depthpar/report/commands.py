@@ -27,6 +27,16 @@ def checkpoints(command: str) -> tuple[str, str]:
     return model, Path(option(command, "--out") or "recovered").name
 
 
+def deployment(command: str) -> str:
+    """Say for where a search predicted speeds: "" for one sequence on the machine that it ran on.
+
+    What it was not told it takes to be the same every time.
+    """
+    names = ("device", "tp", "link", "batch", "context")
+    given = ((name, option(command, f"--{name}")) for name in names)
+    return ", ".join(f"{name} {value}" for name, value in given if value is not None)
+
+
 def ranks(command: str, plan: Plan) -> int:
     """Say for which tensor-parallel size a plan was measured."""
     given = option(command, "--tp") or ""

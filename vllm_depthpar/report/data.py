@@ -73,12 +73,14 @@ class Value:
     Attributes:
         low, high: the spread of a measurement.
         error: its standard error.
+        source: the command that measured it, by its place in `Page.sources`.
     """
 
     value: float
     low: float | None = None
     high: float | None = None
     error: float | None = None
+    source: int | None = None
 
     def written(self, form: str) -> str:
         """Write it for people: '1.21 (1.19 to 1.24)', '0.353 ± 0.012'."""

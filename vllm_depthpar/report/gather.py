@@ -76,15 +76,29 @@ def _model(record: records.Record) -> str:
 
 def _search(found: Collection, name: str, record: records.SearchRecord) -> Key:
     """Take what a search found; returns the plan that it was for."""
-    goal = ", ".join(f"{key.replace('_', ' ')} {value:g}" for key, value in record.goal.items())
+    goal = ", ".join(f"--{key.replace('_', '-')} {value:g}" for key, value in record.goal.items())
     notes = (
         f"goal: {goal}; methods: {record.methods}; {record.rounds} rounds; "
         f"{len(record.measured)} plans measured",
         *_texts(record.texts, record.dtype),
     )
     at = found.source(name, record, notes)
-    kl = Measure(f"kl {at}", "KL from the unmodified model, nats/token", (at,), is_quality=True)
-    speed = Measure(f"predicted {at}", "predicted speed-up", (at,), more_is_better=True, form=".2f")
+    # The mean over the same texts, cut alike, is the same measure in every search.
+    cuts = "; ".join(f"{text.text} {text.cut}" for text in record.texts)
+    kl = Measure(
+        f"kl mean {cuts} {record.dtype} {record.model}",
+        "KL from the unmodified model, nats/token",
+        (at,),
+        is_quality=True,
+    )
+    place = commands.deployment(record.command)
+    speed = Measure(
+        f"predicted speed-up {place or record.cpu}",
+        f"predicted speed-up ({place or record.cpu or 'this machine'})",
+        (at,),
+        more_is_better=True,
+        form=".2f",
+    )
     plain = found.plain(record.model, read_plan(record.plan.plan, name).layers)
     found.see(plain, kl, Value(0.0))
     _qualities(found, plain, record.unmodified, record, record.model, at)

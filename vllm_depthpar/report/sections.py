@@ -155,7 +155,7 @@ def _figures(page: Page, point: Point) -> str:
             f"<td>{_cell(point, found[figure]) if figure in found else ''}</td>"
             for figure in ("perplexity", "ratio", "kl")
         )
-        name = f"{escape(of_text[0].text_name)}{_notes(of_text[0].sources)}"
+        name = f"{escape(of_text[0].text_name)}{_made_by(point, of_text)}"
         rows.append(f'<tr><th scope="row">{name}</th>{cells}</tr>')
     html = ""
     if rows:
@@ -169,7 +169,7 @@ def _figures(page: Page, point: Point) -> str:
         one for one in (*page.quality, *page.speed) if one.key in point.values and not one.text
     ]
     items = "".join(
-        f"<dt>{escape(one.title)}{_notes(one.sources)}</dt><dd>{_cell(point, one)}</dd>"
+        f"<dt>{escape(one.title)}{_made_by(point, [one])}</dt><dd>{_cell(point, one)}</dd>"
         for one in others
     )
     return f"{html}<dl>{items}</dl>" if items else html
@@ -277,6 +277,12 @@ def _notes(sources: Iterable[int]) -> str:
     """Refer to commands by their numbers."""
     links = " ".join(f'<a href="#source-{at}">{at + 1}</a>' for at in sources)
     return f"<sup>{links}</sup>" if links else ""
+
+
+def _made_by(point: Point, measures: Iterable[Measure]) -> str:
+    """Refer to the commands that measured a point's values."""
+    sources = {point.values[one.key].source for one in measures}
+    return _notes(sorted(source for source in sources if source is not None))
 
 
 def _direction(measure: Measure) -> str:

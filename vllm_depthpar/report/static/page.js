@@ -52,7 +52,7 @@
     const { speed, quality } = measures();
     const width = Math.max(280, canvas.clientWidth);
     const height = Math.min(440, Math.max(300, width * 0.62));
-    const margin = { top: 12, right: 16, bottom: 28, left: 48 };
+    const margin = { top: 24, right: 16, bottom: 28, left: 48 };
     const front = data.fronts[speed.key + "|" + quality.key];
     const best = new Set(front);
     drawn = data.points.flatMap((point, at) => {
@@ -124,7 +124,7 @@
     svg.append("circle").attr("class", "ring").attr("r", 10);
     const over = drawn.filter((one) => one.beyond).length;
     if (over) {
-      svg.append("text").attr("x", width - margin.right).attr("y", margin.top + 16).attr("text-anchor", "end")
+      svg.append("text").attr("x", width - margin.right).attr("y", 12).attr("text-anchor", "end")
         .text(`${over} beyond ${d3.format(".2~f")(edge)}, at the edge`);
     }
     svg.on("pointermove", (event) => point(nearest(event)))
