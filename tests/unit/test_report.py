@@ -9,13 +9,17 @@ import json
 import random
 import re
 from collections.abc import Iterator
+from copy import deepcopy
 from html.parser import HTMLParser
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from vllm_depthpar.cli.main import main
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.plan import resolve
 from vllm_depthpar.plan.model_shape import all_reduces
@@ -352,13 +356,105 @@ def test_wrong_files_are_refused_in_one_line(content: Any, words: str) -> None:
     assert "; allowed: " in str(refused.value)
 
 
+def small(path: Path) -> dict[str, Any]:
+    """A real file, with few plans of each list."""
+    report: dict[str, Any] = json.loads(path.read_text())
+    for key in ("front", "measured"):
+        if key in report:
+            report[key] = report[key][:2]
+    return report
+
+
+def places(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where something stands in JSON."""
+    if not isinstance(node, dict | list):
+        return
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+        yield (*path, key)
+        yield from places(value, (*path, key))
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9)
+    # Half a character; a number that is no float; a plan's own words.
+    | st.sampled_from(["\ud800", "\0", 10**400, -1, 0, "auto", "plain", MARKUP]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner),
+    max_leaves=5,
+)  # fmt: skip
+SMALL = [small(path) for path in (SEARCH, HALVES, RECOVERY, EVALUATED, BENCH)]
+
+
+@settings(max_examples=150)
+@given(data=st.data(), report=st.sampled_from(SMALL), value=ANYTHING)
+def test_anything_in_a_file_is_a_page_or_one_line(
+    data: st.DataObject, report: dict[str, Any], value: Any
+) -> None:
+    report = deepcopy(report)
+    *path, last = data.draw(st.sampled_from(list(places(report))))
+    node = report
+    for key in path:
+        node = node[key]
+    node[last] = value
+    try:
+        text = html(gather.page([("x.json", records.read(report, "x.json"))]))
+    except UserError as error:
+        assert "allowed" in str(error) or "plan key" in str(error)
+        assert len(str(error).splitlines()) == 1
+        return
+    found = Elements(text.encode(errors="replace").decode())
+    assert [tag for tag, _ in found.tags].count("script") in (0, 3)
+    assert not [attributes for _, attributes in found.tags if "onerror" in attributes]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["no.json", "--out", "x.html"], "no.json can't be read (No such file or directory)"),
+        (["x.txt", "--out", "x.html"], "x.txt can't be read (line 1 column 1: "),
+        ([str(SEARCH), "--out", "x.json"], "--out x.json: its name must end in .html"),
+        ([str(QUALITY / "study-smollm2.json"), "--out", "x.html"], "is no report of plans"),
+    ],
+)
+def test_the_command_says_in_one_line_what_is_wrong(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    words: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("x.txt").write_text("text")
+    assert main(["report", *arguments]) == 1
+    said = capsys.readouterr().err
+    assert words in said
+    assert said.count("\n") == 1
+    assert not Path("x.html").exists()
+
+
+def test_files_of_one_name_are_told_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = [tmp_path / name for name in ("one", "other")]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "recovery.json").write_text(RECOVERY.read_text())
+    out = tmp_path / "new" / "report.html"
+    paths = [str(folder / "recovery.json") for folder in folders]
+    assert main(["report", str(SEARCH), *paths, "--out", str(out)]) == 0
+    text = out.read_text()
+    assert "one/recovery.json; " in text
+    assert "other/recovery.json; " in text
+    assert str(tmp_path) not in text
+    assert str(out) in capsys.readouterr().out
+
+
 def test_a_missing_answer_is_refused() -> None:
     answers = {
         **{"command": "depthpar eval", "date": "2026-01-01", "model": "m"},
         "prompts": ["a", "b"],
         "plans": [{"label": "plain", "spec": None, "answers": ["c"]}],
     }
-    with pytest.raises(UserError, match="x: plain has 1 answers; allowed: one to each of 2"):
+    with pytest.raises(UserError, match="x: 'plain' has 1 answers; allowed: one to each of 2"):
         gather.page([("x", records.read({"answers": answers}, "x"))])
 
 
@@ -440,6 +536,29 @@ def test_the_table_has_the_numbers() -> None:
     cells = [re.findall(r"<td>(.*?)</td>", row) for row in rows]
     for one in report["front"]:
         assert [str(one["depth"]), f"{one['kl']:.3f}"] in [row[:2] for row in cells]
+
+
+def test_without_an_unmodified_model_perplexities_are_plotted() -> None:
+    page = page_of(QUALITY / "eval-smollm2-tp3-recovered-41.json")
+    assert [one.figure for one in page.quality] == ["perplexity", "perplexity"]
+    assert '<option value="1">' in html(page)
+
+
+def test_without_qualities_there_is_no_plot() -> None:
+    found = Elements(html(page_of(BENCH)))
+    assert "script" not in [tag for tag, _ in found.tags]
+    assert "1.31 (1.20 to 1.43)" in found.text
+    assert "Answers" not in found.text
+
+
+def test_the_best_published_plans_are_not_folded_away() -> None:
+    shown, _, folded = html(page_of(SEARCH)).partition("more that were measured")
+    report = json.loads(SEARCH.read_text())
+    spans = [one for one in report["measured"] if one["kind"] == SPAN]
+    for depth in {one["depth"] for one in spans}:
+        kls = sorted(one["kl"] for one in spans if one["depth"] == depth)
+        assert f"<td>{depth}</td><td>{kls[0]:.3f}</td>" in shown
+        assert f"<td>{depth}</td><td>{kls[-1]:.3f}</td>" in folded
 
 
 def test_links_lead_somewhere() -> None:

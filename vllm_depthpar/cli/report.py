@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm_depthpar.cli.types import out_file
 from vllm_depthpar.report import gather, records
-from vllm_depthpar.report.html import html
+from vllm_depthpar.report.html import write
 from vllm_depthpar.util import files
 
 
@@ -39,7 +39,7 @@ def _run(args: argparse.Namespace) -> str:
         for name, path in zip(names, args.files, strict=True)
     ]
     page = gather.page(read)
-    files.write_bytes(args.out, html(page).encode())
+    write(args.out, page)
     return f"report: {args.out}   {len(page.points)} plans of {page.model}"
 
 

@@ -136,19 +136,21 @@ class Collection:
         self._points[key] = replace(point, values={measure.key: value, **point.values})
 
     def compare_with_unmodified(self) -> None:
-        """Add each perplexity's ratio to the unmodified model's on the same text."""
+        """Add each perplexity's ratio to the unmodified model's on the same text, which is plotted
+        in its place."""
         plain = self._points.get((PLAIN, self._model))
-        for measure in list(self.qualities.values()):
+        perplexities = [one for one in self.qualities.values() if one.figure == "perplexity"]
+        for measure in perplexities:
             base = plain.values.get(measure.key) if plain else None
-            if measure.figure != "perplexity" or base is None or not base.value > 0:
+            if base is None or not base.value > 0:
                 continue
+            self.qualities[measure.key] = replace(measure, plotted=False)
             ratio = replace(
                 measure,
                 key=f"ratio {measure.key}",
                 title=f"{measure.title}, times the unmodified's",
                 figure="ratio",
                 form=".3f",
-                plotted=True,
             )
             for key, point in list(self._points.items()):
                 mine = point.values.get(measure.key)
@@ -222,8 +224,12 @@ def kind(plan: Plan) -> str:
 
 
 def fullest_first(measures: Iterable[Measure], points: Sequence[Point]) -> list[Measure]:
-    """Sort measures by how many points have a value; equal ones keep their order."""
-    return sorted(measures, key=lambda one: -sum(one.key in point.values for point in points))
+    """Sort measures by how many points have a value; equal ones keep their order. Those that are
+    not plotted are last."""
+    return sorted(
+        measures,
+        key=lambda one: (not one.plotted, -sum(one.key in point.values for point in points)),
+    )
 
 
 def _picture(plan: Plan | None) -> str:

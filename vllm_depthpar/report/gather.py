@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vllm_depthpar.bench.report import FIGURES, SHOWN
 from vllm_depthpar.checkpoint.adapter import serving_command
-from vllm_depthpar.errors import UserError
+from vllm_depthpar.errors import UserError, shortened
 from vllm_depthpar.launch.variants import CARRIED, PLAIN
 from vllm_depthpar.report import commands, records
 from vllm_depthpar.report.collection import (
@@ -102,18 +102,16 @@ def _search(found: Collection, name: str, record: records.SearchRecord) -> Key:
     plain = found.plain(record.model, read_plan(record.plan.plan, name).layers)
     found.see(plain, kl, Value(0.0))
     _qualities(found, plain, record.unmodified, record, record.model, at)
-    chosen = None
-    for entry in (record.plan, *record.front, *record.measured):
-        key = found.plan(entry.plan, record.model, record.command, name)
+    entries = [record.plan, *record.front, *record.measured]
+    keys = [found.plan(one.plan, record.model, record.command, name) for one in entries]
+    for key, entry in zip(keys, entries, strict=True):
         found.is_kind(key, entry.kind)
         found.see(key, kl, Value(entry.kl))
         _qualities(found, key, entry.quality, record, record.model, at)
         if entry.predicted_speedup is not None:
             found.see(plain, speed, Value(1.0))
             found.see(key, speed, Value(entry.predicted_speedup))
-        chosen = chosen or key
-    assert chosen is not None
-    return chosen
+    return keys[0]
 
 
 def _evaluation(found: Collection, name: str, record: records.EvalRecord) -> list[Answers]:
@@ -138,8 +136,8 @@ def _evaluation(found: Collection, name: str, record: records.EvalRecord) -> lis
     for plan in plans:
         if len(plan.answers) != len(written.prompts):
             raise UserError(
-                f"{name}: {plan.label} has {len(plan.answers)} answers; allowed: one to each of "
-                f"{len(written.prompts)} prompts"
+                f"{name}: {shortened(plan.label)} has {len(plan.answers)} answers; allowed: one to "
+                f"each of {len(written.prompts)} prompts"
             )
     each = zip(*(plan.answers for plan in plans), strict=True)
     side_by_side = tuple(zip(written.prompts, each, strict=True))
@@ -263,7 +261,6 @@ def _qualities(
             text=text,
             text_name=name,
             figure="perplexity",
-            plotted=False,
         )
         found.see(key, perplexity, Value(quality.perplexity))
         if with_kl:
@@ -273,7 +270,6 @@ def _qualities(
                 title=f"KL, {name}, nats/token",
                 form=".3f",
                 figure="kl",
-                plotted=True,
             )
             found.see(key, kl, Value(quality.kl, error=quality.kl_standard_error))
 

@@ -7,10 +7,12 @@ import hashlib
 import json
 from functools import cache
 from html import escape
-from importlib.resources import files
+from importlib import resources
+from pathlib import Path
 
 from vllm_depthpar.report import sections
 from vllm_depthpar.report.data import KINDS, Measure, Page, Point, front
+from vllm_depthpar.util import files
 
 _HEAD = """<!doctype html>
 <html lang="en">
@@ -42,6 +44,16 @@ def html(page: Page) -> str:
     ]
     code = "".join(f"<script>{script}</script>\n" for script in scripts)
     return f"{head}<body>\n<main>\n{''.join(parts)}</main>\n{code}</body>\n</html>\n"
+
+
+def write(path: Path, page: Page) -> None:
+    """Write a page into a file.
+
+    Raises:
+        UserError: it can't be written.
+    """
+    # Half a character, which JSON can name, is nothing that a file could hold.
+    files.write_bytes(path, html(page).encode(errors="replace"))
 
 
 def policy(scripts: list[str]) -> str:
@@ -141,4 +153,4 @@ def _select(name: str, label: str, measures: list[Measure]) -> str:
 
 @cache
 def _static(name: str) -> str:
-    return (files("vllm_depthpar.report") / "static" / name).read_text()
+    return (resources.files("vllm_depthpar.report") / "static" / name).read_text()

@@ -250,7 +250,9 @@ def read(content: object, name: str) -> Record:
         return form.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
+        place = ".".join(
+            part if part.isprintable() else repr(part) for part in map(str, first["loc"])
+        )
         raise UserError(
             f"{name}: {place} is {shortened(first['input'])} ({first['msg']}); allowed: {ALLOWED}"
         ) from None

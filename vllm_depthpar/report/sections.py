@@ -10,6 +10,7 @@ from vllm_depthpar.report.data import (
     BASELINES,
     COMPARED,
     FOUND,
+    KINDS,
     RECOVERED,
     SKIPPING,
     SPAN,
@@ -47,24 +48,34 @@ def legend(points: Sequence[Point]) -> str:
 
 
 def points_table(page: Page) -> str:
-    """Tabulate the numbers of the plot: first what is on the front, published, compared or
-    recovered; then the rest, folded away."""
-    shown = _columns(page)
-    best = set(front(page.points, page.speed[0], page.quality[0])) if page.quality else set()
-    order = _from_plain_on(page)
-    first = [at for at in order if at in best or at == page.chosen or page.points[at].kind != FOUND]
+    """Tabulate the numbers of the plot: first the best known and what they are to be compared with,
+    then the rest, folded away."""
+    order, best = _from_plain_on(page), set(_best(page, KINDS))
+    published = {at for kind in BASELINES for at in _best(page, [kind])}
+    first = [
+        at
+        for at in order
+        if at in best | published
+        or at == page.chosen
+        or page.points[at].kind not in (FOUND, *BASELINES)
+    ]
     rest = [at for at in order if at not in first]
-    baselines = [at for at in first if page.points[at].kind in BASELINES and at not in best]
-    if len(baselines) > 12:
-        first = [at for at in first if at not in baselines]
-        rest = [at for at in order if at not in first]
-    html = _table(page, first, shown, best)
+    html = _table(page, first, best)
     if rest:
         html += (
             f"<details><summary>{len(rest)} more that were measured</summary>"
-            f"{_table(page, rest, shown, best)}</details>"
+            f"{_table(page, rest, best)}</details>"
         )
     return html
+
+
+def _best(page: Page, kinds: Sequence[str]) -> list[int]:
+    """List what is on the front of these kinds alone, on the axes that are shown first."""
+    if not page.quality:
+        return []
+    there = [at for at, point in enumerate(page.points) if point.kind in kinds]
+    best = front([page.points[at] for at in there], page.speed[0], page.quality[0])
+    return [there[at] for at in best]
 
 
 def _columns(page: Page) -> list[Measure]:
@@ -92,8 +103,8 @@ def _first_quality(page: Page, point: Point) -> float:
     return value.value if value else 0.0
 
 
-def _table(page: Page, rows: Sequence[int], shown: Sequence[Measure], best: set[int]) -> str:
-    known = [one for one in shown if any(one.key in page.points[at].values for at in rows)]
+def _table(page: Page, rows: Sequence[int], best: set[int]) -> str:
+    known = [one for one in _columns(page) if any(one.key in page.points[at].values for at in rows)]
     head = "".join(
         f'<th scope="col">{escape(one.title)} {_direction(one)}{_notes(one.sources)}</th>'
         for one in known

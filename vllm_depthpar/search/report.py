@@ -14,7 +14,7 @@ from vllm_depthpar.plan import Plan, drawing
 from vllm_depthpar.plan.model_shape import all_reduces
 from vllm_depthpar.plan.spec import HALVES, MODES
 from vllm_depthpar.report import gather, records
-from vllm_depthpar.report.html import html
+from vllm_depthpar.report.html import write
 from vllm_depthpar.search.baselines import kind
 from vllm_depthpar.search.run import Effort, Outcome
 from vllm_depthpar.search.search import Found
@@ -54,9 +54,8 @@ class SearchReport:
         numbers = out.with_name(f"{out.stem}-report.json")
         found = self._numbers(best, front)
         files.write_json(numbers, found)
-        page = gather.page([(numbers.name, records.read(found, numbers.name))])
         shown = numbers.with_suffix(".html")
-        files.write_bytes(shown, html(page).encode())
+        write(shown, gather.page([(numbers.name, records.read(found, numbers.name))]))
         report = out.with_name(f"{out.stem}-report.md")
         files.write_bytes(report, self._markdown(plan, rows, picture if drawn else None).encode())
         return "\n".join(
