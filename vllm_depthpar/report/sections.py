@@ -88,12 +88,12 @@ def _columns(page: Page) -> list[Measure]:
 def _from_plain_on(page: Page) -> list[int]:
     """Order points as the plot does, the unmodified model first."""
     speed = page.speed[0]
-    sign = -1 if speed.more_is_better else 1
+    sign = 1 if speed.more_is_better else -1
 
     def place(at: int) -> tuple[bool, float, float]:
         point = page.points[at]
         found, quality = point.values.get(speed.key), _first_quality(page, point)
-        return (point.kind != UNMODIFIED, -sign * found.value if found else 0.0, quality)
+        return (point.kind != UNMODIFIED, sign * found.value if found else 0.0, quality)
 
     return sorted(range(len(page.points)), key=place)
 
