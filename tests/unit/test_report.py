@@ -461,6 +461,30 @@ def test_a_missing_answer_is_refused() -> None:
 # What is written
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The sky is blue.", "word for word the same"),
+        ("The sky is black, & so on.", "The sky is <mark>black,</mark> &amp; so on."),
+        ("A sky", "<mark>A</mark> sky"),
+        ("The sky", "The <mark>sky</mark>"),
+        ("The sky is blue. It is", "The sky is <mark>blue.</mark> It is"),
+        ("", "<blockquote><mark></mark></blockquote>"),
+    ],
+)
+def test_the_first_difference_of_an_answer_is_marked(text: str, expected: str) -> None:
+    answers = {
+        **{"command": "depthpar eval", "date": "2026-01-01", "model": "m"},
+        "prompts": ["Why?"],
+        "plans": [
+            {"label": label, "spec": None, "answers": [answer]}
+            for label, answer in (("plain", "The sky is blue."), ("other", text))
+        ],
+    }
+    page = gather.page([("x", records.read({"answers": answers}, "x"))])
+    assert expected in html(page)
+
+
 def with_markup() -> Iterator[dict[str, Any]]:
     """Reports with markup wherever people or models choose the words."""
     search = json.loads(SEARCH.read_text())

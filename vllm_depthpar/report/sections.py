@@ -234,7 +234,7 @@ def _recovery(found: Recovery) -> str:
 
 
 def answers(found: Sequence[Answers]) -> str:
-    """Show the answers of plans side by side; what follows the first difference stands out."""
+    """Show the answers of plans side by side; the first difference is marked."""
     return "".join(map(_answers, found))
 
 
@@ -248,19 +248,20 @@ def _answers(found: Answers) -> str:
         )
         items.append(f'<li><p class="prompt">{escape(prompt)}</p><div class="side">{columns}</div>')
     return (
-        f'<p class="lead">What differs from the first column is underlined.{_notes([found.source])}'
-        f'</p><ol class="answers">{"".join(items)}</ol>'
+        '<p class="lead">The word from which on an answer is another than in the first column is '
+        f'underlined.{_notes([found.source])}</p><ol class="answers">{"".join(items)}</ol>'
     )
 
 
 def _against(text: str, first: str) -> str:
-    """Mark from where on an answer is another than the first plan's."""
+    """Mark the word from which on an answer is another than the first plan's."""
     if text == first:
         return f'{escape(text)}<small class="same">word for word the same</small>'
     pairs = enumerate(zip(text, first, strict=False))
-    same = next((at for at, (mine, other) in pairs if mine != other), min(len(text), len(first)))
-    same = text.rfind(" ", 0, same) + 1  # whole words
-    return f"{escape(text[:same])}<mark>{escape(text[same:])}</mark>"
+    at = next((at for at, (mine, other) in pairs if mine != other), min(len(text), len(first)))
+    same, differs = text[: (cut := text.rfind(" ", 0, at) + 1)], text[cut:]
+    word, space, rest = differs.partition(" ")
+    return f"{escape(same)}<mark>{escape(word)}</mark>{escape(space + rest)}"
 
 
 def commands(sources: Sequence[Source]) -> str:
