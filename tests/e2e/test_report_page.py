@@ -23,6 +23,7 @@ FILES = (
     RESULTS / "quality/results/recovery-smollm2-tp3-41.json",
     RESULTS / "serving/results/dropped-attentions.json",
 )
+PIQA = RESULTS / "quality/results/recovery-piqa.json"
 PHONE = 360
 
 
@@ -192,6 +193,26 @@ def test_another_axis(browser: Browser, page: Path) -> None:
     assert browser.run("document.getElementById('canvas').textContent") != ""
     browser.run(f"({choose})('speed', 'all-reduces')")
     assert browser.run("document.querySelectorAll('.won-back').length") == 1
+
+
+def test_down_is_better_whatever_is_measured(browser: Browser, tmp_path: Path) -> None:
+    """A task's accuracy, of which more is better."""
+    tasks = [one["tasks"] for one in json.loads(PIQA.read_text()).values()]
+    found: list[tuple[float, str]] = []
+    for number, one in enumerate(tasks[:2]):
+        (tmp_path / f"{number}.json").write_text(json.dumps({"tasks": one}))
+        (plan,) = one["plans"]
+        found.append((plan["results"]["piqa_local"]["acc"]["value"], plan["label"]))
+    out = tmp_path / "report.html"
+    files = [str(tmp_path / f"{number}.json") for number in range(2)]
+    assert main(["report", *files, "--out", str(out)]) == 0
+    browser.open(out.as_uri())
+    assert browser.errors == []
+    places = browser.run("""[...document.querySelectorAll(".dot")].map(
+        one => [one.transform.baseVal[0].matrix.f, one.ariaLabel])""")
+    (_, worse), (_, better) = sorted(places)
+    assert f"acc {min(found)[0]:.3f}" in worse
+    assert f"acc {max(found)[0]:.3f}" in better
 
 
 def test_it_asks_nobody_for_anything(

@@ -279,6 +279,10 @@ def test_tasks_say_which_way_is_better() -> None:
     key = measure_of(page, "piqa_local, acc", 0)
     (measure,) = [one for one in page.quality if one.key == key]
     assert measure.more_is_better
+    assert measure.sources == (0, 1)
+    assert [key in point.values for point in page.points] == [True, True]
+    # The first file does not say how deep the model is.
+    assert page.points[0].values[BLOCKS.key].value == 30
     assert page.points[0].values[key].written(measure.form) == "0.654 ± 0.015"
 
 

@@ -45,6 +45,7 @@ class Collection:
         self.qualities: dict[str, Measure] = {}
         self._model = model
         self._points: dict[Key, Point] = {}
+        self._layers: dict[str, int] = {}
         self._befores: dict[Key, Key] = {}
         # Recovered points that are as fast as what they were.
         self._alike: set[Key] = set()
@@ -63,6 +64,7 @@ class Collection:
             layers: of the model, if they are known.
         """
         key = (PLAIN, model)
+        layers = layers or self._layers.get(model)
         plan = None if layers is None else resolve("identity", layers)
         serve = shlex.join(["vllm", "serve", model])
         label = self._named("plain vLLM", model)
@@ -80,8 +82,11 @@ class Collection:
             UserError: it is none.
         """
         plan = read_plan(spec, name)
-        if plan.is_identity:
-            return self.plain(model, plan.layers)
+        self._layers[model] = plan.layers
+        if plan.is_identity or (PLAIN, model) in self._points:
+            plain = self.plain(model, plan.layers)
+            if plan.is_identity:
+                return plain
         key = (plan.digest, model)
         tp = commands.ranks(command, plan)
         flags = ["--tensor-parallel-size", str(tp)] * (tp > 1)

@@ -149,13 +149,15 @@ def _scores(
     tasks: Mapping[str, records.Task],
     at: int,
 ) -> list[tuple[Measure, Value]]:
-    """List a plan's metrics of which it is known which way is better."""
+    """List a plan's metrics of which it is known which way is better. The same questions are the
+    same measure in every file."""
     scores = []
     for task, metrics in results.items():
-        better = tasks[task].higher_is_better if task in tasks else {}
+        about = tasks.get(task) or records.Task()
+        better, asked = about.higher_is_better, f"{about.documents}, {about.num_fewshot}"
         for metric, score in metrics.items():
             if score.value is not None and (more := better.get(metric)) is not None:
-                key, title = f"task {at} {task} {metric}", f"{task}, {metric}"
+                key, title = f"task {task} {asked} {metric}", f"{task}, {metric}"
                 measure = Measure(key, title, (at,), more_is_better=more, is_quality=True)
                 scores.append((measure, Value(score.value, error=score.stderr)))
     return scores

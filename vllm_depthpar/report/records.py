@@ -120,6 +120,7 @@ class Task(Form):
     """A task as it was asked."""
 
     documents: Count | dict[str, Count] = 0
+    num_fewshot: Count | str | None = None
     higher_is_better: dict[str, bool | None] = {}
 
 

@@ -70,7 +70,8 @@
     const across = [margin.left, width - margin.right];
     const up = [height - margin.bottom, margin.top];
     const x = scaleOf(speed, ends, speed.more ? across : across.toReversed());
-    const y = scaleOf(quality, drawn.map((one) => one.quality), up, most);
+    // Down is better, whatever is measured.
+    const y = scaleOf(quality, drawn.map((one) => one.quality), quality.more ? up.toReversed() : up, most);
     const edge = y.domain()[1];
     for (const one of drawn) {
       one.beyond = one.quality > edge;
