@@ -52,6 +52,8 @@ def result(out: Path) -> dict[str, Any]:
         found["report"] = json.loads(report.read_text())
         picture = out.with_name(f"{out.stem}-front.png").read_bytes()
         found["markdown"] = len(out.with_name(f"{out.stem}-report.md").read_text()) > 0
+        page = out.with_name(f"{out.stem}-report.html").read_text()
+        found["page"] = page.endswith("</html>\n")
         found["picture"] = picture.startswith(b"\x89PNG")
     return {key: _timeless(value) for key, value in found.items()}
 

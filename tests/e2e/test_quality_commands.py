@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,8 @@ def test_search_for_a_depth(
     markdown = (tmp_path / "plan-report.md").read_text()
     assert json.dumps(found.to_spec()) in markdown
     assert "passages: 504 tokens counted, in 8 windows of 64" in markdown
+    page = (tmp_path / "plan-report.html").read_text()
+    assert escape(json.dumps(found.to_spec())) in page
     report = json.loads((tmp_path / "plan-report.json").read_text())
     assert report["plan"]["plan"] == found.to_spec()
     assert report["plan"]["kl"] == min(one["kl"] for one in report["measured"] if one["depth"] <= 6)
@@ -254,7 +257,7 @@ def test_no_tokenizer(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["eval"], "nothing to measure; allowed: --text FILE ..., --tasks NAME ..."),
+        (["eval"], "nothing to measure; allowed: --text FILE ..., --tasks NAME ..., --answers"),
         (["eval", "--text", "{short}"], "text 'short' has 5 tokens; allowed: at least one window"),
         (["eval", "--text", "missing.txt"], "text 'missing.txt' can't be read (No such file"),
         (

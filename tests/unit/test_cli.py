@@ -263,6 +263,7 @@ def test_every_path_takes_a_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_pat
     seen = set()
     for words in (
         ["eval", "~/m", "--text", "~/t", "--tasks", "~/y.yaml", "gsm8k", "--out", "~/x.json"],
+        ["eval", "~/m", "--answers", "~/p", "--out", "~/x.json"],
         ["study", "~/m", "--text", "~/t", "--out=~/x.json"],
         ["search", "~/m", "--text", "~/t", "--depth=3", "--out=~/x.json"],
         ["recover", "~/m", "--plan=auto", "--text", "~/t", "--held-out", "~/h", "--out=~/x.json"],
@@ -274,10 +275,14 @@ def test_every_path_takes_a_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_pat
         args = parser().parse_args(words)
         assert args.model == str(tmp_path / "m")
         assert args.out == tmp_path / "x.json"
-        for name in ("text", "held_out", "tasks"):
+        for name in ("text", "held_out", "tasks", "answers"):
             for path in [getattr(args, name, None) or []]:
                 assert "~" not in str(path)
         seen.add(words[0])
+    args = parser().parse_args(["report", "~/a.json", "~/b.json", "--out=~/x.html"])
+    assert args.files == [tmp_path / "a.json", tmp_path / "b.json"]
+    assert args.out == tmp_path / "x.html"
+    seen.add("report")
     outs = {
         name
         for action in parser()._subparsers._group_actions  # type: ignore[union-attr]

@@ -14,6 +14,7 @@ ORDER = (
     "search",
     "recover",
     "verify",
+    "report",
     "bench",
     "evaluate",
     "serving",

@@ -1,9 +1,11 @@
 """The package as it is installed: cheap to import, its entry points there, its version one."""
 
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from importlib import metadata
 from pathlib import Path
 
@@ -66,3 +68,25 @@ def test_installed_versions_satisfy_pyproject() -> None:
         requirement = Requirement(line)
         installed = metadata.version(requirement.name)
         assert requirement.specifier.contains(installed, prereleases=True), (line, installed)
+
+
+def test_the_wheel_has_every_file_of_the_package(tmp_path: Path) -> None:
+    """What is no Python, too: an editable install would not miss it."""
+    source = tmp_path / "source"
+    junk = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    shutil.copytree(ROOT / "vllm_depthpar", source / "vllm_depthpar", ignore=junk)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    build = [*(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"), "--no-index"]
+    options = ["--no-build-isolation", "--wheel-dir", str(tmp_path), str(source)]
+    subprocess.run([*build, *options], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    packed = zipfile.ZipFile(wheel).namelist()
+    there = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "vllm_depthpar").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert there - set(packed) == set()
+    licenses = {Path(name).name for name in packed if ".dist-info/licenses/" in name}
+    assert licenses == {"LICENSE", "d3.LICENSE"}

@@ -13,12 +13,15 @@ from vllm_depthpar.checkpoint.config import read_config
 from vllm_depthpar.cli.quality_table import quality_table
 from vllm_depthpar.cli.types import DTYPES, MODEL_HELP, PLAN_HELP, at_least, out_file, path_or_name
 from vllm_depthpar.errors import UserError
-from vllm_depthpar.evaluate import lm_eval_tasks
+from vllm_depthpar.evaluate import answers, lm_eval_tasks
 from vllm_depthpar.launch.variants import Variant, usual, variants
 from vllm_depthpar.plan import Plan, resolve
 from vllm_depthpar.plan.model_shape import ModelShape
 from vllm_depthpar.util import files
 from vllm_depthpar.util.provenance import origin
+
+# The prompts of `evaluate.answers`.
+_TWENTY = ""
 
 
 def add(commands: Any) -> None:
@@ -40,6 +43,15 @@ def add(commands: Any) -> None:
     )
     add_text_arguments(evaluate)
     add_task_arguments(evaluate)
+    evaluate.add_argument(
+        "--answers",
+        type=path_or_name,
+        nargs="?",
+        const=_TWENTY,
+        metavar="FILE",
+        help="answers side by side, over a `vllm serve` for each plan, to twenty prompts of many "
+        "kinds, or to those of FILE, one a line",
+    )
     evaluate.set_defaults(run=_run)
 
 
@@ -94,11 +106,12 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> str:
-    if not args.tasks and not args.text:
-        raise UserError("nothing to measure; allowed: --text FILE ..., --tasks NAME ...")
+    if not args.tasks and not args.text and args.answers is None:
+        raise UserError("nothing to measure; allowed: --text FILE ..., --tasks NAME ..., --answers")
     plans = variants(args.model, args.plan or usual(read_config(args.model)))
     loaded = lm_eval_tasks.load_tasks(args.tasks) if args.tasks else {}
     task_settings = _task_settings(args)
+    prompts = None if args.answers is None else answers.read_prompts(args.answers or None)
     report: dict[str, Any] = {}
     shown = []
     if args.text:
@@ -107,6 +120,10 @@ def _run(args: argparse.Namespace) -> str:
     if args.tasks:
         report["tasks"] = lm_eval_tasks.run_tasks(args.model, plans, loaded, task_settings)
         shown.append(lm_eval_tasks.task_table(report["tasks"]))
+    if prompts is not None:
+        flags = task_settings.server_args
+        report["answers"] = answers.ask(args.model, plans, prompts, flags)
+        shown.append(answers.shown(report["answers"]))
     if args.out:
         files.write_json(args.out, report)
     return "\n\n".join(shown)

@@ -17,6 +17,7 @@ from vllm_depthpar.cli import (
     plan,
     predict,
     recover,
+    report,
     search,
     study,
     verify,
@@ -24,7 +25,10 @@ from vllm_depthpar.cli import (
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.util import files
 
-COMMANDS = (plan, verify, predict, bench, search, eval, study, order, recover, export, bundled)
+COMMANDS = (
+    *(plan, verify, predict, bench, search, eval, study, order, recover, report, export),
+    bundled,
+)
 
 
 def parser() -> argparse.ArgumentParser:

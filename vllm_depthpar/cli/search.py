@@ -49,10 +49,12 @@ def add(commands: Any) -> None:
     search.add_argument("--group", type=at_least(3), default=4, help="the widest group (4)")
     search.add_argument(
         "--out",
-        type=out_file("{stem}-front.png", "{stem}-report.json", "{stem}-report.md"),
+        type=out_file(
+            *("{stem}-front.png", "{stem}-report.html", "{stem}-report.json", "{stem}-report.md")
+        ),
         required=True,
         metavar="FILE",
-        help="the plan file; beside it a report, numbers, a picture",
+        help="the plan file; beside it a report (.md, .html), numbers, a picture",
     )
     search.add_argument("--rounds", type=at_least(0), default=6, help="at most (6)")
     search.add_argument("--proposals", type=at_least(1), default=6, help="a round (6)")

@@ -50,7 +50,7 @@ def draw(plan: Plan, shape: ModelShape, tp: int = 1, source: str = "") -> str:
     """Draw the blocks top to bottom, side by side where layers run side by side, and the facts."""
     known = effects(plan, shape, tp)
     lines = [f"plan {plan.digest}: {plan.name}" + (f" (from {source})" if source else ""), ""]
-    lines += _column(plan)
+    lines += blocks(plan)
     lines.append("")
     rows = {
         "effective depth": _change(known["depth"], str),
@@ -75,7 +75,7 @@ def _change(pair: dict[str, int], form: Callable[[int], str]) -> str:
     return f"{form(pair['before'])} -> {form(pair['after'])}"
 
 
-def _column(plan: Plan) -> list[str]:
+def blocks(plan: Plan) -> list[str]:
     """Draw a line per block; runs of layers that stay alone, and of skipped ones, on one line."""
     lines: list[str] = []
     run: list[int] = []

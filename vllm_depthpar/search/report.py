@@ -13,6 +13,8 @@ from vllm_depthpar.evaluate.suite import reported
 from vllm_depthpar.plan import Plan, drawing
 from vllm_depthpar.plan.model_shape import all_reduces
 from vllm_depthpar.plan.spec import HALVES, MODES
+from vllm_depthpar.report import gather, records
+from vllm_depthpar.report.html import write
 from vllm_depthpar.search.baselines import kind
 from vllm_depthpar.search.run import Effort, Outcome
 from vllm_depthpar.search.search import Found
@@ -35,8 +37,8 @@ class SearchReport:
     effort: Effort
 
     def write(self, out: Path) -> str:
-        """Write the plan, and beside it the report and the numbers; return a summary for the
-        terminal.
+        """Write the plan, and beside it the report, as text and as a page, and the numbers; return
+        a summary for the terminal.
 
         Raises:
             UserError: the goal was not reached.
@@ -49,7 +51,11 @@ class SearchReport:
         picture = out.with_name(f"{out.stem}-front.png")
         drawn = self._draw(picture)
         files.write_json(out, plan.to_spec())
-        files.write_json(out.with_name(f"{out.stem}-report.json"), self._numbers(best, front))
+        numbers = out.with_name(f"{out.stem}-report.json")
+        found = self._numbers(best, front)
+        files.write_json(numbers, found)
+        shown = numbers.with_suffix(".html")
+        write(shown, gather.page([(numbers.name, records.read(found, numbers.name))]))
         report = out.with_name(f"{out.stem}-report.md")
         files.write_bytes(report, self._markdown(plan, rows, picture if drawn else None).encode())
         return "\n".join(
@@ -58,7 +64,8 @@ class SearchReport:
                 "",
                 drawing.draw(plan, space.shape, space.tp, f"search, {outcome.rounds} rounds"),
                 "",
-                f"plan: {out}   report: {report}" + ("" if drawn else "   (no matplotlib: no PNG)"),
+                f"plan: {out}   report: {report}, {shown.name}"
+                + ("" if drawn else "   (no matplotlib: no PNG)"),
             ]
         )
 
