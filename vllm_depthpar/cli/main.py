@@ -20,13 +20,14 @@ from vllm_depthpar.cli import (
     report,
     search,
     study,
+    tune,
     verify,
 )
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.util import files
 
 COMMANDS = (
-    *(plan, verify, predict, bench, search, eval, study, order, recover, report, export),
+    *(plan, tune, verify, predict, bench, search, eval, study, order, recover, report, export),
     bundled,
 )
 

@@ -84,6 +84,11 @@ def device_named(name: str) -> Device:
     raise UserError(f"device {name!r} is unknown; allowed: {', '.join(known)}")
 
 
+def is_measured() -> bool:
+    """Say whether this machine has been measured: whether there is a device `THIS`."""
+    return _file().exists()
+
+
 def save(device: Device) -> Path:
     """Keep what was measured as `THIS`; returns the file."""
     fields = asdict(device)
