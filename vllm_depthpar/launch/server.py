@@ -148,7 +148,7 @@ def serve(
         server.stop()
 
 
-def open_url(url: str, timeout: float) -> Any:
+def open_url(url: str | urllib.request.Request, timeout: float) -> Any:
     """Open a URL as `urllib.request.urlopen` does, without the environment's proxies: they would be
     asked for localhost."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
