@@ -143,7 +143,7 @@ def test_a_plan_is_another_model(report: dict[str, Any], kept: Kept) -> None:
 
 
 def test_tasks_are_reported(report: dict[str, Any], kept: Kept) -> None:
-    tasks = ["arithmetic", "copying", "retrieval", "upper case", "JSON", "lists"]
+    tasks = ["arithmetic", "copying", "retrieval", "upper case", "JSON", "numbered list"]
     for row in report["plans"]:
         assert list(row["tasks"]) == tasks
         assert all(one["questions"] == 1 for one in row["tasks"].values())

@@ -1,9 +1,10 @@
 """Tasks for chat models that are made here, so that no data set is needed: seeded, in any number,
 each with a checker of its own.
 
-Every question follows three that are answered, as turns of the same chat, so that small models know
-the form of an answer. What counts is the whole answer, not a part of it: a model that goes on
-talking is wrong.
+Every question follows others that are answered, as turns of the same chat, so that small models
+know the form of an answer. What counts is the whole answer, not a part of it: a model that goes on
+talking is wrong. Questions of a task have different levels, so that it tells something of small
+models and of large ones; examples have their question's.
 """
 
 from __future__ import annotations
@@ -16,14 +17,8 @@ from typing import Any
 
 from vllm_depthpar.checkpoint.tokenizer import chat_ids
 
-EXAMPLES = 3
+EXAMPLES = 4
 
-ANIMALS = (
-    "ant", "bear", "bee", "camel", "cat", "cow", "crab", "crow", "deer", "dog", "duck", "eagle",
-    "fish", "fox", "frog", "goat", "goose", "hare", "horse", "lion", "mole", "mouse", "owl",
-    "pig", "rabbit", "rat", "seal", "shark", "sheep", "snake", "spider", "swan", "tiger", "toad",
-    "whale", "wolf", "worm", "zebra",
-)  # fmt: skip
 WORDS = (
     "apple", "arm", "ball", "bell", "boat", "book", "box", "bread", "bridge", "chair", "city",
     "cloud", "coat", "cup", "door", "egg", "field", "fire", "floor", "garden", "gold", "hand",
@@ -33,21 +28,15 @@ WORDS = (
 )  # fmt: skip
 NAMES = ("Anna", "Ben", "Clara", "David", "Emma", "Frank", "Grace", "Henry", "Julia", "Leo")
 CITIES = ("Athens", "Berlin", "Cairo", "Dublin", "London", "Madrid", "Oslo", "Paris", "Rome")
-# Examples of an answer, of each kind of thing; what the model names is left to it.
-KINDS = {
-    "animals": ("Cat", "Dog", "Horse", "Lion", "Sheep", "Wolf"),
-    "birds": ("Crow", "Duck", "Eagle", "Owl", "Robin", "Swan"),
-    "cities": ("Athens", "Berlin", "Cairo", "London", "Madrid", "Rome"),
-    "colors": ("Black", "Blue", "Green", "Red", "White", "Yellow"),
-    "countries": ("Brazil", "Canada", "France", "India", "Japan", "Spain"),
-    "fruits": ("Apple", "Banana", "Cherry", "Grape", "Orange", "Pear"),
-    "rivers": ("Amazon", "Danube", "Ganges", "Nile", "Rhine", "Thames"),
-    "vegetables": ("Bean", "Cabbage", "Carrot", "Onion", "Pea", "Potato"),
-}
-_NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five"}
-_LINES = 24
+LINES = (
+    "The grass is green.", "The sky is blue.", "The sun is yellow.", "Snow is cold.",
+    "Birds sing in the morning.", "The river runs to the sea.", "Bread is made of flour.",
+    "The road leads to the city.", "The lamp stands on the table.", "The letter came on Monday.",
+    "The old house has a garden.", "The ship left the island at night.", "Apples grow on trees.",
+    "The wind blows from the west.", "The children play in the street.", "Stones are heavy.",
+)  # fmt: skip
 
-# What is asked, and a right answer.
+# What is asked, and what is right.
 Exchange = tuple[str, str]
 
 
@@ -56,12 +45,12 @@ class Task:
     """A kind of question.
 
     Attributes:
-        talk: makes so many exchanges, of which the last is the question.
+        make: makes one of a level, from 0 for the easiest to 1, exclusive.
         accepts: whether an answer, without white space around it, is right; beside the right one.
         tokens: that an answer may have.
     """
 
-    talk: Callable[[Random, int], list[Exchange]]
+    make: Callable[[Random, float], Exchange]
     accepts: Callable[[str, str], bool]
     tokens: int
 
@@ -73,7 +62,7 @@ class Question:
     Attributes:
         task: its name in `TASKS`.
         messages: what the model answers.
-        right: an answer that is right.
+        right: the answer.
     """
 
     task: str
@@ -100,52 +89,47 @@ def questions(task: str, count: int, seed: int) -> list[Question]:
 
 
 def _question(task: str, random: Random) -> Question:
-    *examples, (asked, right) = TASKS[task].talk(random, EXAMPLES + 1)
-    messages = []
-    for ask, answer in examples:
-        messages.append({"role": "user", "content": ask})
-        messages.append({"role": "assistant", "content": answer})
-    messages.append({"role": "user", "content": asked})
-    return Question(task, tuple(messages), right)
+    messages, level = [], random.random()
+    for _ in range(EXAMPLES):
+        asked, right = TASKS[task].make(random, level)
+        messages.append({"role": "user", "content": asked})
+        messages.append({"role": "assistant", "content": right})
+    asked, right = TASKS[task].make(random, level)
+    return Question(task, (*messages, {"role": "user", "content": asked}), right)
 
 
-def _each(make: Callable[[Random], Exchange]) -> Callable[[Random, int], list[Exchange]]:
-    """Make exchanges that have nothing to do with each other."""
-    return lambda random, count: [make(random) for _ in range(count)]
-
-
-def _arithmetic(random: Random) -> Exchange:
-    """Of one, two or three digits, as often; the result is never negative."""
-    digits = random.randint(1, 3)
-    first, second = (random.randint(10 ** (digits - 1), 10**digits - 1) for _ in range(2))
-    if random.random() < 0.5:
+def _arithmetic(random: Random, level: float) -> Exchange:
+    """Half of them count on; of the others half have one digit, half two. Nothing is negative."""
+    if level < 0.5:
+        number = random.randint(1, 98)
+        return f"What number comes after {number}?", f"{number + 1}"
+    most = 9 if level < 0.75 else 99
+    first, second = random.randint(1, most), random.randint(1, most)
+    if most == 9 or random.random() < 0.5:
         return f"What is {first} + {second}?", f"{first + second}"
     first, second = max(first, second), min(first, second)
     return f"What is {first} - {second}?", f"{first - second}"
 
 
-def _copying(random: Random) -> Exchange:
-    words = " ".join(random.sample(WORDS, 12))
+def _copying(random: Random, level: float) -> Exchange:
+    words = " ".join(random.sample(WORDS, 3 + int(10 * level)))
     return f"Repeat exactly: {words}", words
 
 
-def _retrieval(random: Random, count: int) -> list[Exchange]:
-    """Ask for one line after the other of the same list."""
-    codes = {animal: f"{random.randint(1000, 9999)}" for animal in random.sample(ANIMALS, _LINES)}
-    lines = "\n".join(f"The code of the {animal} is {code}." for animal, code in codes.items())
-    asked = [
-        (f"What is the code of the {animal}?", codes[animal])
-        for animal in random.sample(sorted(codes), count)
-    ]
-    return [(f"{lines}\n\n{asked[0][0]}", asked[0][1]), *asked[1:]]
+def _retrieval(random: Random, level: float) -> Exchange:
+    """One line among others, as pass keys are looked for (arXiv 2305.16300)."""
+    key = f"{random.randint(1000, 9999)}"
+    lines = random.sample(LINES, 4 + int(9 * level))
+    lines.insert(random.randint(0, len(lines)), f"The pass key is {key}.")
+    return "\n".join([*lines, "", "What is the pass key?"]), key
 
 
-def _upper_case(random: Random) -> Exchange:
-    words = " ".join(random.sample(WORDS, 5))
+def _upper_case(random: Random, level: float) -> Exchange:
+    words = " ".join(random.sample(WORDS, 1 + int(2 * level)))
     return f"Write in upper case: {words}", words.upper()
 
 
-def _json(random: Random) -> Exchange:
+def _json(random: Random, _: float) -> Exchange:
     name, city, age = random.choice(NAMES), random.choice(CITIES), random.randint(18, 80)
     asked = (
         "Write as a JSON object with the keys name, age and city: "
@@ -154,10 +138,10 @@ def _json(random: Random) -> Exchange:
     return asked, json.dumps({"name": name, "age": age, "city": city})
 
 
-def _list(random: Random) -> Exchange:
-    number, kind = random.choice(list(_NUMBERS)), random.choice(list(KINDS))
-    asked = f"List exactly {_NUMBERS[number]} {kind}, one on each line, and nothing else."
-    return asked, "\n".join(random.sample(KINDS[kind], number))
+def _list(random: Random, level: float) -> Exchange:
+    words = random.sample(WORDS, 2 + int(3 * level))
+    right = "\n".join(f"{number}. {word}" for number, word in enumerate(words, 1))
+    return f"Write as a numbered list: {' '.join(words)}", right
 
 
 def _same(answer: str, right: str) -> bool:
@@ -176,19 +160,11 @@ def _same_json(answer: str, right: str) -> bool:
     return bool(found == json.loads(right))
 
 
-def _as_many_lines(answer: str, right: str) -> bool:
-    """Different lines of one or two words, nothing else: no numbers, no empty lines."""
-    lines = answer.split("\n")
-    words = [line.replace("-", " ").split() for line in lines]
-    short = all(1 <= len(one) <= 2 and "".join(one).isalpha() for one in words)
-    return short and len(set(lines)) == len(lines) == len(right.split("\n"))
-
-
 TASKS = {
-    "arithmetic": Task(_each(_arithmetic), _same_number, 16),
-    "copying": Task(_each(_copying), _same, 48),
+    "arithmetic": Task(_arithmetic, _same_number, 16),
+    "copying": Task(_copying, _same, 48),
     "retrieval": Task(_retrieval, _same_number, 16),
-    "upper case": Task(_each(_upper_case), _same, 48),
-    "JSON": Task(_each(_json), _same_json, 48),
-    "lists": Task(_each(_list), _as_many_lines, 48),
+    "upper case": Task(_upper_case, _same, 32),
+    "JSON": Task(_json, _same_json, 48),
+    "numbered list": Task(_list, _same, 48),
 }

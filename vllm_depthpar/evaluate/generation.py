@@ -168,11 +168,10 @@ def make_work(tokenizer: Any, settings: GenerationSettings) -> Work:
         for task in (TASKS if tokenizer.chat_template else ())
         for question in generated_tasks.questions(task, settings.questions, seed)
     ]
-    prompts = list(openings.values())
     return Work(
         [kind.removeprefix("own-") for kind, _ in openings],
-        [greedy(prompt, longest) for prompt in prompts],
-        [sampled(prompt, longest, seed + number) for number, prompt in enumerate(prompts)],
+        [greedy(prompt, longest) for prompt in openings.values()],
+        [sampled(prompt, longest, seed + number) for (_, number), prompt in openings.items()],
         questions,
         [greedy(one.ids(tokenizer), TASKS[one.task].tokens) for one in questions],
     )
