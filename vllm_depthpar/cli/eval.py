@@ -10,10 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from vllm_depthpar.checkpoint.config import read_config
+from vllm_depthpar.cli.generation import (
+    add_generation_arguments,
+    generation_settings,
+    generation_tables,
+)
 from vllm_depthpar.cli.quality_table import quality_table
 from vllm_depthpar.cli.types import DTYPES, MODEL_HELP, PLAN_HELP, at_least, out_file, path_or_name
 from vllm_depthpar.errors import UserError
-from vllm_depthpar.evaluate import answers, lm_eval_tasks
+from vllm_depthpar.evaluate import answers, generation, lm_eval_tasks, served
 from vllm_depthpar.launch.variants import Variant, usual, variants
 from vllm_depthpar.plan import Plan, resolve
 from vllm_depthpar.plan.model_shape import ModelShape
@@ -39,10 +44,20 @@ def add(commands: Any) -> None:
         "--out", type=out_file(), metavar="FILE", help="write the numbers as JSON"
     )
     evaluate.add_argument(
-        "--seed", type=int, default=1234, help="of all that is drawn: tasks' examples (1234)"
+        "--seed",
+        type=int,
+        default=1234,
+        help="of all that is drawn: tasks' examples, prompts, questions, answers (1234)",
+    )
+    evaluate.add_argument(
+        "--server-args",
+        default="",
+        metavar="ARGS",
+        help="more flags for vllm serve, as one argument: --server-args='--dtype float32 ...'",
     )
     add_text_arguments(evaluate)
     add_task_arguments(evaluate)
+    add_generation_arguments(evaluate)
     evaluate.add_argument(
         "--answers",
         type=path_or_name,
@@ -97,20 +112,17 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--num-fewshot", type=at_least(0), metavar="K", help="examples in a prompt (the task's own)"
     )
-    group.add_argument(
-        "--server-args",
-        default="",
-        metavar="ARGS",
-        help="more flags for vllm serve, as one argument: --server-args='--dtype float32 ...'",
-    )
 
 
 def _run(args: argparse.Namespace) -> str:
-    if not args.tasks and not args.text and args.answers is None:
-        raise UserError("nothing to measure; allowed: --text FILE ..., --tasks NAME ..., --answers")
+    if not (args.tasks or args.text or args.generate is not None or args.answers is not None):
+        raise UserError(
+            "nothing to measure; allowed: --text FILE ..., --tasks NAME ..., --answers, --generate"
+        )
     plans = variants(args.model, args.plan or usual(read_config(args.model)))
     loaded = lm_eval_tasks.load_tasks(args.tasks) if args.tasks else {}
-    task_settings = _task_settings(args)
+    server_args = _server_args(args)
+    writing = generation_settings(args, server_args)
     prompts = None if args.answers is None else answers.read_prompts(args.answers or None)
     report: dict[str, Any] = {}
     shown = []
@@ -118,12 +130,15 @@ def _run(args: argparse.Namespace) -> str:
         report["text"] = measure_texts(args, plans)
         shown.append(text_table(report["text"]))
     if args.tasks:
-        report["tasks"] = lm_eval_tasks.run_tasks(args.model, plans, loaded, task_settings)
+        settings = lm_eval_tasks.TaskSettings(args.limit, args.num_fewshot, args.seed, server_args)
+        report["tasks"] = lm_eval_tasks.run_tasks(args.model, plans, loaded, settings)
         shown.append(lm_eval_tasks.task_table(report["tasks"]))
     if prompts is not None:
-        flags = task_settings.server_args
-        report["answers"] = answers.ask(args.model, plans, prompts, flags)
+        report["answers"] = answers.ask(args.model, plans, prompts, server_args)
         shown.append(answers.shown(report["answers"]))
+    if writing:
+        report["generate"] = generation.run_generation(args.model, plans, writing)
+        shown.append(generation_tables(report["generate"]))
     if args.out:
         files.write_json(args.out, report)
     return "\n\n".join(shown)
@@ -180,9 +195,8 @@ def text_table(report: dict[str, Any]) -> str:
     return f"{quality_table(['plan', 'blocks'], rows)}\n\n{counted}; {report['dtype']}"
 
 
-def _task_settings(args: argparse.Namespace) -> lm_eval_tasks.TaskSettings:
+def _server_args(args: argparse.Namespace) -> tuple[str, ...]:
     try:
-        server_args = lm_eval_tasks.check_server_args(shlex.split(args.server_args))
+        return served.check_server_args(shlex.split(args.server_args))
     except ValueError as error:
         raise UserError(f"--server-args: {error}") from None
-    return lm_eval_tasks.TaskSettings(args.limit, args.num_fewshot, args.seed, server_args)

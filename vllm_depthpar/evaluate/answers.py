@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-import sys
 import urllib.request
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from vllm_depthpar.checkpoint.tokenizer import read_tokenizer
 from vllm_depthpar.errors import UserError
-from vllm_depthpar.launch.server import Server, open_url, serve
+from vllm_depthpar.evaluate import served
+from vllm_depthpar.launch.server import Server, open_url
 from vllm_depthpar.launch.variants import Variant
 from vllm_depthpar.util import files
 from vllm_depthpar.util.provenance import origin
@@ -82,7 +83,7 @@ def ask(
     chat = bool(read_tokenizer(model).chat_template)
     rows = []
     for one in variants:
-        print(f"{one.label}: {one.plan}; starting vllm serve ...", file=sys.stderr, flush=True)
+        served.say(f"{one.label}: {one.plan}")
         rows.append({**asdict(one), "answers": _answers(model, one, prompts, server_args, chat)})
     how = "as chats" if chat else "going on from the prompt"
     return {
@@ -107,24 +108,23 @@ def shown(report: dict[str, Any]) -> str:
 def _answers(
     model: str, one: Variant, prompts: Sequence[str], server_args: Sequence[str], chat: bool
 ) -> list[str]:
-    try:
-        with serve(model, *server_args, *one.flags, "--seed", "0", env=one.env) as server:
-            served = server.model()["id"]
+    with ExitStack() as stack:
+        server = served.start(stack, model, one, server_args, seed=0)
+        name = server.model()["id"]
+        try:
             with ThreadPoolExecutor(len(prompts)) as at_once:
                 return list(
-                    at_once.map(lambda prompt: _answer(server, served, prompt, chat), prompts)
+                    at_once.map(lambda prompt: _answer(server, name, prompt, chat), prompts)
                 )
-    except RuntimeError as error:
-        raise UserError(f"plan {one.label}: {error}") from error
-    except OSError as error:
-        raise UserError(
-            f"no answer from the server of plan {one.label} ({type(error).__name__}: {error}); "
-            f"allowed: prompts that fit into the context"
-        ) from error
+        except OSError as error:
+            raise UserError(
+                f"no answer from the server of plan {one.label} ({type(error).__name__}: {error}); "
+                f"allowed: prompts that fit into the context"
+            ) from error
 
 
-def _answer(server: Server, served: str, prompt: str, chat: bool) -> str:
-    settings = {"model": served, "temperature": 0, "max_tokens": TOKENS, "seed": 0}
+def _answer(server: Server, name: str, prompt: str, chat: bool) -> str:
+    settings = {"model": name, "temperature": 0, "max_tokens": TOKENS, "seed": 0}
     asked = {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
     request = urllib.request.Request(
         f"{server.url}/v1/{'chat/' * chat}completions",

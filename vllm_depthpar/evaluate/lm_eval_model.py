@@ -8,12 +8,11 @@ from typing import Any
 from lm_eval.models.openai_completions import LocalCompletionsAPI
 
 from vllm_depthpar.checkpoint import ladder_config
+from vllm_depthpar.evaluate.served import REQUEST_SECONDS
 from vllm_depthpar.launch.server import Server
 
 # The server batches what is asked at the same time.
 CONCURRENT = 32
-# Of one request, the time it queues in the server included. A slow machine is not a failure.
-REQUEST_SECONDS = 3600
 
 
 class ServedLM(LocalCompletionsAPI):

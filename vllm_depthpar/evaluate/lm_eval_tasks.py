@@ -25,19 +25,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from vllm_depthpar import __version__
-from vllm_depthpar.checkpoint.config import fingerprint
 from vllm_depthpar.checkpoint.tokenizer import read_tokenizer
 from vllm_depthpar.errors import UserError
-from vllm_depthpar.launch.server import Server, serve
+from vllm_depthpar.evaluate import served
 from vllm_depthpar.launch.variants import Variant
 from vllm_depthpar.util import files
 from vllm_depthpar.util.markdown import table
 from vllm_depthpar.util.provenance import origin
 
 YAML = (".yaml", ".yml")
-# Set by the plan, or by how the server is reached.
-RESERVED_FLAGS = ("--api-key", "--hf-overrides", "--host", "--model-impl", "--port")
 
 
 @dataclass(frozen=True)
@@ -146,7 +142,7 @@ def run_tasks(
     chosen = list(variants)
     rows, described = [], {}
     for number, variant in enumerate(chosen, 1):
-        _say(f"[{number}/{len(chosen)}] {variant.label}: {variant.plan}")
+        served.say(f"[{number}/{len(chosen)}] {variant.label}: {variant.plan}")
         started = time.monotonic()
         found, asked = _evaluate(model, variant, tasks, settings, cache)
         described = _describe(found)
@@ -182,21 +178,6 @@ def task_table(report: Mapping[str, Any]) -> str:
     return table(["task", "documents", "metric", *(plan["label"] for plan in plans)], lines)
 
 
-def check_server_args(arguments: Sequence[str]) -> tuple[str, ...]:
-    """Check that flags for `vllm serve` may stand beside a plan's; returns them.
-
-    Raises:
-        UserError: one of them is `RESERVED_FLAGS`.
-    """
-    for argument in arguments:
-        if (flag := argument.partition("=")[0]) in RESERVED_FLAGS:
-            raise UserError(
-                f"server flag {flag!r} can't be given here; allowed: all of vllm serve's but "
-                f"{', '.join(RESERVED_FLAGS)}"
-            )
-    return tuple(arguments)
-
-
 def _evaluate(
     model: str, variant: Variant, tasks: Mapping[str, Any], settings: TaskSettings, cache: Path
 ) -> tuple[dict[str, Any], int]:
@@ -219,7 +200,8 @@ def _evaluate(
         # Tasks print.
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         read_tokenizer(model)  # raises what lm-eval's client would, in one line
-        lm = ServedLM(lambda: _start(stack, model, variant, settings), model, settings.seed)
+        args, seed = settings.server_args, settings.seed
+        lm = ServedLM(lambda: served.start(stack, model, variant, args, seed), model, seed)
         stack.enter_context(keeping(answers))
         caching = CachingLM(lm, str(answers))
         stack.callback(caching.dbdict.close)
@@ -227,10 +209,7 @@ def _evaluate(
             found = evaluate(caching, dict(tasks), limit=settings.limit, log_samples=False)
         except (aiohttp.ClientError, TimeoutError) as error:
             assert lm.server is not None
-            raise UserError(
-                f"no answer from the server of plan {variant.label} ({type(error).__name__}: "
-                f"{error}); the answers so far are kept; its log is {lm.server.log}"
-            ) from error
+            raise served.no_answer(variant, lm.server, error) from error
     return dict(found), lm.asked
 
 
@@ -250,17 +229,6 @@ def keeping(answers: Path) -> Iterator[None]:
         ) from error
 
 
-def _start(
-    stack: contextlib.ExitStack, model: str, variant: Variant, settings: TaskSettings
-) -> Server:
-    flags = [*settings.server_args, *variant.flags, "--seed", str(settings.seed)]
-    _say("starting vllm serve ...")
-    try:
-        return stack.enter_context(serve(model, *flags, env=variant.env))
-    except RuntimeError as error:
-        raise UserError(f"plan {variant.label}: {error}") from error
-
-
 def _prepare(tasks: Mapping[str, Any], settings: TaskSettings) -> None:
     """Do to tasks what lm-eval's `simple_evaluate` does before it calls `evaluate`."""
     for task in tasks["tasks"].values():
@@ -272,8 +240,7 @@ def _prepare(tasks: Mapping[str, Any], settings: TaskSettings) -> None:
 
 def _cache_key(model: str, variant: Variant, settings: TaskSettings) -> str:
     """Name the answers that can stand for each other. Their prompts are lm-eval's part."""
-    versions = [metadata.version(name) for name in ("lm_eval", "vllm", "transformers")]
-    parts = [__version__, *versions, fingerprint(model), variant.digest, *settings.server_args]
+    parts = served.identity(model, variant, settings.server_args, "lm_eval")
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
 
@@ -322,7 +289,3 @@ def _below_error(record: logging.LogRecord) -> bool:
 
 def _is_group(path: Path) -> bool:
     return re.search(r"^group:", path.read_text(errors="replace"), re.MULTILINE) is not None
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

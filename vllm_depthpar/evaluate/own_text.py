@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_depthpar.checkpoint.config import fingerprint, read_config
-from vllm_depthpar.checkpoint.tokenizer import read_tokenizer
+from vllm_depthpar.checkpoint.tokenizer import chat_ids, read_tokenizer
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.launch import engine, kv_cache
 from vllm_depthpar.plan import resolve
@@ -112,7 +112,10 @@ def write(
     Raises:
         UserError: vLLM could not run the model, it has no tokenizer, or the text can't be kept.
     """
-    openings = _openings(read_tokenizer(model), tokens, seed, kinds)
+    tokenizer = read_tokenizer(model)
+    kinds_written = len(kinds) if tokenizer.chat_template else 1
+    count = -(-tokens // (_TOKENS_EACH * kinds_written))
+    openings = make_openings(tokenizer, count, seed, kinds)
     settings = [fingerprint(model), tokens, seed, dtype, list(kinds), SETTINGS]
     folder = files.cache_folder() / "own-text"
     journal = Journal(settings, folder)
@@ -136,11 +139,19 @@ def _key(kind: str, number: int) -> str:
     return f"{kind} {number}"
 
 
-def _openings(tokenizer: Any, tokens: int, seed: int, kinds: Sequence[str]) -> Openings:
-    """Token ids to go on from."""
+def make_openings(
+    tokenizer: Any, count: int, seed: int, kinds: Sequence[str] = (PROSE, ANSWERS)
+) -> Openings:
+    """Choose token ids to go on from; without a chat template of prose only.
+
+    Args:
+        tokenizer: transformers' kind.
+        count: of each kind.
+        seed: of the choice. The first of a larger count are those of a smaller.
+        kinds: of `PROSE`, `ANSWERS`, `CHATS`.
+    """
     if not tokenizer.chat_template:
         kinds = (PROSE,)
-    count = -(-tokens // (_TOKENS_EACH * len(kinds)))
     forms = {PROSE: OPENINGS, ANSWERS: REQUESTS, CHATS: (_HERE,)}
     found: Openings = {}
     for kind in kinds:
@@ -156,11 +167,10 @@ def _ids(tokenizer: Any, kind: str, opening: str) -> list[int]:
     if kind == PROSE:
         ids: list[int] = tokenizer(opening).input_ids
         return ids
-    chat = tokenizer.apply_chat_template(
-        [{"role": "user", "content": opening}],
-        add_generation_prompt=kind == ANSWERS,
-        tokenize=False,
-    )
+    message = {"role": "user", "content": opening}
+    if kind == ANSWERS:
+        return chat_ids(tokenizer, [message])
+    chat = tokenizer.apply_chat_template([message], tokenize=False)
     # The template has written the tokenizer's BOS, if there is one.
     ids = tokenizer(chat.partition(_HERE)[0], add_special_tokens=False).input_ids
     return ids
