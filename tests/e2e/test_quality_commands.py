@@ -257,7 +257,7 @@ def test_no_tokenizer(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["eval"], "nothing to measure; allowed: --text FILE ..., --tasks NAME ..., --answers"),
+        (["eval"], "nothing to measure; allowed: --text FILE ..., --tasks NAME ..., --answers, "),
         (["eval", "--text", "{short}"], "text 'short' has 5 tokens; allowed: at least one window"),
         (["eval", "--text", "missing.txt"], "text 'missing.txt' can't be read (No such file"),
         (
