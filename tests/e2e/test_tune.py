@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -15,35 +16,50 @@ from vllm_depthpar.plan import resolve
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 
-def test_tune(tmp_path: Path, text: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """A checkpoint that carries its plan, and a page; ended on the way, it goes on from there."""
+SEARCHED = Path(__file__).parents[2] / "benchmarks/quality/results/search-smollm2-pairs-report.json"
+
+
+def test_goes_on_after_the_search(
+    tmp_path: Path, text: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What is there is not made again; the rest is: a checkpoint that carries its plan, a page."""
     model = write_tokenizer(write_llama(tmp_path / "model", layers=6), bos=True)
     out, kept = tmp_path / "tuned", tmp_path / "tuned.tune"
-    command = ["tune", str(model), "--device", "h100", "--text", str(text), "--minutes", "1"]
+    kept.mkdir()
+    (kept / "plan.json").write_text('{"pair": [2, 6]}')
+    shutil.copy(SEARCHED, kept / "plan-report.json")
+    command = ["tune", str(model), "--device", "h100", "--text", str(text), "--minutes", "0.5"]
     command += ["--out", str(out), "--speedup"]
-    assert main([*command, "1.2"]) == 0
+    assert main([*command, "1.1"]) == 0
     printed = capfd.readouterr()
     assert f"serve it: vllm serve {out}" in printed.out
-    assert [line[:5] for line in printed.err.splitlines() if line.startswith("[")] == [
-        *("[1/3]", "[2/3]", "[3/3]")
-    ]
+    steps = [line for line in printed.err.splitlines() if re.match(r"\[\d/3\] ", line)]
+    assert len(steps) == 3
+    assert all(": depthpar " in step for step in steps)
     config = json.loads((out / "config.json").read_text())
-    assert resolve(config["depthpar"], 6).depth < 6
-    assert "<svg" in (out / "report.html").read_text()
-    assert json.loads((kept / "plan-report.json").read_text())["goal"]
+    assert resolve(config["depthpar"], 6) == resolve({"pair": [2, 6]}, 6)
+    assert (kept / "plan.json").read_text() == '{"pair": [2, 6]}'
+    page = (out / "report.html").read_text()
+    assert "recovered" in page
 
-    found = (kept / "plan.json").stat().st_mtime_ns
-    shutil.rmtree(out)
-    assert main([*command, "1.2"]) == 0
-    assert (kept / "plan.json").stat().st_mtime_ns == found
-    assert (out / "model.safetensors").exists()
+    made = (out / "model.safetensors").stat().st_mtime_ns
+    (out / "report.html").unlink()
+    assert main([*command, "1.1"]) == 0
+    assert (out / "report.html").exists()
+    assert (out / "model.safetensors").stat().st_mtime_ns == made
     capfd.readouterr()
-    assert main([*command, "1.3"]) == 1
+    assert main([*command, "1.05"]) == 1
     assert "was begun with other settings; allowed: the same, or another --out" in (
         capfd.readouterr().err
     )
-    # What can't be reached is the search's to say, and ends all.
-    with pytest.raises(SystemExit):
-        main([*command[:-3], "--out", str(tmp_path / "other"), "--speedup", "40"])
-    (line,) = [line for line in capfd.readouterr().err.splitlines() if "error:" in line]
-    assert "allowed: at most" in line or "the nearest" in line
+
+
+def test_what_cannot_be_reached_ends_all(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    model, out = write_llama(tmp_path / "model", layers=6), tmp_path / "tuned"
+    with pytest.raises(SystemExit) as ended:
+        main(["tune", str(model), "--device", "h100", "--speedup", "40", "--out", str(out)])
+    assert ended.value.code == 1
+    lines = [line for line in capfd.readouterr().err.splitlines() if not line.startswith("[")]
+    assert len(lines) == 1
+    assert re.search(r"error: speed-up 40 can't be reached .*; allowed: .*nearest: \d", lines[0])
+    assert not out.exists()

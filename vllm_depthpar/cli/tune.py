@@ -33,7 +33,7 @@ BETWEEN_RANKS = "pair,drop_sync,drop_attention,drop_mlp"
 _SEARCH, _RECOVERY = 0.3, 0.4
 # Of own text, for each minute of recovery: writing them takes a part of it.
 _OWN_TOKENS = 2048
-_MOST_OWN_TOKENS = 131072
+_LEAST_OWN_TOKENS, _MOST_OWN_TOKENS = 16384, 131072
 
 
 @dataclass(frozen=True)
@@ -123,9 +123,11 @@ def steps(args: argparse.Namespace, kept: Path, measured: bool, can_measure: boo
         arguments = ["order", model, *tp, *text, "--out", f"{ordered}"]
         found.append(Step("put neurons where their heads are", arguments, ordered))
         model = f"{ordered}"
-    plan, goal = kept / "plan.json", ["--speedup", f"{args.speedup:g}"]
+    plan = kept / "plan.json"
     if args.speedup is None:
         goal = ["--max-ppl-increase", f"{args.max_loss:g}"]
+    else:
+        goal = ["--speedup", f"{args.speedup:g}"]
     arguments = ["search", model, *goal, *tp, *text, "--device", args.device]
     arguments += ["--link", args.link] if args.link else []
     arguments += ["--methods", ALONE if args.tp == 1 else BETWEEN_RANKS]
@@ -133,7 +135,7 @@ def steps(args: argparse.Namespace, kept: Path, measured: bool, can_measure: boo
     found.append(Step("search a plan", arguments, plan))
 
     minutes = _RECOVERY * args.minutes
-    own = min(_MOST_OWN_TOKENS, int(minutes) * _OWN_TOKENS) if not args.text else 0
+    own = max(_LEAST_OWN_TOKENS, min(_MOST_OWN_TOKENS, int(minutes) * _OWN_TOKENS))
     arguments = ["recover", model, "--plan", f"{plan}", *tp, *text]
     arguments += ["--own-text", f"{own}", "--minutes", f"{minutes:g}", "--out", f"{args.out}"]
     found.append(Step("win quality back", arguments, args.out))

@@ -205,7 +205,10 @@ class Outcome:
                     f"--rounds, more --minutes"
                 )
             most = max(self._speedup(one) for one in known)
-            raise UserError(f"speed-up {wanted:g} was not reached; nearest: {most:.2f}")
+            raise UserError(
+                f"speed-up {wanted:g} was not reached; allowed: more --rounds, more --minutes, "
+                f"nearest: {most:.3f}"
+            )
         return min(reached, key=lambda one: one.divergence)
 
     def _shortest(self) -> Found:

@@ -52,7 +52,7 @@ def test_between_ranks() -> None:
         found[1].command
     )
     assert "drop_sync" in found[1].command
-    assert "--own-text 0" in found[2].command
+    assert "--text a.txt --own-text 49152 --minutes 24" in found[2].command
     assert all("--tp" in step.arguments for step in found[:5])
     assert "--server-args=--tensor-parallel-size 2" in found[5].arguments
 
