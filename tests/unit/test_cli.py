@@ -269,6 +269,7 @@ def test_every_path_takes_a_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_pat
         ["recover", "~/m", "--plan=auto", "--text", "~/t", "--held-out", "~/h", "--out=~/x.json"],
         ["export", "~/m", "--plan=auto", "--out=~/x.json"],
         ["order", "~/m", "--tp=2", "--text", "~/t", "--out=~/x.json"],
+        ["tune", "~/m", "--speedup=1.1", "--text", "~/t", "--out=~/x.json"],
         ["verify", "~/m", "--out=~/x.json"],
         ["bench", "~/m", "--out=~/x.json"],
     ):

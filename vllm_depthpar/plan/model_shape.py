@@ -197,7 +197,7 @@ class ModelShape:
                     why = "which have norms after their modules"
                 elif self.experts:
                     why = "whose routers choose among their own experts"
-                elif self.always_whole:
+                elif self.family.is_whole:
                     why = "of a family that is served layer by layer"
                 elif FOLDED in self.layouts:
                     why = "whose windows of attention differ"

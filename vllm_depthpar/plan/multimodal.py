@@ -26,7 +26,7 @@ _NAME = re.compile(r"(?:model\.)?language_model\.(?:model\.)?(.*)")
 
 def is_multimodal(config: Mapping[str, Any]) -> bool:
     """Whether a parsed config.json is of a model with a language model inside."""
-    return config.get("model_type") in MULTIMODAL and isinstance(config.get(_TEXT), Mapping)
+    return str(config.get("model_type")) in MULTIMODAL and isinstance(config.get(_TEXT), Mapping)
 
 
 def language_config(config: Mapping[str, Any]) -> dict[str, Any]:
