@@ -114,7 +114,8 @@ class ParallelBlock(GradientCheckpointingLayer):
         whole: whether each layer is cut into R parts by itself, see `Plan.layout`.
         norms: of each half, see `vllm_depthpar.plan.families.Family.norms`.
         attending, feeding: indices of the members that have an attention, and an MLP.
-        plain_mlps: of those with an MLP the ones whose gate, up and down are three projections.
+        plain_attentions, plain_mlps: those of them whose q, k and v, or gate, up and down, are
+            three projections.
         multiplier: of what every attention and MLP gives (Granite's `residual_multiplier`).
     """
 
@@ -141,6 +142,9 @@ class ParallelBlock(GradientCheckpointingLayer):
         self.norms = norms
         self.attending = [index for index in members if index not in drop_attention]
         self.feeding = [index for index in members if index not in drop_mlp]
+        self.plain_attentions = [
+            i for i in self.attending if hasattr(self._member(i).self_attn, "q_proj")
+        ]
         self.plain_mlps = [i for i in self.feeding if hasattr(self._member(i).mlp, "gate_proj")]
         self.multiplier = float(getattr(next(iter(members.values())), "residual_multiplier", 1))
 
@@ -202,13 +206,14 @@ class ParallelBlock(GradientCheckpointingLayer):
 
         Returns:
             By layer, rows of its projections and what those read: all rows, or where ranks read
-            different streams each rank's of the MLP. Nothing under `desync`, nor of experts.
+            different streams each rank's of the MLP. Nothing under `desync`, nor of experts or
+            projections in one.
         """
         if self.unreduced or isinstance(stream, Apart):
             return {}
         x, y = stream if isinstance(stream, tuple) else (stream, stream)
         if half == "attention":
-            members, read = self.attending, y if self.mode == "ladder" else x
+            members, read = self.plain_attentions, y if self.mode == "ladder" else x
         elif self.mode == "drop_sync" and self.ranks > 1:
             _, of_ranks = self.read_by_mlp(x, **context)
             return {index: self._reads_of_ranks(index, of_ranks) for index in self.plain_mlps}
@@ -718,10 +723,16 @@ BY_KIND = "by_kind"
 def of_kind(layer: Any, context: Mapping[str, Any]) -> dict[str, Any]:
     """Choose what a layer's attention takes beside the stream, of what `context` makes."""
     kind = getattr(layer.self_attn, "layer_type", None)
-    return {
-        name: value[kind] if isinstance(value, Mapping) else value
-        for name, value in context.items()
-    }
+
+    def of(value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        if kind is not None:
+            return value[kind]
+        (alike,) = value.values()  # attentions that don't say what they are are of one kind
+        return alike
+
+    return {name: of(value) for name, value in context.items()}
 
 
 def _tell_kinds(

@@ -213,6 +213,10 @@ def test_no_reference_of_other_quantizations(
         {"model_type": "mistral", "sliding_window": 8},
         {"model_type": "gemma2", "tie": True},
         {"model_type": "gemma3_text"},
+        {"model_type": "glm4"},
+        {"model_type": "granite", "tie": True},
+        {"model_type": "mixtral"},
+        {"model_type": "qwen2_moe"},
     ],
     ids=str,
 )

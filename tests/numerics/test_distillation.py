@@ -126,6 +126,37 @@ def test_other_families(tmp_path: Path, shape: dict[str, Any]) -> None:
         assert float(tested(ids)["kl"]) < 0.95 * float(kl)
 
 
+@pytest.mark.parametrize("model_type", ["granite", "glm4", "phi3", "mixtral", "qwen2_moe"])
+def test_families_whose_layers_are_whole(model_type: str, tmp_path: Path) -> None:
+    """Loss and gradients are those of whole models; experts and routers are not trained, and a
+    refit, of what there is to refit, does not make it worse."""
+    path = write_llama(tmp_path, layers=LAYERS, model_type=model_type)
+    plan, ids = resolve(PLANS["pairs"], LAYERS), prompts(3, 24)
+    tested = Distillation(hf.load_unmodified(path), plan)
+    reference = hf.load(path, plan)
+    kl, nll = plain_losses(hf.load_unmodified(path), reference, ids)
+    tested.unfreeze("blocks")
+    losses = tested(ids)
+    assert losses["nll"].item() == pytest.approx(nll.item(), rel=1e-5)
+    assert losses["loss"].item() == pytest.approx(kl.item(), rel=1e-4)
+    losses["loss"].backward()
+    kl.backward()
+    expected = dict(reference.named_parameters())
+    trained = [name for name, p in tested.student.named_parameters() if p.requires_grad]
+    assert trained
+    assert not any(".experts." in name or ".mlp.gate." in name for name in trained)
+    for name in trained:
+        gradient = tested.student.get_parameter(name).grad
+        torch.testing.assert_close(gradient, expected[name].grad, rtol=1e-3, atol=1e-6, msg=name)
+    tested = Distillation(hf.load_unmodified(path), plan).eval()
+    unseen = prompts(16, 64, seed=1)
+    with torch.no_grad():
+        lost = float(tested(unseen)["kl"])
+        least_squares.refit(tested, prompts(64, 64))
+        # Phi's projections are in one, and its MLP's too: there is nothing to refit.
+        assert float(tested(unseen)["kl"]) < lost + (model_type == "phi3") * 1e-6
+
+
 @pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text"])
 def test_norms_after_windows_and_caps(model_type: str, tmp_path: Path) -> None:
     """Loss and gradients, those through soft-capped logits too, are those of whole models."""

@@ -66,6 +66,8 @@ def logits_of(folder: Path, plan: Plan, tokens: Tensor, ranks: int = 1) -> Tenso
         ({"model_type": "mistral", "sliding_window": 8}, None),
         ({"model_type": "qwen3"}, None),
         ({"model_type": "gemma2"}, None),
+        ({"model_type": "granite"}, None),
+        ({"model_type": "qwen2_moe"}, None),
     ],
     ids=str,
 )

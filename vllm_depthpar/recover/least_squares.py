@@ -102,7 +102,7 @@ def _fitted(block: ParallelBlock, reads: Collection[tuple[int, str]]) -> list[st
     """List what of a block is fitted, by the names in the checkpoint."""
     readers = [
         (index, name)
-        for half, members in (("attention", block.attending), ("mlp", block.plain_mlps))
+        for half, members in (("attention", block.plain_attentions), ("mlp", block.plain_mlps))
         for index in members
         if (index, half) in reads
         for name in _READERS[half]
