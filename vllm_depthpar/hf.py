@@ -87,7 +87,7 @@ from vllm_depthpar.errors import UserError
 from vllm_depthpar.plan import Plan, resolve
 from vllm_depthpar.plan.families import FAMILIES, Family, family_of
 from vllm_depthpar.plan.model_shape import ModelShape
-from vllm_depthpar.plan.multimodal import MULTIMODAL, language_config
+from vllm_depthpar.plan.multimodal import CLASSES, language_config
 from vllm_depthpar.plan.plan import Half, halves_of
 from vllm_depthpar.plan.precedence import KEY
 from vllm_depthpar.plan.spec import WHOLE
@@ -544,8 +544,7 @@ def outline(path: str | PathLike[str], plan: Plan, device: torch.device) -> PreT
 
 def _model_type(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """Find transformers' class for a checkpoint of one of our families."""
-    outer = MULTIMODAL.get(config.model_type)
-    name = _family(config).architectures[0] if outer is None else outer.rpartition(":")[2]
+    name = CLASSES.get(config.model_type) or _family(config).architectures[0]
     found: type[PreTrainedModel] = getattr(transformers, name)
     return found
 

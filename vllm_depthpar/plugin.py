@@ -25,7 +25,7 @@ from vllm_depthpar.launch.command_line import options_in_file, options_of
 from vllm_depthpar.model import last_words
 from vllm_depthpar.plan import ladder_checkpoint
 from vllm_depthpar.plan.families import FAMILIES
-from vllm_depthpar.plan.multimodal import MULTIMODAL
+from vllm_depthpar.plan.multimodal import CLASSES, MULTIMODAL
 from vllm_depthpar.plan.precedence import ARCHITECTURE, OLD_ARCHITECTURE
 from vllm_depthpar.util import files
 
@@ -41,14 +41,14 @@ ARCHITECTURES = (
     *dict.fromkeys(name for family in FAMILIES.values() for name in family.architectures),
     ARCHITECTURE,
     OLD_ARCHITECTURE,
-    *(model.rpartition(":")[2] for model in MULTIMODAL.values()),
+    *CLASSES.values(),
 )
 
 
-def _outside(model: str) -> str:
+def _outside(kind: str) -> str:
     """Name the class of a multimodal model whose language model runs by a plan: it is vLLM's own,
     under another name, so that the plan is chosen before it is made."""
-    return f"DepthPar{model.rpartition(':')[2]}"
+    return f"DepthPar{CLASSES[kind]}"
 
 
 def register() -> None:
@@ -93,8 +93,8 @@ def install() -> None:
 
     for name in (ARCHITECTURE, OLD_ARCHITECTURE):
         vllm_compat.register(name, f"vllm_depthpar.model.causal_lm:{ARCHITECTURE}", DepthParConfig)
-    for model in MULTIMODAL.values():
-        vllm_compat.register(_outside(model), model, DepthParConfig)
+    for kind, model in MULTIMODAL.items():
+        vllm_compat.register(_outside(kind), model, DepthParConfig)
     ladder_config.register()
     vllm_compat.let_select_architectures(architectures_of)
     vllm_compat.let_ray_copy("DEPTHPAR_")
@@ -115,8 +115,8 @@ def architectures_of(architectures: Sequence[str], model_config: ModelConfig) ->
     ladder = model_config.hf_config.model_type == ladder_checkpoint.MODEL_TYPE
     if model_config.model_impl != MODEL_IMPL and not ladder:
         return architectures
-    if outer := MULTIMODAL.get(model_config.hf_config.model_type):
-        return [_outside(outer)]
+    if (kind := model_config.hf_config.model_type) in MULTIMODAL:
+        return [_outside(kind)]
     if not any(name in ARCHITECTURES for name in architectures):
         raise UserError(
             f"--model-impl {MODEL_IMPL} can't serve the architecture {', '.join(architectures)}; "

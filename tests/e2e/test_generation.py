@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from forked_serve import forked_servers
+from forked_serve import quick_servers
 from models import write_llama, write_tokenizer
 
 from vllm_depthpar import hf
@@ -32,12 +31,8 @@ SETTINGS = GenerationSettings((6, 12), 1, 1, 7, tuple(SERVER_ARGS.split()))
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder for answers and logs; and servers that start quickly."""
     folder = tmp_path_factory.mktemp("generate")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DEPTHPAR_CACHE", str(folder / "cache"))
-        patch.setenv("TORCHDYNAMO_DISABLE", "1")
-        patch.setattr(tempfile, "tempdir", str(folder))
-        with forked_servers():
-            yield folder
+    with quick_servers(folder):
+        yield folder
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import lm_eval
 import pytest
 import torch
-from forked_serve import forked_servers
+from forked_serve import quick_servers
 from lm_eval.tasks import TaskManager
 from models import write_llama
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -94,12 +93,8 @@ metric_list: [{metric: bits_per_byte}]
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder for answers and logs; and servers that start quickly."""
     folder = tmp_path_factory.mktemp("eval")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DEPTHPAR_CACHE", str(folder / "cache"))
-        patch.setenv("TORCHDYNAMO_DISABLE", "1")
-        patch.setattr(tempfile, "tempdir", str(folder))
-        with forked_servers():
-            yield folder
+    with quick_servers(folder):
+        yield folder
 
 
 @pytest.fixture(scope="module")

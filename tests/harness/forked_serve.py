@@ -21,6 +21,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import fork_server
+import pytest
 
 from vllm_depthpar.launch.process_group import ProcessGroup
 
@@ -61,6 +62,17 @@ def forked_servers(compiled: bool = False) -> Iterator[None]:
     start = partial(Process, compiled=compiled)
     with patch("vllm_depthpar.launch.server.start_vllm_serve", start):
         yield
+
+
+@contextmanager
+def quick_servers(folder: Path) -> Iterator[None]:
+    """`forked_servers` that compile nothing, with caches and logs in a folder."""
+    with pytest.MonkeyPatch.context() as patching:
+        patching.setenv("DEPTHPAR_CACHE", str(folder / "cache"))
+        patching.setenv("TORCHDYNAMO_DISABLE", "1")
+        patching.setattr(tempfile, "tempdir", str(folder))
+        with forked_servers():
+            yield
 
 
 @dataclass(frozen=True)

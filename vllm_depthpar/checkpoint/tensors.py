@@ -53,9 +53,10 @@ class Expected:
         quantized = config.get("quantization_config") is not None
         self._is_sparse = shape.is_sparse
         # Of layers with one MLP, and of those with experts.
+        one_of_each = {shape.is_sparse(layer): layer for layer in range(shape.layers)}
         self._of_layers: dict[bool, dict[str, Shape]] = {
-            shape.is_sparse(layer): {} if quantized else shape.layer_tensors(layer)
-            for layer in range(shape.layers)
+            sparse: {} if quantized else shape.layer_tensors(layer)
+            for sparse, layer in one_of_each.items()
         }
         self.of_model: dict[str, Shape] = {} if quantized else shape.other_tensors()
 

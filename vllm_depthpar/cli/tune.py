@@ -112,8 +112,8 @@ def steps(args: argparse.Namespace, kept: Path, measured: bool, can_measure: boo
         measured: whether this machine is.
         can_measure: whether it can run the result as it is meant to run.
     """
-    model, tp, text = args.model, ["--tp", f"{args.tp}"], ["--text", *args.text]
-    text = text if args.text else []
+    model, tp = args.model, ["--tp", f"{args.tp}"]
+    text = ["--text", *args.text] if args.text else []
     found = []
     if args.device == THIS and not measured:
         arguments = ["predict", model, "--calibrate", "--plan", "identity"]

@@ -112,7 +112,7 @@ def _answers(
         server = served.start(stack, model, one, server_args, seed=0)
         name = server.model()["id"]
         try:
-            with ThreadPoolExecutor(len(prompts)) as at_once:
+            with ThreadPoolExecutor(min(len(prompts), _AT_ONCE)) as at_once:
                 return list(
                     at_once.map(lambda prompt: _answer(server, name, prompt, chat), prompts)
                 )

@@ -27,6 +27,9 @@ from vllm_depthpar.vllm_compat import forget_attention, forget_experts
 class FamilyLayer(Member):
     """Before one of vLLM's classes among the bases."""
 
+    # Whether vLLM's class is made of its whole config, or of parts of it.
+    of_whole_config = False
+
     def __init__(
         self, vllm_config: VllmConfig, prefix: str, attends: bool = True, feeds: bool = True
     ) -> None:
@@ -40,8 +43,11 @@ class FamilyLayer(Member):
         self.hand_over(family, attends, feeds)
 
     def _build(self, vllm_config: VllmConfig, prefix: str) -> None:
-        config: Any = vllm_config.model_config.hf_config
         make: Any = super().__init__
+        if self.of_whole_config:
+            make(vllm_config, prefix)
+            return
+        config = vllm_config.model_config.hf_config
         make(config, vllm_config.cache_config, vllm_config.quant_config, prefix)
 
 
@@ -64,17 +70,13 @@ class Qwen2MoeLayer(FamilyLayer, qwen2_moe.Qwen2MoeDecoderLayer):
 class Qwen3MoeLayer(FamilyLayer, qwen3_moe.Qwen3MoeDecoderLayer):
     """A layer of Qwen's MoE of the third generation."""
 
-    def _build(self, vllm_config: VllmConfig, prefix: str) -> None:
-        make: Any = super(FamilyLayer, self).__init__
-        make(vllm_config, prefix)
+    of_whole_config = True
 
 
 class Glm4Layer(FamilyLayer, Glm4DecoderLayer):
     """A layer of GLM-4, which has norms after its modules."""
 
-    def _build(self, vllm_config: VllmConfig, prefix: str) -> None:
-        make: Any = super(FamilyLayer, self).__init__
-        make(vllm_config, prefix)
+    of_whole_config = True
 
 
 class GraniteLayer(FamilyLayer, GraniteDecoderLayer):

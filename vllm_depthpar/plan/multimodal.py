@@ -17,6 +17,8 @@ MULTIMODAL = {
     "llava": "vllm.model_executor.models.llava:LlavaForConditionalGeneration",
     "mistral3": "vllm.model_executor.models.mistral3:Mistral3ForConditionalGeneration",
 }
+# By `model_type`, too, what config.json and transformers call it.
+CLASSES = {kind: model.rpartition(":")[2] for kind, model in MULTIMODAL.items()}
 _TEXT = "text_config"
 # What config.json has beside it of the language model.
 _OUTSIDE = ("tie_word_embeddings", "dtype", "torch_dtype", "quantization_config", KEY)
