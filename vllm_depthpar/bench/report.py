@@ -27,10 +27,23 @@ class Figure:
     title: str
     form: str = ".1f"
 
-    def ratio(self, mine: float, baseline: float) -> float:
-        """How many times as fast as the baseline."""
-        faster, slower = (mine, baseline) if self.key.endswith("_per_second") else (baseline, mine)
-        return faster / slower
+    def speedup(self, both: Iterable[tuple[float, float]]) -> dict[str, float] | None:
+        """Summarize how many times as fast as the baseline it was.
+
+        Args:
+            both: its values, mine and the baseline's, a pair a round.
+
+        Returns:
+            Of the rounds that can tell, None if none can: vLLM's load generator has a TPOT of 0
+            where an answer of few tokens came in one piece.
+        """
+        per_second = self.key.endswith("_per_second")
+        ratios = [
+            mine / baseline if per_second else baseline / mine
+            for mine, baseline in both
+            if mine and baseline
+        ]
+        return summary(ratios) if ratios else None
 
 
 _TIMES = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2el": "E2EL"}
@@ -64,7 +77,8 @@ def summarize(record: Mapping[str, Any], loads: Iterable[Load]) -> dict[str, Any
     Returns:
         `baseline`: plain vLLM, or the first variant where it is not among them. `loads`: {load's
         key: {variant: {figure: {"median", "min", "max", "speedup"}}}}; a speed-up has its own
-        median and spread, over ratios taken within a round, and is above 1 for what is faster.
+        median and spread, over ratios taken within a round, and is above 1 for what is faster; None
+        where a figure of 0 can't tell.
     """
     labels = [one["label"] for one in record["variants"]]
     baseline = PLAIN if PLAIN in labels else labels[0]
@@ -75,13 +89,9 @@ def summarize(record: Mapping[str, Any], loads: Iterable[Load]) -> dict[str, Any
             label: {
                 figure.key: {
                     **summary([one[label][load.key][figure.key] for one in rounds]),
-                    "speedup": summary(
-                        [
-                            figure.ratio(
-                                *(one[who][load.key][figure.key] for who in (label, baseline))
-                            )
-                            for one in rounds
-                        ]
+                    "speedup": figure.speedup(
+                        (one[label][load.key][figure.key], one[baseline][load.key][figure.key])
+                        for one in rounds
                     ),
                 }
                 for figure in FIGURES[load.part]
@@ -191,7 +201,8 @@ def _speedups(record: Mapping[str, Any], part: str, loads: Sequence[Load]) -> st
     for load in loads:
         for label, figures in record["summary"]["loads"][load.key].items():
             if label != record["summary"]["baseline"]:
-                cells = [written(figures[figure.key]["speedup"]) for figure in FIGURES[part]]
+                ratios = [figures[figure.key]["speedup"] for figure in FIGURES[part]]
+                cells = [written(one) if one else "" for one in ratios]
                 if part == THROUGHPUT and predicted:
                     cells.append(f"{predicted[load.key][label]:.2f}")
                 rows.append([load.name, f"`{label}`", *cells])

@@ -183,8 +183,8 @@ def _bench(found: Collection, name: str, record: records.BenchRecord) -> None:
             what = figure.title.partition(",")[0]
             measure = speedup(f"measured speed-up: {what}", f"{sizes} ({part})")
             for label, figures in of_load.items():
-                if label in keys and figure.key in figures:
-                    speed = figures[figure.key].speedup
+                speed = figures[figure.key].speedup if figure.key in figures else None
+                if label in keys and speed:
                     value = Value(speed.median, low=speed.min, high=speed.max)
                     found.see(keys[label], measure, value)
     for load, predicted in record.predicted.items():

@@ -175,7 +175,7 @@ class Spread(Form):
 class Figure(Form):
     """What rounds say of a figure."""
 
-    speedup: Spread
+    speedup: Spread | None
 
 
 class BenchSettings(Form):

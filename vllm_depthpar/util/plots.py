@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +12,9 @@ import numpy.typing as npt
 from matplotlib.figure import Figure
 
 from vllm_depthpar.util.files import write_bytes
+
+# No bar.
+_UNKNOWN = dict.fromkeys(("median", "min", "max"), math.nan)
 
 
 def heat_maps(
@@ -45,14 +49,14 @@ def heat_maps(
 
 def bars(
     path: Path,
-    panels: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]],
+    panels: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float] | None]]],
     baseline: str,
     title: str,
 ) -> None:
     """Speed-ups as bars with their spread, a panel for each thing that was measured: a PNG.
 
     Args:
-        panels: {panel: {group of bars: {variant: its "median", "min" and "max"}}}.
+        panels: {panel: {group of bars: {variant: its "median", "min" and "max", or None}}}.
         baseline: the variant that is 1 everywhere, and has no bar.
     """
     columns = min(3, len(panels))
@@ -63,7 +67,7 @@ def bars(
         variants = [label for label in next(iter(groups.values())) if label != baseline]
         width = 0.8 / len(variants)
         for at, label in enumerate(variants):
-            found = [group[label] for group in groups.values()]
+            found = [group[label] or _UNKNOWN for group in groups.values()]
             medians = np.array([one["median"] for one in found])
             low, high = (np.array([one[end] for one in found]) for end in ("min", "max"))
             axis.bar(
