@@ -197,9 +197,10 @@ def test_refit_alone_and_next_token(
     assert plain["end"]["passages"]["perplexity"] < plain["plan"]["passages"]["perplexity"]
 
 
-def test_killed_and_started_again(model: Path, text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rollouts", [0, 2])
+def test_killed_and_started_again(model: Path, text: Path, tmp_path: Path, rollouts: int) -> None:
     """kill -9 in the middle of training: the same command goes on, to the same result."""
-    common = ["--tokens", 64 * 256, "--evaluations", 16]
+    common = ["--tokens", 64 * 256, "--evaluations", 16, "--rollouts", rollouts]
     assert main(arguments(model, text, tmp_path / "whole", *common)) == 0
     out, run = tmp_path / "out", tmp_path / ".out.run"
     command = [sys.executable, "-m", "vllm_depthpar.cli", *arguments(model, text, out, *common)]
@@ -329,6 +330,11 @@ def test_text_that_the_model_writes(
     [
         (["--plan", "identity"], "the plan changes nothing, and nothing is lost; allowed: another"),
         (["--window", "256"], "windows of 256 tokens to learn from; allowed: 16 or more"),
+        (["--rollouts", "5"], "--rollouts 5 are more than --micro-batch 4; allowed: 0 to 4"),
+        (
+            ["--rollouts", "1", "--objective", "next-token"],
+            "--rollouts 1: from its own words alone a student learns nothing; allowed: --objective",
+        ),
         (["--micro-batch", "3"], "--batch 4 is no multiple of --micro-batch 3 "),
         (["--minutes", "0"], "--minutes 0 is too short; allowed: more than 0"),
         (["--text", "/no/such/file"], "text '/no/such/file' can't be read"),

@@ -106,6 +106,13 @@ def add(commands: Any) -> None:
     training.add_argument(
         "--micro-batch", type=at_least(1), default=4, help="of them at a time, a process (4)"
     )
+    training.add_argument(
+        "--rollouts",
+        type=at_least(0),
+        default=0,
+        metavar="N",
+        help="of the windows at a time N are the student's own writing (0)",
+    )
     training.add_argument("--rate", type=float, default=2e-4, help="peak learning rate (2e-4)")
     training.add_argument("--rank", type=at_least(1), default=16, help="of adapters (16)")
     training.add_argument(
@@ -233,6 +240,16 @@ def _check(args: argparse.Namespace, processes: int) -> Plan:
         raise UserError(
             f"--batch {args.batch} is no multiple of --micro-batch {args.micro_batch} times "
             f"{processes} processes; allowed: multiples of {at_once}"
+        )
+    if args.rollouts and args.objective != "distil":
+        raise UserError(
+            f"--rollouts {args.rollouts}: from its own words alone a student learns nothing; "
+            f"allowed: --objective distil"
+        )
+    if args.rollouts > args.micro_batch:
+        raise UserError(
+            f"--rollouts {args.rollouts} are more than --micro-batch {args.micro_batch}; allowed: "
+            f"0 to {args.micro_batch}"
         )
     if args.refit is None:
         args.refit = 0 if args.train == "lora" else _REFIT

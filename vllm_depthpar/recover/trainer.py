@@ -28,6 +28,7 @@ from vllm_depthpar.errors import UserError
 from vllm_depthpar.evaluate.texts import Windows
 from vllm_depthpar.recover.distillation import Distillation, Objective
 from vllm_depthpar.recover.least_squares import refit
+from vllm_depthpar.recover.lessons import AT_ONCE, Lessons, WithRollouts
 from vllm_depthpar.util import files
 from vllm_depthpar.util.progress import bar
 
@@ -48,6 +49,7 @@ class TrainingSettings:
         objective: see `Distillation`.
         batch: windows of a step, over all processes.
         micro_batch: windows that run together on a process.
+        rollouts: windows of each micro-batch that the student writes itself, see `lessons`.
         rate: peak of the learning rate: linear warm-up, cosine decay.
         rank: of the adapters.
         checkpointing: recompute activations in the backward pass instead of keeping them.
@@ -60,6 +62,7 @@ class TrainingSettings:
     objective: Objective = "distil"
     batch: int = 4
     micro_batch: int = 4
+    rollouts: int = 0
     rate: float = 2e-4
     rank: int = 16
     checkpointing: bool = False
@@ -220,7 +223,7 @@ class Recovery:
                 weight_decay=0.0,
                 max_grad_norm=1.0,
                 seed=settings.seed,
-                data_seed=settings.seed,
+                train_sampling_strategy="sequential",
                 # Distillation casts by itself.
                 use_cpu=self._process.device.type == "cpu",
                 eval_strategy="steps",
@@ -233,7 +236,7 @@ class Recovery:
                 log_level="error",
                 label_names=[],
             ),
-            train_dataset=[{"input_ids": row} for row in self._training],
+            train_dataset=self._lessons(steps),
             eval_dataset=[],
         )
         trainer.remove_callback(ProgressCallback)
@@ -252,6 +255,21 @@ class Recovery:
             "tokens": steps * of_step,
             "seconds": time.monotonic() - started,
         }
+
+    def _lessons(self, steps: int) -> Lessons:
+        settings, process = self._settings, self._process
+        lessons = (self._training, steps * settings.batch, settings.seed)
+        if not settings.rollouts:
+            return Lessons(*lessons)
+        return WithRollouts(
+            *lessons,
+            rollouts=settings.rollouts,
+            micro_batch=settings.micro_batch,
+            distillation=self._distillation,
+            folder=self._folder,
+            process=process.process_index,
+            processes=process.num_processes,
+        )
 
     def _prepare(self) -> None:
         """Make the student one that learns; harmless the second time."""
@@ -279,7 +297,7 @@ class Recovery:
         return max(0, math.floor(_MARGIN * left / per_step))
 
     def _seconds_of_a_step(self) -> float:
-        """Time a step: the faster of two that change nothing."""
+        """Time a step: the faster of two that change nothing, and its share of what is written."""
         self._prepare()
         settings, device = self._settings, self._process.device
         part = self._training[: settings.micro_batch].to(device)
@@ -291,7 +309,10 @@ class Recovery:
             loss.item()
             seconds.append(time.monotonic() - begun)
             self._distillation.zero_grad()
-        return min(seconds) * self._parts
+        begun = time.monotonic()
+        self._lessons(AT_ONCE)[0]
+        writing = (time.monotonic() - begun) / AT_ONCE * settings.rollouts
+        return (min(seconds) + writing) * self._parts
 
 
 @torch.no_grad()
