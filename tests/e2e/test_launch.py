@@ -1,8 +1,10 @@
 """Starting and stopping real servers and engines: what one says that fails, and what remains."""
 
 import os
+import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import models
@@ -10,7 +12,7 @@ import psutil
 import pytest
 from forked_serve import forked_servers
 
-from vllm_depthpar.launch.server import serve
+from vllm_depthpar.launch.server import HOST, post_json, serve
 
 
 def test_failure_shows_the_log(tmp_path: Path) -> None:
@@ -47,6 +49,32 @@ def test_nothing_remains(tmp_path: Path) -> None:
     assert alive == []
     assert not server.healthy()
     server.stop()  # once more, which is harmless
+
+
+@pytest.mark.parametrize(
+    ("reply", "said"),
+    [
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{", "IncompleteRead"),
+        (b"", "RemoteDisconnected"),
+        (b"HTTP/1.1 400 Bad\r\nContent-Length: 10\r\n\r\ntoo\n  long", "^too long$"),
+        (b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n", "503"),
+    ],
+)
+def test_a_server_that_does_not_answer_is_an_os_error(reply: bytes, said: str) -> None:
+    """One that dies within its answer, before it, and one that refuses, with and without words."""
+    with socket.create_server((HOST, 0)) as listening:
+
+        def answer() -> None:
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(1 << 16)
+                connection.sendall(reply)
+
+        serving = threading.Thread(target=answer)
+        serving.start()
+        with pytest.raises(OSError, match=said):
+            post_json(f"http://{HOST}:{listening.getsockname()[1]}/", {"asked": 1}, timeout=20)
+        serving.join()
 
 
 SERVER = """

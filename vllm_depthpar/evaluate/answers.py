@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import urllib.request
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -14,7 +12,7 @@ from typing import Any
 from vllm_depthpar.checkpoint.tokenizer import read_tokenizer
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.evaluate import served
-from vllm_depthpar.launch.server import Server, open_url
+from vllm_depthpar.launch.server import Server, post_json
 from vllm_depthpar.launch.variants import Variant
 from vllm_depthpar.util import files
 from vllm_depthpar.util.provenance import origin
@@ -126,11 +124,6 @@ def _answers(
 def _answer(server: Server, name: str, prompt: str, chat: bool) -> str:
     settings = {"model": name, "temperature": 0, "max_tokens": TOKENS, "seed": 0}
     asked = {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
-    request = urllib.request.Request(
-        f"{server.url}/v1/{'chat/' * chat}completions",
-        json.dumps({**settings, **asked}).encode(),
-        {"Content-Type": "application/json"},
-    )
-    with open_url(request, timeout=_SECONDS) as reply:
-        choice = json.load(reply)["choices"][0]
+    url = f"{server.url}/v1/{'chat/' * chat}completions"
+    (choice,) = post_json(url, {**settings, **asked}, _SECONDS)["choices"]
     return str(choice["message"]["content"] if chat else choice["text"])

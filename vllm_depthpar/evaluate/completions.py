@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import http.client
 import json
 import math
 import os
-import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -24,7 +21,7 @@ from vllm_depthpar.errors import UserError
 from vllm_depthpar.evaluate import served
 from vllm_depthpar.launch import kv_cache
 from vllm_depthpar.launch.command_line import options_of
-from vllm_depthpar.launch.server import Server, open_url
+from vllm_depthpar.launch.server import Server, post_json
 from vllm_depthpar.launch.variants import Variant
 from vllm_depthpar.plan import resolve
 from vllm_depthpar.plan.model_shape import ModelShape
@@ -175,7 +172,7 @@ class Completions:
     def _result(self, server: Server, future: Future[Any]) -> Any:
         try:
             return future.result()
-        except (OSError, http.client.HTTPException) as error:
+        except OSError as error:
             raise served.no_answer(self._variant, server, error) from error
 
 
@@ -207,17 +204,7 @@ def _key(request: Request) -> str:
 
 def _complete(url: str, body: Mapping[str, Any]) -> Any:
     """Ask a server; returns what the journal keeps of its answer."""
-    asked = urllib.request.Request(
-        f"{url}/v1/completions",
-        json.dumps(body).encode(),
-        {"Content-Type": "application/json"},
-    )
-    try:
-        with open_url(asked, timeout=served.REQUEST_SECONDS) as reply:
-            (choice,) = json.load(reply)["choices"]
-    except urllib.error.HTTPError as error:
-        # The server says why in the body, which the exception does not show.
-        raise OSError(" ".join(error.read().decode(errors="replace").split())[:500]) from error
+    (choice,) = post_json(f"{url}/v1/completions", body, served.REQUEST_SECONDS)["choices"]
     if "prompt_logprobs" in body:
         after_first = zip(body["prompt"][1:], choice["prompt_logprobs"][1:], strict=True)
         return [round(at[str(token)]["logprob"], 5) for token, at in after_first]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -146,6 +148,29 @@ def serve(
         yield server
     finally:
         server.stop()
+
+
+def post_json(url: str, body: Mapping[str, Any], timeout: float) -> Any:
+    """Post JSON, and read the JSON that a server answers.
+
+    Args:
+        timeout: of the request, in seconds.
+
+    Raises:
+        OSError: no answer, half of one, or the server refuses; then with what it says of it.
+    """
+    request = urllib.request.Request(
+        url, json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    try:
+        with open_url(request, timeout) as reply:
+            return json.load(reply)
+    except urllib.error.HTTPError as error:
+        # The server says why in the body, which the exception does not show.
+        why = " ".join(error.read().decode(errors="replace").split())
+        raise OSError(why[:500] or str(error)) from error
+    except http.client.HTTPException as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error
 
 
 def open_url(url: str | urllib.request.Request, timeout: float) -> Any:
