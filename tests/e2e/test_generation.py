@@ -197,6 +197,7 @@ def test_nothing_is_asked_twice(
         ),
         (["--generate", "--plan", '{"pair": [1, 4]}'], "plan key 'pair': [1, 4]"),
         (["--generate", "--server-args=--port=1"], "server flag '--port' can't"),
+        (["--answers", "--made-from", "M"], "--made-from M says who scores what plans write; allo"),
     ],
 )
 def test_wrong_input(
@@ -213,6 +214,34 @@ def test_wrong_input(
     assert line.startswith("depthpar: error: ")
     assert message in line
     assert sorted(place.glob("vllm-serve-*")) == servers
+
+
+def test_other_weights_are_told_by_the_model_they_were_made_from(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The checkpoint that carries a plan writes as that plan does, and the other scores it."""
+    model = write_tokenizer(write_llama(tmp_path / "model", layers=4), bos=True)
+    made, out = tmp_path / "made", tmp_path / "out.json"
+    plan = '{"pair": [0, 4]}'
+    assert main(["export", str(model), "--plan", plan, "--out", str(made)]) == 0
+    command = ["eval", str(made), "--made-from", str(model), "--generate", "8", "--prompts", "1"]
+    command += [f"--server-args={SERVER_ARGS}", "--out", str(out)]
+    assert main([*command, "--plan", "carried"]) == 0
+    found = json.loads(out.read_text())["generate"]
+    assert (found["model"], found["unmodified"]) == ("made", "model")
+    unmodified, carried = found["plans"]
+    assert (unmodified["label"], unmodified["digest"]) == ("unmodified", "plain")
+    assert "same" in carried["writing"]["prose"]["lengths"]["8"]["greedy"]
+
+    assert main(["eval", str(model), "--plan", plan, *command[4:], "--generate", "8"]) == 0
+    _, alone = json.loads(out.read_text())["generate"]["plans"]
+    assert carried["writing"] == alone["writing"], "the same weights in the same plan"
+
+    other = write_tokenizer(write_llama(tmp_path / "other", layers=4), bos=False)
+    command[3] = str(other)
+    capsys.readouterr()
+    assert main(command) == 1
+    assert "has other tokens, or another chat template, than" in capsys.readouterr().err
 
 
 def test_a_model_without_a_chat_template(tmp_path: Path) -> None:

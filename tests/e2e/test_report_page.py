@@ -23,6 +23,7 @@ FILES = (
     RESULTS / "quality/results/recovery-smollm2-tp3-41.json",
     RESULTS / "serving/results/dropped-attentions.json",
 )
+GENERATED = RESULTS / "quality/results/generation-smollm2.json"
 PIQA = RESULTS / "quality/results/recovery-piqa.json"
 PHONE = 360
 
@@ -85,7 +86,8 @@ def page(tmp_path_factory: pytest.TempPathFactory, tempting: Tempting) -> Path:
     written = folder / "answers.json"
     written.write_text(json.dumps({"answers": answers}))
     out = folder / "report.html"
-    assert main(["report", *map(str, FILES), str(written), "--out", str(out)]) == 0
+    files = [*FILES, GENERATED, written]
+    assert main(["report", *map(str, files), "--out", str(out)]) == 0
     return out
 
 
@@ -287,3 +289,6 @@ def test_without_scripts_the_numbers_and_plans_are_there(browser: Browser, page:
     assert browser.run("document.querySelectorAll('tr[data-point]').length") > len(measured())
     assert browser.run("document.getElementById('plans').checkVisibility()")
     assert browser.run("document.querySelectorAll('.plan .code').length") > 2 * len(measured())
+    rows = [len(one["plans"]) for one in json.loads(GENERATED.read_text()).values()]
+    written = "document.querySelectorAll('#generation tbody tr').length"
+    assert [browser.run(written)] == [3 * count for count in rows], "prose, answers, tasks"

@@ -8,7 +8,7 @@ import itertools
 import json
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from html.parser import HTMLParser
 from importlib.resources import files
@@ -48,6 +48,7 @@ RECOVERY = QUALITY / "recovery-smollm2-tp3-41.json"
 EVALUATED = QUALITY / "eval-smollm2-dropped-attentions.json"
 BENCH = RESULTS / "serving/results/dropped-attentions.json"
 PIQA = QUALITY / "recovery-piqa.json"
+GENERATED = QUALITY / "generation-smollm2.json"
 STATIC = files("vllm_depthpar.report") / "static"
 MARKUP = "</script><img src=https://example.org/x onerror=alert(1)><script>&'\""
 
@@ -286,6 +287,75 @@ def test_tasks_say_which_way_is_better() -> None:
     assert page.points[0].values[key].written(measure.form) == "0.654 ± 0.015"
 
 
+def test_what_plans_write_is_theirs() -> None:
+    """Figures of points, and a table with a row for each kind and plan."""
+    report = json.loads(GENERATED.read_text())["generate"]
+    page = page_of(SEARCH, GENERATED)
+    for row in report["plans"]:
+        point = page.points[0] if row["spec"] is None else point_of(page, row["spec"])
+        for asked in ("prose", "answers"):
+            kl = row["writing"][asked]["lengths"]["1024"]["sampled"]["kl"]
+            value = point.values[measure_of(page, f"KL of drawn {asked}, nats/token", 1)]
+            assert (value.value, value.error) == (kl["value"], kl["stderr"])
+        right = row["tasks"]["retrieval"]
+        value = point.values[measure_of(page, "right answers, retrieval", 1)]
+        assert (value.value, value.low, value.high) == (right["value"], right["low"], right["high"])
+    retrieval = next(one for one in page.quality if one.title == "right answers, retrieval")
+    assert retrieval.more_is_better
+    assert not retrieval.plotted
+    (generation,) = page.generations
+    assert [label for label, _ in generation.plans] == [row["label"] for row in report["plans"]]
+    text = html(page)
+    rows = re.findall(r'<tr><th scope="row">(prose|answers): (.*?)</th>(.*?)</tr>', text)
+    assert len(rows) == 2 * len(report["plans"])
+    # As in docs/results.md.
+    cells = {(asked, label): re.findall("<td>(.*?)</td>", row) for asked, label, row in rows}
+    assert cells["prose", "auto"] == [
+        *("-4.38 ± 0.18", "0.151 ± 0.011", "-0.09 ± 0.04", "63 %", "50 %", "50 %", "38 %", "3")
+    ]
+    assert cells["answers", "plain"][-1] == "", "the unmodified model is not like itself"
+    assert "<td>48 % (34 to 62)</td>" in text.replace(" %)", ")").replace(" % to", " to")
+
+
+def test_what_a_recovered_checkpoint_writes_is_told_by_the_model_it_was_made_from() -> None:
+    """Each of the two rows is of its own checkpoint."""
+    recovery = json.loads(RECOVERY.read_text())
+    report = json.loads(GENERATED.read_text())["generate"]
+    plain, carried = report["plans"][:2]
+    plain["label"], carried["label"], carried["spec"] = "unmodified", "carried", recovery["plan"]
+    report |= {"model": "rec41", "unmodified": "SmolLM2-135M-Instruct", "plans": [plain, carried]}
+    page = gather.page(
+        [
+            ("r", records.read(recovery, "r")),
+            ("g", records.read({"generate": report}, "g")),
+        ]
+    )
+    key = measure_of(page, "KL of drawn prose, nats/token", 1)
+    have = [point for point in page.points if key in point.values]
+    assert {point.kind for point in have} == {UNMODIFIED, RECOVERED}
+    assert len(page.points) == 3, "and the plan before recovery"
+    (generation,) = page.generations
+    labels = [label for label, _ in generation.plans]
+    assert labels == ["unmodified; SmolLM2-135M-Instruct", "carried; rec41"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda row: row["tasks"].pop("copying"), "plans were asked different things"),
+        (lambda row: row["writing"].pop("prose"), "plans were asked different things"),
+        (lambda row: row["writing"]["prose"]["lengths"].pop("1024"), "1024 tokens are missing"),
+    ],
+)
+def test_writing_that_cannot_be_compared_is_refused(
+    change: Callable[[dict[str, Any]], object], words: str
+) -> None:
+    report = json.loads(GENERATED.read_text())
+    change(report["generate"]["plans"][1])
+    with pytest.raises(UserError, match=words):
+        records.read(report, "x.json")
+
+
 def test_kinds() -> None:
     layers = 12
     for spec, expected in (
@@ -385,7 +455,7 @@ ANYTHING = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner),
     max_leaves=5,
 )  # fmt: skip
-SMALL = [small(path) for path in (SEARCH, HALVES, RECOVERY, EVALUATED, BENCH)]
+SMALL = [small(path) for path in (SEARCH, HALVES, RECOVERY, EVALUATED, BENCH, GENERATED)]
 
 
 @settings(max_examples=150)
@@ -508,6 +578,13 @@ def with_markup() -> Iterator[dict[str, Any]]:
         ],
     }
     yield {"answers": answers}
+    generation = json.loads(GENERATED.read_text())["generate"]
+    generation["model"] = generation["command"] = MARKUP
+    for one in generation["plans"]:
+        one["label"] += MARKUP
+        one["writing"][MARKUP] = one["writing"].pop("prose")
+        one["tasks"][MARKUP] = one["tasks"].pop("copying")
+    yield {"generate": generation}
     recovery = json.loads(RECOVERY.read_text())
     recovery["command"] = f"depthpar recover '{MARKUP}' --out {MARKUP}"
     recovery["quality"][MARKUP] = recovery["quality"]["end"]
@@ -529,7 +606,7 @@ def test_everything_is_escaped() -> None:
 
 
 def test_a_page_loads_nothing_and_runs_nothing_else() -> None:
-    text = html(page_of(SEARCH, RECOVERY, EVALUATED, BENCH))
+    text = html(page_of(SEARCH, RECOVERY, EVALUATED, BENCH, GENERATED))
     found = Elements(text)
     loading = {"src", "srcset", "data", "poster", "action", "formaction", "background", "ping"}
     for tag, attributes in found.tags:
@@ -590,7 +667,7 @@ def test_the_best_published_plans_are_not_folded_away() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    found = Elements(html(page_of(SEARCH, RECOVERY, EVALUATED, BENCH)))
+    found = Elements(html(page_of(SEARCH, RECOVERY, EVALUATED, BENCH, GENERATED)))
     ids = [attributes["id"] for _, attributes in found.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
     links = {
@@ -600,12 +677,13 @@ def test_links_lead_somewhere() -> None:
 
 
 def test_every_figure_names_its_command() -> None:
-    page = page_of(SEARCH, RECOVERY, EVALUATED, BENCH)
+    files = (SEARCH, RECOVERY, EVALUATED, BENCH, GENERATED)
+    page = page_of(*files)
     for one in (*page.quality, *page.speed):
         if one.key not in (BLOCKS.key, ALL_REDUCES.key):
             assert one.sources
             assert all(page.sources[at].command for at in one.sources)
-    for source, path in itertools.zip_longest(page.sources, (SEARCH, RECOVERY, EVALUATED, BENCH)):
+    for source, path in itertools.zip_longest(page.sources, files):
         assert source.name == path.name
 
 

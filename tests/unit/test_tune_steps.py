@@ -9,7 +9,8 @@ import pytest
 from models import write_llama
 
 from vllm_depthpar.cli.main import main, parser
-from vllm_depthpar.cli.tune import Step, steps
+from vllm_depthpar.cli.steps import Step
+from vllm_depthpar.cli.tune import steps
 
 OUT = Path("tuned")
 KEPT = Path("tuned.tune")
@@ -28,7 +29,7 @@ def names(found: list[Step]) -> list[str]:
 def test_one_rank() -> None:
     found = planned("--speedup", "1.1", "--minutes", "20", measured=False)
     assert names(found) == [
-        *("predict", "search", "recover", "verify", "bench", "eval", "eval", "report")
+        *("predict", "search", "recover", "verify", "bench", "eval", "eval", "eval", "report")
     ]
     search = found[1].command
     assert "--speedup 1.1 --tp 1 --device this --methods pair,group,skip,drop_attention" in search
@@ -38,6 +39,8 @@ def test_one_rank() -> None:
     # Every command is one that its own parser takes, and the page has what the others wrote.
     for step in found:
         parser().parse_args(list(step.arguments))
+    # Who judges what the tuned model writes is the model that it was made from.
+    assert "eval tuned --plan carried --made-from model --generate" in found[7].command
     written = [str(step.makes) for step in found if step.arguments[0] == "eval"]
     assert set(written) < set(found[-1].arguments)
     assert found[-1].arguments[1:3] == ["tuned.tune/plan-report.json", "tuned/recovery.json"]
@@ -55,6 +58,8 @@ def test_between_ranks() -> None:
     assert "--text a.txt --own-text 49152 --minutes 24" in found[2].command
     assert all("--tp" in step.arguments for step in found[:5])
     assert "--server-args=--tensor-parallel-size 2" in found[5].arguments
+    assert "--server-args=--enforce-eager --tensor-parallel-size 2" in found[7].arguments
+    assert "--made-from tuned.tune/ordered" in found[7].command
 
 
 def test_a_machine_that_is_elsewhere() -> None:

@@ -137,7 +137,9 @@ def _run(args: argparse.Namespace) -> str:
         report["answers"] = answers.ask(args.model, plans, prompts, server_args)
         shown.append(answers.shown(report["answers"]))
     if writing:
-        report["generate"] = generation.run_generation(args.model, plans, writing)
+        report["generate"] = generation.run_generation(
+            args.model, plans, writing, made_from=args.made_from
+        )
         shown.append(generation_tables(report["generate"]))
     if args.out:
         files.write_json(args.out, report)

@@ -6,7 +6,8 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_depthpar.cli.types import at_least
+from vllm_depthpar.cli.types import at_least, path_or_name
+from vllm_depthpar.errors import UserError
 from vllm_depthpar.evaluate.generation import LENGTHS, GenerationSettings
 from vllm_depthpar.util.markdown import table
 
@@ -33,13 +34,29 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="of each task that is made for chat models (64)",
     )
+    group.add_argument(
+        "--made-from",
+        type=path_or_name,
+        metavar="M",
+        help="folder or hub name of the model that MODEL was recovered from, which then is the "
+        "unmodified one that writes beside it and scores (MODEL itself)",
+    )
 
 
 def generation_settings(
     args: argparse.Namespace, server_args: tuple[str, ...]
 ) -> GenerationSettings | None:
-    """Read the settings; None where nothing is to be generated."""
+    """Read the settings; None where nothing is to be generated.
+
+    Raises:
+        UserError: something is said of what is not to be generated.
+    """
     if args.generate is None:
+        if args.made_from is not None:
+            raise UserError(
+                f"--made-from {args.made_from} says who scores what plans write; allowed: beside "
+                f"--generate"
+            )
         return None
     lengths = tuple(sorted(set(args.generate or LENGTHS)))
     return GenerationSettings(lengths, args.prompts, args.questions, args.seed, server_args)

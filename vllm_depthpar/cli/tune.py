@@ -1,22 +1,17 @@
 """`depthpar tune`: from a model to a faster one, by the other commands, one after the other.
 
-Each step is a command line that a user could type, and what it makes is kept beside the result, so
-that a run that was ended goes on with the first step that was not.
+What they make is kept beside the result (see `vllm_depthpar.cli.steps`).
 """
 
 from __future__ import annotations
 
 import argparse
-import shlex
-import subprocess
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vllm_depthpar.checkpoint import export
 from vllm_depthpar.checkpoint.config import fingerprint, read_original_config
+from vllm_depthpar.cli.steps import Step, keep_settings, run_steps
 from vllm_depthpar.cli.types import MODEL_HELP, at_least, path_or_name
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.launch.hardware import CORES, gpus
@@ -34,26 +29,8 @@ _SEARCH, _RECOVERY = 0.3, 0.4
 # Of own text, for each minute of recovery: writing them takes a part of it.
 _OWN_TOKENS = 2048
 _LEAST_OWN_TOKENS, _MOST_OWN_TOKENS = 16384, 131072
-
-
-@dataclass(frozen=True)
-class Step:
-    """One command of the package.
-
-    Attributes:
-        does: for people.
-        arguments: of `depthpar`.
-        makes: what is there once it is done; None if the command itself knows how far it was.
-    """
-
-    does: str
-    arguments: Sequence[str]
-    makes: Path | None
-
-    @property
-    def command(self) -> str:
-        """As one types it."""
-        return shlex.join(["depthpar", *self.arguments])
+# A few minutes on two cores for a small model; eager servers are up in seconds.
+_GENERATE = ("--generate", "128", "--prompts", "8", "--questions", "12")
 
 
 def add(commands: Any) -> None:
@@ -93,12 +70,9 @@ def _run(args: argparse.Namespace) -> str:
     kept = _kept(args)
     busy = f"--out {args.out} is being made by another command; allowed: another folder"
     with files.only_one(kept / ".lock", busy):
-        _keep_settings(args, kept)
-        planned = steps(args, kept, is_measured(), _can_measure(args))
-        for number, step in enumerate(planned, 1):
-            print(f"[{number}/{len(planned)}] {step.does}: {step.command}", file=sys.stderr)
-            if step.makes is None or not step.makes.exists():
-                _do(step)
+        settings = {name: value for name, value in vars(args).items() if name not in ("run", "out")}
+        keep_settings(kept, {**settings, "checkpoint": fingerprint(args.model)}, "--out")
+        run_steps(steps(args, kept, is_measured(), _can_measure(args)))
     ranks = f" --tensor-parallel-size {args.tp}" if args.tp > 1 else ""
     return f"{args.out / REPORT}: what was found, and how\nserve it: vllm serve {args.out}{ranks}"
 
@@ -159,6 +133,12 @@ def steps(args: argparse.Namespace, kept: Path, measured: bool, can_measure: boo
                 arguments += [f"--server-args=--tensor-parallel-size {args.tp}"]
             found.append(Step(f"ask {name} twenty prompts", arguments, out))
             shown.append(out)
+        out = kept / "generation.json"
+        arguments = ["eval", f"{args.out}", "--plan", "carried", "--made-from", model, *_GENERATE]
+        flags = ["--enforce-eager", *["--tensor-parallel-size", f"{args.tp}"] * (args.tp > 1)]
+        arguments += [f"--server-args={' '.join(flags)}", "--out", f"{out}"]
+        found.append(Step("let both write, and judge it", arguments, out))
+        shown.append(out)
     arguments = ["report", *map(str, shown), "--out", f"{args.out / REPORT}"]
     found.append(Step("write the page", arguments, None))
     return found
@@ -183,26 +163,5 @@ def _kept(args: argparse.Namespace) -> Path:
     return out.with_name(f"{out.name}.tune")
 
 
-def _keep_settings(args: argparse.Namespace, kept: Path) -> None:
-    """Refuse to go on with what other settings have begun."""
-    settings = {name: value for name, value in vars(args).items() if name not in ("run", "out")}
-    settings["checkpoint"] = fingerprint(args.model)
-    path = kept / "settings.json"
-    if not path.exists():
-        files.write_json(path, settings)
-    elif files.read_json(path, "settings of a tune") != settings:
-        raise UserError(
-            f"{kept} was begun with other settings; allowed: the same, or another --out"
-        )
-
-
 def _can_measure(args: argparse.Namespace) -> bool:
     return args.device == THIS and args.tp <= (len(gpus()) or CORES)
-
-
-def _do(step: Step) -> None:
-    """Run a command; what it prints and its progress are this one's."""
-    command = [sys.executable, "-m", "vllm_depthpar.cli", *step.arguments]
-    done = subprocess.run(command, stdout=sys.stderr)
-    if done.returncode:
-        sys.exit(done.returncode)  # it has said why

@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from vllm_depthpar.checkpoint.config import read_config
 from vllm_depthpar.checkpoint.tokenizer import read_tokenizer
+from vllm_depthpar.errors import UserError
 from vllm_depthpar.evaluate import generated_tasks, own_text, served, writing
 from vllm_depthpar.evaluate.completions import (
     Answer,
@@ -34,6 +35,8 @@ from vllm_depthpar.util import files
 from vllm_depthpar.util.provenance import origin
 
 LENGTHS = (256, 1024)
+# The label of a model that the plans' checkpoint was made from.
+UNMODIFIED = "unmodified"
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,7 @@ def run_generation(
     plans: Sequence[Variant],
     settings: GenerationSettings,
     cache: Path | None = None,
+    made_from: str | None = None,
 ) -> dict[str, Any]:
     """Let plans write, one server after the other; progress goes to stderr.
 
@@ -103,6 +107,7 @@ def run_generation(
         plans: see `vllm_depthpar.launch.variants`; the unmodified model need not be among them.
         settings: the same for all plans.
         cache: folder for the answers, by default `eval` in `files.cache_folder()`.
+        made_from: folder or hub name of the unmodified model, if the weights of `model` are others.
 
     Returns:
         A report, JSON-ready: versions and settings, and for each plan, the unmodified model first,
@@ -110,13 +115,20 @@ def run_generation(
         each task.
 
     Raises:
-        UserError: the checkpoint has no tokenizer, answers don't fit its context, a server does not
-            start or stops answering, or answers can't be kept.
+        UserError: a checkpoint has no tokenizer, both have different ones, answers don't fit their
+            context, a server does not start or stops answering, or answers can't be kept.
     """
     cache = cache or files.cache_folder() / "eval"
     work = make_work(read_tokenizer(model), settings)
-    check_length(model, work.longest, settings.server_args)
-    unmodified, others = split(model, plans)
+    own_model = made_from or model
+    if made_from and make_work(read_tokenizer(made_from), settings) != work:
+        raise UserError(
+            f"{made_from} has other tokens, or another chat template, than {model}; allowed: the "
+            f"model that it was made from"
+        )
+    for checkpoint in dict.fromkeys((model, own_model)):
+        check_length(checkpoint, work.longest, settings.server_args)
+    unmodified, others = split(model, plans, made_from)
     chosen = [*others, unmodified]
     written: dict[str, Written] = {}
     judged: dict[str, dict[str, list[Judged]]] = {}
@@ -124,7 +136,8 @@ def run_generation(
     for number, variant in enumerate(chosen, 1):
         served.say(f"[{number}/{len(chosen)}] {variant.label}: {variant.plan}")
         started = time.monotonic()
-        with _answering(model, variant, settings, work.longest, cache) as server:
+        checkpoint = own_model if variant is unmodified else model
+        with _answering(checkpoint, variant, settings, work.longest, cache) as server:
             written[variant.label] = _write(server, work)
             if variant is unmodified:
                 for label, of_plan in written.items():
@@ -141,18 +154,32 @@ def run_generation(
             work, settings, judged[label], None if variant is unmodified else own
         )
         rows[label]["tasks"] = _score(work, written[label])
-    path = Path(model).expanduser()
     return {
         **origin("depthpar"),
-        "model": path.name if path.is_dir() else model,
+        "model": _name(model),
+        "unmodified": _name(own_model),
         **asdict(settings),
         "plans": [rows[variant.label] for variant in (unmodified, *others)],
     }
 
 
-def split(model: str, plans: Sequence[Variant]) -> tuple[Variant, list[Variant]]:
+def _name(model: str) -> str:
+    path = Path(model).expanduser()
+    return path.name if path.is_dir() else model
+
+
+def split(
+    model: str, plans: Sequence[Variant], made_from: str | None = None
+) -> tuple[Variant, list[Variant]]:
     """Find the unmodified model, among the plans or not, and the others: vLLM's own model, or of a
-    checkpoint that carries a plan, or is a ladder's, that."""
+    checkpoint that carries a plan, or is a ladder's, that.
+
+    Args:
+        made_from: see `run_generation`. No plan for `model` is that one.
+    """
+    if made_from is not None:
+        (unmodified,) = variants(made_from, usual(read_config(made_from))[:1])
+        return replace(unmodified, label=UNMODIFIED), list(plans)
     (unmodified,) = variants(model, usual(read_config(model))[:1])
     unmodified = next((one for one in plans if one.digest == unmodified.digest), unmodified)
     return unmodified, [one for one in plans if one.label != unmodified.label]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from vllm_depthpar.report.records import Quality
+from vllm_depthpar.report.records import Quality, RowOfGeneration
 
 # What a point is; with a mark of its own, so that no colour is needed to tell them apart.
 UNMODIFIED, FOUND, SPAN, SKIPPING, COMPARED, RECOVERED = KINDS = (
@@ -145,6 +145,21 @@ class Answers:
 
 
 @dataclass(frozen=True)
+class Generation:
+    """What plans write when they go on from what they wrote themselves.
+
+    Attributes:
+        source: by its place in `Page.sources`.
+        length: the tokens up to which they wrote.
+        plans: with their labels, the unmodified model first.
+    """
+
+    source: int
+    length: str
+    plans: tuple[tuple[str, RowOfGeneration], ...]
+
+
+@dataclass(frozen=True)
 class Page:
     """Everything that a page shows.
 
@@ -161,6 +176,7 @@ class Page:
     points: Sequence[Point]
     chosen: int | None = None
     recoveries: Sequence[Recovery] = ()
+    generations: Sequence[Generation] = ()
     answers: Sequence[Answers] = ()
 
 

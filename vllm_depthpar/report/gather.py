@@ -20,7 +20,7 @@ from vllm_depthpar.report.collection import (
     fullest_first,
     read_plan,
 )
-from vllm_depthpar.report.data import Answers, Measure, Page, Recovery, Value
+from vllm_depthpar.report.data import Answers, Generation, Measure, Page, Recovery, Value
 
 
 def page(files: Sequence[tuple[str, records.Record]]) -> Page:
@@ -36,6 +36,7 @@ def page(files: Sequence[tuple[str, records.Record]]) -> Page:
     found = Collection(model)
     chosen: list[Key] = []
     recoveries: list[Recovery] = []
+    generations: list[Generation] = []
     answers: list[Answers] = []
     for name, record in files:
         match record:
@@ -43,6 +44,7 @@ def page(files: Sequence[tuple[str, records.Record]]) -> Page:
                 chosen.append(_search(found, name, record))
             case records.EvalRecord():
                 answers += _evaluation(found, name, record)
+                generations += _generation(found, name, record.generate)
             case records.BenchRecord():
                 _bench(found, name, record)
             case records.RecoveryRecord():
@@ -61,6 +63,7 @@ def page(files: Sequence[tuple[str, records.Record]]) -> Page:
         points=points,
         chosen=found.place(chosen[0]) if chosen else None,
         recoveries=recoveries,
+        generations=generations,
         answers=answers,
     )
 
@@ -142,6 +145,52 @@ def _evaluation(found: Collection, name: str, record: records.EvalRecord) -> lis
     each = zip(*(plan.answers for plan in plans), strict=True)
     side_by_side = tuple(zip(written.prompts, each, strict=True))
     return [Answers(at, tuple(plan.label for plan in plans), side_by_side)]
+
+
+def _generation(
+    found: Collection, name: str, record: records.GenerationRecord | None
+) -> list[Generation]:
+    """Take what plans write; the unmodified model may be another checkpoint."""
+    if record is None:
+        return []
+    length = record.longest
+    asked = f"{record.prompts} prompts of each kind, to {length} tokens; seed {record.seed}"
+    if tasks := record.plans[0].tasks:
+        asked += f"; {next(iter(tasks.values())).questions} questions of each task"
+    at = found.source(name, record, [asked])
+    unmodified = record.model_copy(update={"model": record.unmodified or record.model})
+    rows = _rows(found, record.plans[1:], record, name)
+    rows = [*_rows(found, record.plans[:1], unmodified, name), *rows]
+    for key, row in rows:
+        for measure, value in _generated(row, unmodified.model, asked, length, at):
+            found.see(key, measure, value)
+    models = [unmodified.model, *[record.model] * (len(rows) - 1)]
+    labels = [
+        row.label if unmodified.model == record.model else f"{row.label}; {model}"
+        for (_, row), model in zip(rows, models, strict=True)
+    ]
+    return [Generation(at, length, tuple(zip(labels, record.plans, strict=True)))]
+
+
+def _generated(
+    row: records.RowOfGeneration, unmodified: str, asked: str, length: str, at: int
+) -> list[tuple[Measure, Value]]:
+    """List the figures of a plan's writing that are points' too. What was asked alike is the same
+    measure in every file."""
+    measured = []
+    for kind, writing in row.writing.items():
+        kl = writing.lengths[length].sampled.kl
+        title = f"KL of drawn {kind}, nats/token"
+        measure = Measure(f"{title} {asked} {unmodified}", title, (at,), is_quality=True)
+        measured.append((measure, Value(kl.value, error=kl.stderr)))
+    for task, right in row.tasks.items():
+        title = f"right answers, {task}"
+        # A few questions: to be read with their intervals, not plotted.
+        measure = Measure(
+            f"{title} {asked}", title, (at,), True, ".2f", is_quality=True, plotted=False
+        )
+        measured.append((measure, Value(right.value, low=right.low, high=right.high)))
+    return measured
 
 
 def _scores(

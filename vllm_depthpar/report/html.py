@@ -38,6 +38,7 @@ def html(page: Page) -> str:
         _plot(page) if page.quality else "",
         _section("numbers", "Numbers", sections.points_table(page)),
         _section("recovery", "Before and after recovery", sections.recoveries(page.recoveries)),
+        _section("generation", "While generating", sections.generations(page.generations)),
         _section("answers", "Answers", sections.answers(page.answers)),
         _section("plans", "Plans", sections.plans(page)),
         _section("commands", "The commands that made the figures", sections.commands(page.sources)),

@@ -145,17 +145,100 @@ class AnswersRecord(OfModel):
     plans: list[RowOfAnswers]
 
 
+class Estimate(Form):
+    """A mean, and its standard error."""
+
+    value: float
+    stderr: float
+
+
+class Drawn(Form):
+    """Answers that were drawn at temperature 1."""
+
+    log_probability: Estimate
+    kl: Estimate
+    repeated_4_grams: float
+    ended: float
+
+
+class Greedy(Form):
+    """Greedy answers; how far they are like the unmodified model's, if they are not that one's."""
+
+    log_probability: Estimate
+    repeated_4_grams: float
+    loops: float
+    ended: float
+    median_tokens_alike: float | None = None
+
+
+class Answered(Form):
+    """Answers up to a length."""
+
+    sampled: Drawn
+    greedy: Greedy
+
+
+class Writing(Form):
+    """What a plan wrote to prompts of one kind: {length: ...}."""
+
+    answers: Count
+    lengths: dict[str, Answered]
+
+
+class RightAnswers(Form):
+    """The share of right answers, and its 95 % interval."""
+
+    questions: Count
+    value: float
+    low: float
+    high: float
+
+
+class RowOfGeneration(Row):
+    """What a plan wrote, by kind of prompt, and how many tasks it did."""
+
+    writing: dict[str, Writing]
+    tasks: dict[str, RightAnswers] = {}
+
+
+class GenerationRecord(OfModel):
+    """What `eval --generate` found; of the unmodified model in the first row."""
+
+    unmodified: str = ""
+    lengths: list[Count] = Field(min_length=1)
+    prompts: Count
+    seed: int
+    plans: list[RowOfGeneration] = Field(min_length=1)
+
+    @property
+    def longest(self) -> str:
+        """The length that answers were written to."""
+        return str(max(self.lengths))
+
+    @model_validator(mode="after")
+    def _has_every_length(self) -> GenerationRecord:
+        kinds = self.plans[0].writing.keys()
+        for row in self.plans:
+            if row.writing.keys() != kinds or row.tasks.keys() != self.plans[0].tasks.keys():
+                raise ValueError("plans were asked different things")
+            if any(self.longest not in of_kind.lengths for of_kind in row.writing.values()):
+                raise ValueError(f"answers of {self.longest} tokens are missing")
+        return self
+
+
 class EvalRecord(Form):
     """`depthpar eval --out`."""
 
     text: TextRecord | None = None
     tasks: TaskRecord | None = None
     answers: AnswersRecord | None = None
+    generate: GenerationRecord | None = None
 
     @property
     def parts(self) -> list[OfModel]:
         """What was measured."""
-        return [part for part in (self.text, self.tasks, self.answers) if part is not None]
+        parts = (self.text, self.tasks, self.answers, self.generate)
+        return [part for part in parts if part is not None]
 
     @model_validator(mode="after")
     def _has_a_part(self) -> EvalRecord:
@@ -230,6 +313,7 @@ _FORMS: dict[str, type[Record]] = {
     "text": EvalRecord,
     "tasks": EvalRecord,
     "answers": EvalRecord,
+    "generate": EvalRecord,
 }
 ALLOWED = "what search (*-report.json), eval, bench and recover (recovery.json) write"
 

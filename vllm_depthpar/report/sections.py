@@ -16,6 +16,7 @@ from vllm_depthpar.report.data import (
     SPAN,
     UNMODIFIED,
     Answers,
+    Generation,
     Measure,
     Page,
     Point,
@@ -23,6 +24,7 @@ from vllm_depthpar.report.data import (
     Source,
     front,
 )
+from vllm_depthpar.report.records import Answered, Estimate, RightAnswers
 
 # Told apart by shape; the plot draws the same ones.
 MARKS = {UNMODIFIED: "★", FOUND: "●", SPAN: "■", SKIPPING: "✕", COMPARED: "▲", RECOVERED: "◆"}
@@ -230,6 +232,74 @@ def _recovery(found: Recovery) -> str:
         '<div class="wide" tabindex="0" role="region" aria-label="table of a recovery"><table>'
         f'<thead><tr><th scope="col">weights</th>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def generations(found: Sequence[Generation]) -> str:
+    """Show what plans write by themselves: a row for each kind of prompt and plan, and one for each
+    plan's share of right answers."""
+    return "".join(map(_generation, found))
+
+
+_OF_WRITING = (
+    *("log-prob., drawn", "KL, drawn", "log-prob., greedy", "repeated, greedy"),
+    *("loops, greedy", "ended, drawn", "ended, greedy", "alike until"),
+)
+
+
+def _generation(found: Generation) -> str:
+    kinds = found.plans[0][1].writing
+    rows = [
+        _row(f"{kind}: {label}", _of_writing(row.writing[kind].lengths[found.length]))
+        for kind in kinds
+        for label, row in found.plans
+    ]
+    html = (
+        f'<p class="lead">Answers of up to {escape(found.length)} tokens, under the unmodified '
+        "model, which is first: log-probability, and KL of the plan from it, in nats per token; "
+        f"repeated 4-grams.{_notes([found.source])}</p>"
+        f"{_numbers('what was written', ['prompts: plan', *_OF_WRITING], rows)}"
+    )
+    if tasks := found.plans[0][1].tasks:
+        shares = [_row(label, map(_share, row.tasks.values())) for label, row in found.plans]
+        html += _numbers("right answers", ["right answers", *tasks], shares)
+    return html
+
+
+def _of_writing(answered: Answered) -> list[str]:
+    drawn, greedy = answered.sampled, answered.greedy
+    alike = greedy.median_tokens_alike
+    return [
+        _estimate(drawn.log_probability, ".2f"),
+        _estimate(drawn.kl, ".3f"),
+        _estimate(greedy.log_probability, ".2f"),
+        *map(_percent, (greedy.repeated_4_grams, greedy.loops, drawn.ended, greedy.ended)),
+        "" if alike is None else f"{alike:g}",
+    ]
+
+
+def _estimate(one: Estimate, form: str) -> str:
+    return f"{one.value:{form}} ± {one.stderr:{form}}"
+
+
+def _share(one: RightAnswers) -> str:
+    return f"{_percent(one.value)} ({_percent(one.low)} to {_percent(one.high)})"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def _row(label: str, cells: Iterable[str]) -> str:
+    body = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+    return f'<tr><th scope="row">{escape(label)}</th>{body}</tr>'
+
+
+def _numbers(of: str, head: Iterable[str], rows: Iterable[str]) -> str:
+    columns = "".join(f'<th scope="col">{escape(title)}</th>' for title in head)
+    return (
+        f'<div class="wide" tabindex="0" role="region" aria-label="table of {of}"><table>'
+        f"<thead><tr>{columns}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
 
 
