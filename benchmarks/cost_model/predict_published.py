@@ -33,6 +33,7 @@ from benchmarks import common
 from benchmarks.cost_model.fitting import fit
 from vllm_depthpar.plan import resolve
 from vllm_depthpar.plan.model_shape import ModelShape
+from vllm_depthpar.plan.published_shapes import config_named
 from vllm_depthpar.predict.cost_model import plain_time, speedup, step_time
 from vllm_depthpar.predict.devices import DEVICES
 from vllm_depthpar.predict.links import LINKS
@@ -214,23 +215,93 @@ def judged(found: Iterable[Prediction], way: Constants) -> list[Prediction]:
     ]
 
 
-def layer_parallelism() -> dict[str, float]:
-    """Llama 2 7B with five pairs on two A100s: predicted speed-ups beside the published one."""
-    one = PUBLISHED["layer_parallelism"]
-    shape = ModelShape.from_config(one["config"])
-    plan = resolve(one["plan"], shape.layers)
+@dataclass(frozen=True)
+class Known:
+    """A published point of a known model, and what the model predicts of it.
+
+    Attributes:
+        depth: blocks of its plan.
+        ratio: of pairs, layers over blocks: the limit in which nothing but the number of blocks
+            counts.
+        launches: predicted for a machine whose layers wait for Python to launch their kernels; None
+            for code with CUDA graphs.
+        graphs: predicted with CUDA graphs and vLLM's all-reduces.
+        nccl: with NCCL's in their place, if that is what the authors had and could have.
+        milliseconds: of a token of plain vLLM with CUDA graphs.
+    """
+
+    model: str
+    plan: dict[str, Any]
+    depth: int
+    published: float
+    ratio: float | None
+    launches: float | None
+    graphs: float
+    nccl: float | None
+    milliseconds: float
+
+
+def known_points() -> list[Known]:
+    """Layer Parallelism on two A100s, and the hybrid ladder on eight H100s."""
+    lp, hybrid = PUBLISHED["layer_parallelism"], PUBLISHED["ladder_hybrid"]
+    workload = Workload(context=lp["tokens"] // 2)
     device, link = DEVICES["a100-80g"], LINKS["nvlink3"]
+    graphs = Deployment(device, link, lp["tp"])
     # The authors' code is eager: Python launches every kernel, and the GPU waits for it. In the
     # limit nothing but the number of layers counts.
-    eager = replace(device, layer_seconds=1.0)
-    workload = Workload(context=one["tokens"] // 2)
-    graphs, launches = (Deployment(rank, link, one["tp"]) for rank in (device, eager))
-    return {
-        "published": one["speedup"],
-        "CUDA graphs": speedup(shape, plan, graphs, workload),
-        "bound by launches": speedup(shape, plan, launches, workload),
-        "milliseconds a token, CUDA graphs": 1e3 * plain_time(shape, graphs, workload).seconds,
-    }
+    eager = Deployment(replace(device, layer_seconds=1.0), link, lp["tp"])
+    found = [_known(one, workload, graphs, eager, None) for one in lp["points"]]
+    workload = Workload(hybrid["batch"], context=LADDER["prompt"] + LADDER["generated"] // 2)
+    nccl, vllm = (
+        Deployment(DEVICES["h100"], LINKS[name], hybrid["tp"])
+        for name in ("nvlink4-nccl", "nvlink4")
+    )
+    return [*found, _known(hybrid, workload, vllm, None, nccl)]
+
+
+def _known(
+    one: dict[str, Any],
+    workload: Workload,
+    graphs: Deployment,
+    eager: Deployment | None,
+    nccl: Deployment | None,
+) -> Known:
+    shape = ModelShape.from_config(config_named(one["model"]))
+    plan = resolve(one["plan"], shape.layers)
+
+    def on(deployment: Deployment | None) -> float | None:
+        return None if deployment is None else speedup(shape, plan, deployment, workload)
+
+    return Known(
+        one["model"],
+        one["plan"],
+        plan.depth,
+        one["speedup"],
+        None if plan.ladder else shape.layers / plan.depth,
+        on(eager),
+        speedup(shape, plan, graphs, workload),
+        on(nccl),
+        1e3 * plain_time(shape, graphs, workload).seconds,
+    )
+
+
+def known_table(points: Iterable[Known]) -> str:
+    """Markdown: a row a published point, speed-ups over the unmodified model."""
+
+    def cell(value: float | None) -> str:
+        return "" if value is None else f"{value:.2f}"
+
+    header = ["model", "plan", "blocks", "published", "layers / blocks", "bound by launches"]
+    header += ["CUDA graphs, vLLM's all-reduces", "NCCL's", "ms a token, plain"]
+    rows = [
+        [
+            *(one.model, f"`{json.dumps(one.plan)}`", str(one.depth)),
+            *map(cell, (one.published, one.ratio, one.launches, one.graphs, one.nccl)),
+            cell(one.milliseconds),
+        ]
+        for one in points
+    ]
+    return markdown.table(header, rows)
 
 
 def main() -> None:
@@ -263,7 +334,8 @@ def main() -> None:
         lines.append([name, *(errors(part) for part in parts.values())])
     # Of the last way, which is the package's.
     report["speeds"] = [{**asdict(row), "predicted": predicted_speed(row, on)} for row in rows()]
-    lp = report["layer_parallelism"] = layer_parallelism()
+    points = known_points()
+    report["known_points"] = [asdict(one) for one in points]
     print("Errors of speed-ups over the standard model, mean (largest):\n")
     print(markdown.table(["", *parts], lines))
     print(
@@ -272,13 +344,7 @@ def main() -> None:
     speeds = [abs(one["predicted"] / one["speed"] - 1) for one in report["speeds"]]
     mean, largest = statistics.mean(speeds), max(speeds)
     print(f"\nErrors of tokens per second: mean {mean:.1%}, largest {largest:.1%}")
-    print(
-        "\n"
-        + markdown.table(
-            ["Llama 2 7B, five pairs", "speed-up"],
-            [[key, f"{value:.2f}"] for key, value in lp.items()],
-        )
-    )
+    print(f"\nSpeed-ups of published plans:\n\n{known_table(points)}")
     print(
         "\n"
         + markdown.table(

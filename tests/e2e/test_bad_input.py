@@ -83,6 +83,10 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"args": plan(None)},
         ["--hf-overrides, key 'depthpar': null is no plan", "allowed: a mapping"],
     ),
+    "nothing published of it": (
+        {"args": plan("published")},
+        ["plan 'published': no paper has one for a llama of 6 layers", "allowed: Llama 2 7B, "],
+    ),
     "blank plan": (
         {"env": {"DEPTHPAR_PLAN": " "}},
         ["plan is empty text", "allowed: JSON text"],

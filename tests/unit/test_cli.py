@@ -16,7 +16,7 @@ import torch
 from models import write_llama
 
 from vllm_depthpar.cli.main import main, parser
-from vllm_depthpar.plan import json_schema, precedence, resolve
+from vllm_depthpar.plan import json_schema, precedence, presets, resolve
 from vllm_depthpar.plan.model_shape import ModelShape
 
 
@@ -117,23 +117,7 @@ def test_environment_and_auto(
     assert "(from DEPTHPAR_PLAN)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("layers", "hidden", "intermediate", "expected"),
-    [
-        (32, 4096, 11008, [18, 28]),
-        (28, 3072, 8192, [21, 25]),
-        (30, 576, 1536, [22, 28]),
-        (80, 8192, 28672, [58, 78]),
-    ],
-)
-def test_auto_plans(
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    layers: int,
-    hidden: int,
-    intermediate: int,
-    expected: list[int],
-) -> None:
+def write_config(folder: Path, layers: int, hidden: int, intermediate: int) -> None:
     config = {
         "model_type": "llama",
         "num_hidden_layers": layers,
@@ -142,10 +126,85 @@ def test_auto_plans(
         "num_attention_heads": hidden // 64,
         "vocab_size": 32000,
     }
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert main(["plan", "show", str(tmp_path), "--json"]) == 0
-    shown = json.loads(capsys.readouterr().out)["plan"]
-    assert shown == resolve({"pair": expected}, layers).to_spec()
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "hidden", "intermediate", "expected"),
+    [
+        ("auto", 32, 4096, 11008, [18, 28]),
+        ("auto", 28, 3072, 8192, [21, 25]),
+        ("auto", 30, 576, 1536, [22, 28]),
+        ("auto", 80, 8192, 28672, [58, 78]),
+        # Llama 3.1 8B, whose published plan is of retrained weights.
+        ("auto", 32, 4096, 14336, [22, 30]),
+        ("published", 32, 4096, 11008, [14, 28]),
+        ("published", 28, 3072, 8192, [15, 25]),
+    ],
+)
+@pytest.mark.parametrize("way", ["--plan", "DEPTHPAR_PLAN", "config.json"])
+def test_plans_by_name(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    way: str,
+    name: str,
+    layers: int,
+    hidden: int,
+    intermediate: int,
+    expected: list[int],
+) -> None:
+    write_config(tmp_path, layers, hidden, intermediate)
+    if way == "config.json":
+        file = tmp_path / way
+        file.write_text(json.dumps({**json.loads(file.read_text()), "depthpar": name}))
+    elif way == "DEPTHPAR_PLAN":
+        monkeypatch.setenv(way, name)
+    given = ["--plan", name] if way == "--plan" else []
+    assert main(["plan", "show", str(tmp_path), "--json", *given]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["plan"] == resolve({"pair": expected}, layers).to_spec()
+    assert shown["source"].startswith(f"{way}: {name}, ")
+
+
+@pytest.mark.parametrize("preset", presets.PRESETS, ids=lambda one: one.model)
+def test_published_plans_are_of_the_depth_that_their_speed_is_of(preset: presets.Preset) -> None:
+    """Of pairs: eager code is as fast as it has blocks, and so are these speed-ups."""
+    plan = resolve(preset.published.spec, preset.layers)
+    assert f"{preset.speedup}x" in preset.published.source
+    if preset.retrained:
+        assert plan.ladder
+    else:
+        assert preset.layers / plan.depth == pytest.approx(preset.speedup, abs=0.011)
+        assert f"at depth {plan.depth}" in preset.published.source
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        (
+            (30, 576, 1536),
+            "no paper has one for a llama of 30 layers with hidden size 576; allowed",
+        ),
+        ((32, 4096, 14336), """for Llama 3.1 8B that is {"ladder": 16} of weights that were"""),
+    ],
+)
+def test_a_model_without_a_published_plan_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], sizes: tuple[int, int, int], words: str
+) -> None:
+    write_config(tmp_path, *sizes)
+    model = str(tmp_path)
+    for command in (
+        ["plan", "show", model, "--plan"],
+        ["predict", model, "--plan"],
+        ["eval", model, "--text", "x", "--plan"],
+        ["bench", model, "--plans"],
+    ):
+        assert main([*command, "published"]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"depthpar: error: plan 'published': {words}")
+    if sizes[0] == 30:
+        assert line.endswith("; allowed: Llama 2 7B, Llama 3.2 3B")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from vllm_depthpar.plan.model_shape import (
     all_reduces,
     hidden_all_reduces,
 )
+from vllm_depthpar.plan.presets import PRESETS
 from vllm_depthpar.predict.cost_model import plain_time, speedup, step_time
 from vllm_depthpar.predict.devices import DEVICES
 from vllm_depthpar.predict.links import LINKS
@@ -363,6 +365,23 @@ def test_a_ladder_gains_little_over_vllms_own_all_reduce() -> None:
         "nvlink4-nccl": pytest.approx(1.26, abs=0.005),
         "nvlink4": pytest.approx(1.07, abs=0.005),
     }
+
+
+def test_points_of_known_models() -> None:
+    """Published of eager code: the ratio of depths. With CUDA graphs less than half of that gain is
+    left. The plans by name are these points."""
+    points = predict_published.known_points()
+    for one in points:
+        if one.ratio is None:
+            continue
+        assert one.ratio == pytest.approx(one.published, abs=0.011)
+        assert one.launches == pytest.approx(one.ratio, abs=0.005)
+        assert 1.04 < one.graphs < 1 + 0.45 * (one.published - 1)
+    (ladder,) = (one for one in points if one.ratio is None)
+    assert ladder.nccl == pytest.approx(ladder.published, rel=0.04)
+    assert 1.03 < ladder.graphs < 1.1
+    known = {(one.published, json.dumps(one.plan)) for one in points}
+    assert {(one.speedup, json.dumps(one.published.spec)) for one in PRESETS} <= known
 
 
 def test_published_speedups() -> None:

@@ -400,10 +400,11 @@ ERRORS: list[tuple[Any, str]] = [
     ),
     ([[0], [1]], "[[0], [1]] is not a mapping"),
     (3, "3 is not a mapping"),
-    ("atuo", "'atuo' is unknown; allowed: 'auto', 'identity' or a mapping"),
+    ("atuo", "'atuo' is unknown; allowed: 'auto', 'identity', 'published' or a mapping"),
     ("two\nlines", r"'two\nlines' is unknown"),
     ("x" * 1000, "... is unknown"),
     ("auto", "'auto' needs the model"),
+    ("published", "'published' needs the model; allowed here: a mapping, or 'identity'"),
     ({}, "empty; it needs one of the keys 'blocks', 'desync', 'drop_attention', "),
     ({"layers": 30}, "empty"),
     ({"blocks": None}, "empty"),
@@ -642,7 +643,7 @@ def test_load_error_is_one_line(text: str, words: str) -> None:
         (b'{"pair":', "malformed JSON (line 1"),
         (b"\xff\xfe\x00", "can't be read (not UTF-8 text)"),
         (b" " * (MAX_SPEC_BYTES + 1), "larger than a plan can be"),
-        (b" null\n", "null is no plan; allowed: a mapping, 'auto' or 'identity'"),
+        (b" null\n", "null is no plan; allowed: a mapping, 'auto', 'identity' or 'published'"),
     ],
     ids=["empty", "cut", "binary", "large", "null"],
 )
@@ -656,7 +657,9 @@ def test_load_of_a_bad_file_names_the_file(tmp_path: Path, content: bytes, words
     assert len(str(error.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("spec", [form[0] for form in (*FORMS, *LADDERS)] + ["auto"], ids=repr)
+@pytest.mark.parametrize(
+    "spec", [form[0] for form in (*FORMS, *LADDERS)] + ["auto", "published"], ids=repr
+)
 def test_schema_accepts(spec: Any) -> None:
     jsonschema.validate(spec, json_schema())
 

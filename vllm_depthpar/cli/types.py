@@ -14,7 +14,7 @@ from vllm_depthpar.util import files
 MODEL_HELP = "folder or hub name of a checkpoint"
 # "auto": bfloat16 where the hardware multiplies it, else float32.
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-PLAN_HELP = "JSON, a plan file, 'auto' or 'identity'"
+PLAN_HELP = "JSON, a plan file, 'auto', 'identity' or 'published'"
 
 # What `--engine-args` may not say: a plan or another option does.
 RESERVED_FLAGS = (

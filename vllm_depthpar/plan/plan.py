@@ -250,8 +250,9 @@ def resolve(spec: object, layers: int) -> Plan:
     """Turn a spec into the normal form.
 
     Args:
-        spec: parsed JSON: a mapping in one of the short forms, or ``"identity"``. ``"auto"``
-            depends on the model; `vllm_depthpar.plan.precedence` turns it into one of the others.
+        spec: parsed JSON: a mapping in one of the short forms, or ``"identity"``. ``"auto"`` and
+            ``"published"`` depend on the model; `vllm_depthpar.plan.precedence` turns them into one
+            of the others.
         layers: number of decoder layers of the checkpoint.
 
     Raises:
@@ -260,8 +261,8 @@ def resolve(spec: object, layers: int) -> Plan:
     parsed = parse(spec)
     if parsed == "identity":
         return Plan(layers, tuple((layer,) for layer in range(layers)))
-    if parsed == "auto":
-        raise UserError("plan 'auto' needs the model; allowed here: a mapping, or 'identity'")
+    if isinstance(parsed, str):
+        raise UserError(f"plan {parsed!r} needs the model; allowed here: a mapping, or 'identity'")
     if parsed.layers not in (None, layers):
         raise UserError(
             f"plan key 'layers': {parsed.layers} is not this checkpoint's number of layers; "

@@ -10,6 +10,7 @@ from vllm_depthpar.plan.auto import auto_spec
 from vllm_depthpar.plan.ladder_checkpoint import ladder_of
 from vllm_depthpar.plan.model_shape import ModelShape
 from vllm_depthpar.plan.plan import Plan
+from vllm_depthpar.plan.presets import published_spec
 
 KEY = "depthpar"
 # What a checkpoint that carries its plan names in config.json, of whatever family it is.
@@ -17,6 +18,8 @@ ARCHITECTURE = "DepthParForCausalLM"
 # What the first ones named.
 OLD_ARCHITECTURE = "DepthParLlamaForCausalLM"
 ENV = "DEPTHPAR_PLAN"
+# Plans by name that are others for other models.
+_BY_MODEL = {"auto": auto_spec, "published": published_spec}
 
 
 def choose(
@@ -56,9 +59,10 @@ def choose(
         spec, source = {"ladder": ladder}, f"{source}: the checkpoint's ladder_layers"
     elif ladder is not None and isinstance(spec, dict) and spec.get("ladder") is None:
         spec = {**spec, "ladder": ladder}
-    if spec == "auto":
-        spec, reason = auto_spec(shape, config.get("model_type", "llama"))
-        source = f"{source}: auto, {reason}"
+    if isinstance(spec, str) and spec in _BY_MODEL:
+        source = f"{source}: {spec}"
+        spec, reason = _BY_MODEL[spec](shape, config.get("model_type", "llama"))
+        source = f"{source}, {reason}"
     plan = resolve(spec, shape.layers)
     shape.check_plan(plan)
     return plan, source

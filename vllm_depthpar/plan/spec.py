@@ -118,8 +118,8 @@ class Spec(BaseModel):
     )
 
 
-NAMED = ("auto", "identity")
-NULL = "null is no plan; allowed: a mapping, 'auto' or 'identity'"
+NAMED = ("auto", "identity", "published")
+NULL = "null is no plan; allowed: a mapping, 'auto', 'identity' or 'published'"
 STANDARD = "standard"
 # How else a block can run, as the keys that name its layers; one mode a block.
 MODES = ("ladder", "drop_sync", "parallel_residual")
@@ -130,7 +130,7 @@ AS_ONE = (DEALT, FOLDED)
 # The halves of a layer, and the keys that leave them out.
 HALVES = {"attention": "drop_attention", "mlp": "drop_mlp"}
 _METHODS = ("blocks", "pair", "skip", *MODES, "desync", *HALVES.values())
-_ADAPTER: TypeAdapter[Any] = TypeAdapter(Spec | Literal["auto", "identity"])
+_ADAPTER: TypeAdapter[Any] = TypeAdapter(Spec | Literal["auto", "identity", "published"])
 
 
 def parse(spec: object) -> Any:
