@@ -675,7 +675,7 @@ def restructure(model: PreTrainedModel, plan: Plan, ranks: int | None = None) ->
     if any(isinstance(layer, ParallelBlock) for layer in layers):
         raise UserError("the model is already restructured; allowed: a model as loaded")
     _check_layers(plan, len(layers))
-    shape = ModelShape.from_config(config.to_dict())
+    shape = ModelShape.from_config(language_config(model.config.to_dict()))
     shape.check_plan(plan)
     norms = shape.family.norms
     attentions = [index for at in range(plan.depth) for index in plan.attention(at)]

@@ -24,7 +24,7 @@ from vllm_depthpar.errors import UserError
 from vllm_depthpar.launch.command_line import options_in_file, options_of
 from vllm_depthpar.model import last_words
 from vllm_depthpar.plan import ladder_checkpoint
-from vllm_depthpar.plan.families import FAMILIES
+from vllm_depthpar.plan.families import FAMILIES, lacking
 from vllm_depthpar.plan.multimodal import CLASSES, MULTIMODAL
 from vllm_depthpar.plan.precedence import ARCHITECTURE, OLD_ARCHITECTURE
 from vllm_depthpar.util import files
@@ -43,6 +43,8 @@ ARCHITECTURES = (
     OLD_ARCHITECTURE,
     *CLASSES.values(),
 )
+# In place of vLLM's, which makes its language model without asking the registry.
+_SEEING = {"qwen3_vl": "vllm_depthpar.model.qwen3_vl:Qwen3VLForConditionalGeneration"}
 
 
 def _outside(kind: str) -> str:
@@ -93,7 +95,7 @@ def install() -> None:
 
     for name in (ARCHITECTURE, OLD_ARCHITECTURE):
         vllm_compat.register(name, f"vllm_depthpar.model.causal_lm:{ARCHITECTURE}", DepthParConfig)
-    for kind, model in MULTIMODAL.items():
+    for kind, model in (MULTIMODAL | _SEEING).items():
         vllm_compat.register(_outside(kind), model, DepthParConfig)
     ladder_config.register()
     vllm_compat.let_select_architectures(architectures_of)
@@ -115,12 +117,14 @@ def architectures_of(architectures: Sequence[str], model_config: ModelConfig) ->
     ladder = model_config.hf_config.model_type == ladder_checkpoint.MODEL_TYPE
     if model_config.model_impl != MODEL_IMPL and not ladder:
         return architectures
-    if (kind := model_config.hf_config.model_type) in MULTIMODAL:
+    kind = model_config.hf_config.model_type
+    # Of some the language model, which is the other that is asked for, has the whole config.
+    if CLASSES.get(kind) in architectures:
         return [_outside(kind)]
     if not any(name in ARCHITECTURES for name in architectures):
         raise UserError(
-            f"--model-impl {MODEL_IMPL} can't serve the architecture {', '.join(architectures)}; "
-            f"allowed: {', '.join(ARCHITECTURES)}"
+            f"--model-impl {MODEL_IMPL} can't serve the architecture {', '.join(architectures)}"
+            f"{lacking(kind)}; allowed: {', '.join(ARCHITECTURES)}"
         )
     return [ARCHITECTURE]
 

@@ -88,6 +88,25 @@ def _selecting(method: Callable[..., Any], select: Select) -> Callable[..., Any]
     return look_up
 
 
+@contextlib.contextmanager
+def language_model_of_qwen3_vl(model: type[nn.Module]) -> Iterator[None]:
+    """Have Qwen3-VL take another class for its language model, where it is made meanwhile.
+
+    Relies on: its `__init__` looks the class up in its module, as `Qwen3LLMForCausalLM`, instead of
+    asking the registry as other models that see do, and calls its `model`, like
+    `Qwen3LLMModel.forward`, with `deepstack_input_embeds`.
+    """
+    # It imports what only models that see need.
+    from vllm.model_executor.models import qwen3_vl
+
+    theirs = qwen3_vl.Qwen3LLMForCausalLM
+    qwen3_vl.Qwen3LLMForCausalLM = model
+    try:
+        yield
+    finally:
+        qwen3_vl.Qwen3LLMForCausalLM = theirs
+
+
 def let_ray_copy(prefix: str) -> None:
     """Have vLLM give the environment variables of a prefix to the processes that Ray starts for it.
 

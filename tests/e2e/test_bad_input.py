@@ -121,6 +121,13 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"model": "gpt-oss"},
         ["GptOssForCausalLM", "allowed: ", "MistralForCausalLM", "Qwen3MoeForCausalLM"],
     ),
+    "layers of two kinds": (
+        {"model": "hybrid"},
+        [
+            "Qwen3NextForCausalLM: three of four of its layers have linear attention",
+            "allowed: LlamaForCausalLM, ",
+        ],
+    ),
     "a family's variant": (
         {"model": "chunked"},
         ["'dual_chunk_attention_config' is not supported", "allowed: qwen2 models without it"],
@@ -302,6 +309,9 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Out
     gpt_oss = write_llama(folder / "gpt-oss") / "config.json"
     named = {"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss"}
     gpt_oss.write_text(json.dumps(json.loads(gpt_oss.read_text()) | named))
+    hybrid = write_llama(folder / "hybrid") / "config.json"
+    named = {"architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next"}
+    hybrid.write_text(json.dumps(json.loads(hybrid.read_text()) | named))
     write_llama(folder / "mixtral", model_type="mixtral")
     write_llama(folder / "greedy router", model_type="mixtral", num_experts_per_tok=7)
     write_llama(

@@ -12,9 +12,9 @@ import pytest
 import torch
 from assertions import check
 from engine_runs import Case, run
-from models import IMAGE_TOKEN, IMAGE_TOKENS, prompts, write_llama, write_llava
+from models import prompts
 from PIL import Image
-from transformers import AutoImageProcessor
+from seeing_models import FAMILIES, IMAGE, see, write_seeing
 
 from vllm_depthpar import hf
 
@@ -27,45 +27,70 @@ except (ImportError, RuntimeError) as why:
         allow_module_level=True,
     )
 
-PLANS: list[Any] = [
-    {"pair": [1, 5]},
-    {"skip": {"speedup": 1.5}, "ladder": [0, 2]},
-    {"blocks": [[0, 3, 1], [4], [2, 5]], "drop_sync": [0, 1, 3, 4], "parallel_residual": [2, 5]},
-]
+# Of Qwen3-VL the first two layers stay: its tower adds to the stream after each.
+PLANS: dict[str, list[Any]] = {
+    "llava": [
+        {"pair": [1, 5]},
+        {"skip": {"speedup": 1.5}, "ladder": [0, 2]},
+        {
+            "blocks": [[0, 3, 1], [4], [2, 5]],
+            "drop_sync": [0, 1, 3, 4],
+            "parallel_residual": [2, 5],
+        },
+    ],
+    "qwen2_5_vl": [
+        {"pair": [1, 5]},
+        {"skip": {"speedup": 1.5}, "ladder": "all"},
+        {"blocks": [[0, 3, 1], [4], [2, 5]], "drop_sync": [0, 1, 3, 4], "layout": "whole"},
+    ],
+    "qwen3_vl": [
+        {"pair": [2, 6]},
+        {"blocks": [[0], [1], [3], [4], [5]], "ladder": [4, 5]},
+        {"blocks": [[0], [1], [4, 2], [3, 5]], "drop_sync": [0], "parallel_residual": [1, 2, 4]},
+    ],
+}
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("multimodal")
-    return write_llava(folder / "llava", write_llama(folder / "llama"))
+    return {kind: write_seeing(kind, folder / kind) for kind in FAMILIES}
 
 
 @pytest.fixture(scope="module")
-def images(model: Path) -> list[Path]:
+def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Two of noise, of different sizes."""
-    paths = []
+    folder, paths = tmp_path_factory.mktemp("images"), []
     for seed, size in enumerate([(40, 40), (64, 48)]):
         noise = torch.randint(256, (*size, 3), generator=torch.Generator().manual_seed(seed))
-        paths.append(model.parent / f"{seed}.png")
+        paths.append(folder / f"{seed}.png")
         Image.fromarray(noise.to(torch.uint8).numpy()).save(paths[-1])
     return paths
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_images_in_prompts(model: Path, images: list[Path], ranks: int) -> None:
-    texts = [[*text[:7], IMAGE_TOKEN, *text[7:]] for text in prompts(2, 30, vocab=256).tolist()]
+@pytest.mark.parametrize("kind", PLANS)
+def test_images_in_prompts(
+    models: dict[str, Path], images: list[Path], kind: str, ranks: int
+) -> None:
+    model = models[kind]
+    texts = [[*text[:7], IMAGE, *text[7:]] for text in prompts(2, 30, vocab=256).tolist()]
     engine = {"skip_tokenizer_init": False}
-    cases = [Case(model, plan, texts, max_tokens=8, images=images, engine=engine) for plan in PLANS]
-    processor = AutoImageProcessor.from_pretrained(model)
-    pixels = processor([Image.open(path) for path in images], return_tensors="pt")["pixel_values"]
-    seen = [[*text[:7], *[IMAGE_TOKEN] * IMAGE_TOKENS, *text[8:]] for text in texts]
+    cases = [
+        Case(model, plan, texts, max_tokens=8, images=images, engine=engine) for plan in PLANS[kind]
+    ]
+    seen, pixels = see(kind, model, texts, images)
     for case, result in zip(cases, run(cases, ranks), strict=True):
         reference = hf.load(model, case.plan, ranks=ranks)
         check(result, dataclasses.replace(case, prompts=seen), partial(_see, reference, pixels))
-        blind = partial(_see, reference, torch.zeros_like(pixels))
+        black = pixels | {"pixel_values": torch.zeros_like(pixels["pixel_values"])}
+        blind = partial(_see, reference, black)
         with pytest.raises(AssertionError, match="Tensor-likes are not close"):
             check(result, dataclasses.replace(case, prompts=seen), blind)
 
 
-def _see(model: Any, pixels: torch.Tensor, texts: torch.Tensor) -> Any:
-    return model(texts, pixel_values=pixels)
+def _see(model: Any, pixels: dict[str, torch.Tensor], texts: torch.Tensor) -> Any:
+    if "image_grid_thw" in pixels:
+        # Positions of three axes are made of which tokens are an image's.
+        pixels = pixels | {"mm_token_type_ids": (texts == IMAGE).int()}
+    return model(texts, **pixels)

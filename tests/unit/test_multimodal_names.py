@@ -15,11 +15,20 @@ from vllm_depthpar.checkpoint.config import read_config
 from vllm_depthpar.checkpoint.tensors import check_folder
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.plan import resolve
+from vllm_depthpar.plan.model_shape import ModelShape
 from vllm_depthpar.plan.multimodal import language_config, language_names
 from vllm_depthpar.plan.plan import halves_of
 from vllm_depthpar.util import files
 
 TEXT: dict[str, Any] = {"model_type": "llama", "num_hidden_layers": 2, "tie_word_embeddings": True}
+CONFIG: dict[str, Any] = {
+    "model_type": "qwen2",
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "num_attention_heads": 2,
+    "intermediate_size": 96,
+    "vocab_size": 512,
+}
 TOWER = "vision_tower.vision_model.encoder.layers.9.mlp.fc1.weight"
 
 
@@ -34,6 +43,76 @@ def test_config_of_the_language_model() -> None:
     }
     for other in (TEXT, {**whole, "model_type": "blip"}, {**whole, "text_config": None}):
         assert language_config(other) == other
+
+
+def test_keys_of_the_language_model_at_the_top() -> None:
+    """The first checkpoints of Qwen2.5-VL have them there, with the whole model's `model_type`."""
+    rope = {"rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]}}
+    flat = {**CONFIG, **rope, "model_type": "qwen2_5_vl", "vision_config": {"hidden_size": 32}}
+    found = language_config(flat)
+    assert found == {**CONFIG, **rope, "model_type": "qwen2_5_vl_text"}
+    nested = {
+        "model_type": "qwen2_5_vl",
+        "text_config": found,
+        "vision_config": {"hidden_size": 32},
+    }
+    assert language_config(nested) == found
+    shape = ModelShape.from_config(found)
+    assert (shape.qkv_bias, shape.output_bias, shape.hidden) == (True, False, 64)
+    with pytest.raises(UserError, match=r"'use_sliding_window' is not supported"):
+        ModelShape.from_config({**found, "use_sliding_window": True})
+
+
+def qwen3_vl(**tower: Any) -> ModelShape:
+    """The shape of a Qwen3-VL's language model."""
+    text = {**CONFIG, "model_type": "qwen3_vl_text", "num_hidden_layers": 6}
+    whole = {"model_type": "qwen3_vl", "text_config": text, "vision_config": tower}
+    return ModelShape.from_config(language_config(whole))
+
+
+def test_layers_after_which_a_tower_adds() -> None:
+    assert qwen3_vl(deepstack_visual_indexes=[5, 11]).deepstack == 2
+    assert qwen3_vl(deepstack_visual_indexes=[]).deepstack == 0
+    assert qwen3_vl().deepstack == 3  # as transformers reads it
+    assert ModelShape.from_config(CONFIG).deepstack == 0
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"pair": [2, 6]},
+        {"blocks": [[0], [1], [5], [3, 4]]},
+        {"ladder": [0, 3, 4, 5]},
+        {"drop_sync": "all"},
+        {"parallel_residual": "all"},
+        {"drop_attention": [0], "drop_mlp": [1]},
+        {"desync": {"attention": [1, 3], "mlp": [3]}},
+    ],
+)
+def test_plans_that_leave_a_place_for_what_a_tower_adds(spec: Any) -> None:
+    qwen3_vl(deepstack_visual_indexes=[0, 1]).check_plan(resolve(spec, 6))
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"pair": [0, 2]},
+        {"pair": [1, 3]},
+        {"blocks": [[0], [2], [1], [3]]},
+        {"blocks": [[0], [2], [3]]},
+        {"ladder": [1]},
+        {"ladder": [2]},
+        {"desync": {"attention": [], "mlp": [0]}},
+        {"desync": {"attention": [], "mlp": [1]}},
+    ],
+)
+def test_plans_that_leave_none(spec: Any) -> None:
+    plan = resolve(spec, 6)
+    qwen3_vl(deepstack_visual_indexes=[]).check_plan(plan)
+    with pytest.raises(
+        UserError, match=r"where the layers 0 to 1 end, .* allowed: .* up to layer 2"
+    ):
+        qwen3_vl(deepstack_visual_indexes=[0, 1]).check_plan(plan)
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ class Block:
         """Run the block.
 
         Args:
-            positions: (tokens,).
+            positions: (tokens,), or of three axes (3, tokens).
             hidden_states: (tokens, hidden), for the first block the embedding; for any other what
                 the block before it returned, as `residual` is.
 

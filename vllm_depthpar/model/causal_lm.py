@@ -20,6 +20,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.distributed import is_global_first_rank
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm
@@ -40,6 +41,7 @@ from vllm_depthpar.model.wide_block import WideDecoderLayer
 from vllm_depthpar.plan.attached import config_of, layouts_of, plan_of
 from vllm_depthpar.plan.families import family_of
 from vllm_depthpar.plan.plan import Half, Plan
+from vllm_depthpar.plan.precedence import ARCHITECTURE
 from vllm_depthpar.plan.spec import AS_ONE, DEALT, HALVES
 from vllm_depthpar.vllm_compat import (
     compiles,
@@ -144,8 +146,13 @@ class DepthParModel(LlamaModel):
         positions: torch.Tensor,
         intermediate_tensors: IntermediateTensors | None,
         inputs_embeds: torch.Tensor | None = None,
+        deepstack_input_embeds: IntermediateTensors | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, list[torch.Tensor]]:
         """Run the model, as `LlamaModel.forward` does its layers.
+
+        Args:
+            deepstack_input_embeds: what a tower adds to the stream after each of so many of the
+                first layers, (tokens, hidden) each: see `ModelShape.deepstack`.
 
         Returns:
             The hidden states; and the streams that a speculator reads, where one does.
@@ -155,6 +162,9 @@ class DepthParModel(LlamaModel):
         stream, read = None, [term.clone()] if -1 in self.read_after else []
         for position, block in enumerate(self.blocks):
             term, stream = block(positions, term, stream)
+            if deepstack_input_embeds is not None and position < len(deepstack_input_embeds):
+                # No plan has another layer there, or a stream that is not complete.
+                term = term + deepstack_input_embeds[f"deepstack_input_embeds_{position}"]
             if times := self.read_after.count(position):
                 read += [term + stream] * times
         hidden_states, _ = self.norm(term, stream)
@@ -187,18 +197,39 @@ class DepthParModel(LlamaModel):
         return loaded
 
 
+# The same, but for the dimension of `positions` that is the tokens'.
+_TOKENS = {0: "b"}
+
+
+@support_torch_compile(
+    dynamic_arg_dims={
+        "input_ids": _TOKENS,
+        "positions": {-1: "b"},
+        "intermediate_tensors": _TOKENS,
+        "inputs_embeds": _TOKENS,
+        "deepstack_input_embeds": _TOKENS,
+    }
+)
+class ThreeAxesModel(DepthParModel):
+    """One whose positions are of three axes, (3, tokens): those of time, height and width."""
+
+
 class DepthParForCausalLM(LlamaForCausalLM):
     """Any family's causal model, run by the plan in its config's key `depthpar`."""
 
     def __new__(cls, *args: Any, vllm_config: VllmConfig, **kwargs: Any) -> DepthParForCausalLM:
         """Make it of a class with the family's `naming`, which vLLM asks classes for."""
-        kind = vllm_config.model_config.hf_config.model_type
+        kind = vllm_config.model_config.hf_text_config.model_type
         made = type(cls.__name__, (cls,), naming(kind))
         return cast(
             "DepthParForCausalLM", super().__new__(made, *args, vllm_config=vllm_config, **kwargs)
         )
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        whole = vllm_config.model_config.hf_config
+        if (text := whole.get_text_config()) is not whole:
+            # Qwen2.5-VL makes its language model from the whole config.
+            vllm_config = vllm_config.with_hf_config(text, [ARCHITECTURE])
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         cap = getattr(self.config, "final_logit_softcapping", None)
         scale = 1 / getattr(self.config, "logits_scaling", 1)
@@ -216,7 +247,9 @@ class DepthParForCausalLM(LlamaForCausalLM):
             let_draft_blocks_differ()
         if vllm_config.lora_config is not None:
             tell_of_adapters(self, self._note_adapter)
-        return DepthParModel(vllm_config=vllm_config, prefix=prefix)
+        rope = getattr(vllm_config.model_config.hf_config, "rope_parameters", None) or {}
+        model = ThreeAxesModel if "mrope_section" in rope else DepthParModel
+        return model(vllm_config=vllm_config, prefix=prefix)
 
     def _note_adapter(self, modules: Collection[str]) -> None:
         """Log what of an adapter has no effect: its parts for layers that the plan leaves out."""

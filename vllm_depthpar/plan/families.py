@@ -138,6 +138,11 @@ FAMILIES = {
         ("Qwen2ForCausalLM",), qkv_bias=True, refused=("dual_chunk_attention_config", "qk_norm")
     ),
     "qwen3": Family(("Qwen3ForCausalLM",), qk_norm=True, refused=("dual_chunk_attention_config",)),
+    # The language models of Qwen2.5-VL and Qwen3-VL, which are those of the two before them.
+    "qwen2_5_vl_text": Family(
+        ("Qwen2ForCausalLM",), qkv_bias=True, refused=("use_sliding_window", "head_dim")
+    ),
+    "qwen3_vl_text": Family(("Qwen3ForCausalLM",), qk_norm=True),
     "mixtral": Family(
         ("MixtralForCausalLM",),
         experts=Experts("block_sparse_moe", ("w1", "w3", "w2"), size="intermediate_size"),
@@ -190,6 +195,18 @@ FAMILIES = {
 }
 
 
+# What of others is missing here, by their `model_type`.
+_STATES = "three of four of its layers have linear attention, whose state no block keeps"
+_MISSING = dict.fromkeys(
+    ("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"), _STATES
+)
+
+
+def lacking(kind: object) -> str:
+    """Say after a colon what is missing to serve models of a `model_type`; "" if nobody knows."""
+    return f": {_MISSING[str(kind)]}" if str(kind) in _MISSING else ""
+
+
 def family_of(config: Mapping[str, Any]) -> Family:
     """Find the family of a checkpoint.
 
@@ -203,7 +220,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
     family = FAMILIES.get(str(kind))
     if family is None:
         allowed = ", ".join(map(repr, FAMILIES))
-        raise UserError(f"model_type {kind!r} is not supported; allowed: {allowed}")
+        raise UserError(f"model_type {kind!r} is not supported{lacking(kind)}; allowed: {allowed}")
     for key in family.refused:
         if config.get(key):
             raise UserError(

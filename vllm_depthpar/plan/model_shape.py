@@ -25,6 +25,9 @@ from vllm_depthpar.plan.weight_bits import weight_bits
 # Of one number, by the name that config.json and vLLM have for its type.
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
+# What `multimodal.language_config` adds to a config.json: see `ModelShape.deepstack`.
+DEEPSTACK = "deepstack"
+
 # How layers side by side can be held, the fastest first.
 LAYOUTS = (DEALT, FOLDED, WHOLE)
 UNFOLDED = (DEALT, WHOLE)
@@ -66,6 +69,7 @@ class ModelShape:
             other numbers. See `weight_bits.weight_bits`.
         family: what of its layers is not Llama's.
         experts: of MLPs that are many; None if no layer has such.
+        deepstack: of the first layers, after each of which a tower adds what it sees.
     """
 
     layers: int
@@ -86,6 +90,7 @@ class ModelShape:
     weight_bits: float | None = None
     family: Family = field(default_factory=lambda: FAMILIES["llama"])
     experts: ExpertSizes | None = None
+    deepstack: int = 0
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
@@ -123,6 +128,7 @@ class ModelShape:
                 layouts=(WHOLE,) if family.is_whole or experts else layouts,
                 family=family,
                 experts=experts,
+                deepstack=config.get(DEEPSTACK, 0),
             )
         except KeyError as error:
             raise UserError(
@@ -171,8 +177,8 @@ class ModelShape:
         return next((way for way in ways if self._fits_in(way, plan, position, tp)), ways[-1])
 
     def check_plan(self, plan: Plan) -> None:
-        """Refuse a plan that such a model can't run: what asks to fold what can't be folded, or to
-        keep apart what goes through a norm first.
+        """Refuse a plan that such a model can't run: what asks to fold what can't be folded, to
+        keep apart what goes through a norm first, or leaves no place for what a tower adds.
 
         Raises:
             UserError: it is one.
@@ -188,6 +194,7 @@ class ModelShape:
                 "reference for ranks with streams of their own; allowed: 'drop_sync', "
                 "'parallel_residual' or 'ladder', or other models"
             )
+        self._check_deepstack(plan)
         if plan.layout != FOLDED:
             return
         for position, block in enumerate(plan.blocks):
@@ -205,6 +212,20 @@ class ModelShape:
                     f"plan key 'layout': the layers {shortened(list(block))}, {why}, can't be "
                     f"folded into one; allowed: 'whole', or no such key"
                 )
+
+    def _check_deepstack(self, plan: Plan) -> None:
+        """Refuse a plan after whose first layers there is not one stream that a tower can add to:
+        halves that run side by side, or on their way, read another."""
+        count = self.deepstack
+        alone = plan.blocks[:count] == tuple((layer,) for layer in range(count))
+        if not alone or any(
+            plan.is_ladder(after) or plan.is_apart(after) for after in range(1, count + 1)
+        ):
+            raise UserError(
+                f"the plan changes where the layers 0 to {count - 1} end, after each of which this "
+                f"model's tower adds what it sees; allowed: plans with each of these in a block of "
+                f"its own, in this order, without 'ladder' or 'desync' up to layer {count}"
+            )
 
     def _windows_are_alike(self, plan: Plan, position: int) -> bool:
         return not self.windows or (
