@@ -189,7 +189,7 @@ class ParallelBlock(GradientCheckpointingLayer):
     def feed(self, stream: Tensor) -> Tensor:
         """Sum F_i(stream) over the block's layers; shapes as in `forward`."""
         return _total(
-            self._given("mlp", layer, layer.mlp(self.normalized("mlp", layer, stream)))
+            self._given("mlp", layer, _term(layer.mlp(self.normalized("mlp", layer, stream))))
             for layer in self.feeding_layers
         )
 
@@ -340,7 +340,7 @@ class ParallelBlock(GradientCheckpointingLayer):
         """Compute each rank's part of an MLP, of whatever tensors, on its stream."""
         cut = _cut_mlp(dict(layer.mlp.named_parameters()), self.ranks)
         return [
-            cast(Tensor, functional_call(layer.mlp, mine, self.normalized("mlp", layer, stream)))
+            _term(functional_call(layer.mlp, mine, self.normalized("mlp", layer, stream)))
             for mine, stream in zip(cut, streams, strict=True)
         ]
 
@@ -417,10 +417,26 @@ def _cut_mlp(weights: Mapping[str, Tensor], ranks: int) -> list[dict[str, Tensor
     Raises:
         UserError: the ranks can't share it.
     """
+    part_of = _part_of_stacked if "experts.down_proj_bias" in weights else _part_of
     return [
-        {name: _part_of(name, weight, rank, ranks) for name, weight in weights.items()}
+        {name: part_of(name, weight, rank, ranks) for name, weight in weights.items()}
         for rank in range(ranks)
     ]
+
+
+def _term(given: Any) -> Tensor:
+    """Take what an MLP computes: gpt-oss's give their router's scores, too."""
+    return cast(Tensor, given[0] if isinstance(given, tuple) else given)
+
+
+def _part_of_stacked(name: str, weight: Tensor, rank: int, ranks: int) -> Tensor:
+    if "gate_up_proj" in name:  # (experts, hidden, both), a neuron's gate and up side by side
+        return _part(weight, rank, ranks, dim=-1)
+    if name.endswith("down_proj"):
+        return _part(weight, rank, ranks, dim=-2)
+    if name.endswith("down_proj_bias") and rank:  # of the first rank
+        return torch.zeros_like(weight)
+    return weight
 
 
 def _part_of(name: str, weight: Tensor, rank: int, ranks: int) -> Tensor:
@@ -827,9 +843,9 @@ def checkpoint_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def is_of_experts(name: str) -> bool:
-    """Whether a model's tensor is of experts or their router, which the checkpoint has in another
-    form."""
-    return re.search(r"\.mlp\.(experts|gate)\.", name) is not None
+    """Whether a model's tensor is of experts or their router, which most checkpoints have in
+    another form."""
+    return re.search(r"\.mlp\.(experts|gate|router)\.", name) is not None
 
 
 def _delete(layer: nn.Module, *names: str) -> None:

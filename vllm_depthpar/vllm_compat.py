@@ -65,6 +65,16 @@ def register(architecture: str, model: str, config: type[VerifyAndUpdateConfig])
     MODELS_CONFIG_MAP[architecture] = config
 
 
+def settle_as_vllm_does(architecture: str, vllm_config: VllmConfig) -> None:
+    """Change in a config what vLLM itself does for its class of a family, if it does: of gpt-oss
+    the parser of its answers, and the sizes of CUDA graphs.
+
+    Relies on: see `register`.
+    """
+    if (own := MODELS_CONFIG_MAP.get(architecture)) is not None:
+        own.verify_and_update_config(vllm_config)
+
+
 Select = Callable[[Sequence[str], ModelConfig], Sequence[str]]
 
 
@@ -172,6 +182,35 @@ def leave_sums(mlp: Any) -> None:
         mlp.experts.moe_config.skip_final_all_reduce = True
     else:
         mlp.down_proj.reduce_results = False
+
+
+# What gpt-oss's checkpoints call tensors of all experts, to vLLM's parameter and its shard's id.
+_STACKED = {
+    "gate_up_proj": ("w13_weight", "gpt_oss_w13"),
+    "gate_up_proj_bias": ("w13_bias", "gpt_oss_w13"),
+    "down_proj": ("w2_weight", "gpt_oss_w2"),
+    "down_proj_bias": ("w2_bias", "gpt_oss_w2"),
+}
+
+
+def load_stacked_experts(experts: Any, name: str, tensor: torch.Tensor) -> str:
+    """Load a tensor of all of gpt-oss's experts, as its checkpoints have it.
+
+    Relies on: a `MoERunner` has its `routed_experts`, and `GptOssRoutedExperts.weight_loader` takes
+    one expert's tensor by ids of its own, and gives each rank its part; of `down_proj`'s bias the
+    first has all, and the others none.
+
+    Args:
+        name: in the checkpoint's `experts`.
+
+    Returns:
+        The parameter's name in `experts`.
+    """
+    parameter, shard = _STACKED[name]
+    weights = getattr(experts.routed_experts, parameter)
+    for expert, of_one in enumerate(tensor):
+        weights.weight_loader(weights, of_one, parameter, shard, expert)
+    return f"routed_experts.{parameter}"
 
 
 def on_weights_loaded(attention: Attention, call: Callable[[], None]) -> None:

@@ -117,9 +117,21 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"model": "mixtral", "args": ["--enable-expert-parallel"]},
         ["--enable-expert-parallel", "not checked", "allowed: without it"],
     ),
-    "a family whose weights its model loads": (
-        {"model": "gpt-oss"},
-        ["GptOssForCausalLM", "allowed: ", "MistralForCausalLM", "Qwen3MoeForCausalLM"],
+    "a family nobody has taught this package": (
+        {"model": "cohere"},
+        ["CohereForCausalLM", "allowed: ", "MistralForCausalLM", "GptOssForCausalLM"],
+    ),
+    "experts in MXFP4": (
+        {"model": "gpt-oss in MXFP4"},
+        ["'quantization_config' is not supported", "allowed: gpt_oss models without it"],
+    ),
+    "what vLLM takes for granted": (
+        {"model": "gpt-oss of other limits"},
+        ["'swiglu_limit' is 5.0", "allowed: 7.0, which vLLM takes for granted of a gpt_oss"],
+    ),
+    "another RoPE than vLLM's": (
+        {"model": "gpt-oss without YaRN"},
+        ["'rope_scaling' is", "'linear'", "allowed: 'yarn' with beta_fast, beta_slow, factor"],
     ),
     "layers of two kinds": (
         {"model": "hybrid"},
@@ -306,12 +318,20 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Out
     (folder / "gpt2").mkdir()
     gpt2 = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_layer": 2, "n_head": 2}
     (folder / "gpt2" / "config.json").write_text(json.dumps(gpt2))
-    gpt_oss = write_llama(folder / "gpt-oss") / "config.json"
-    named = {"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss"}
-    gpt_oss.write_text(json.dumps(json.loads(gpt_oss.read_text()) | named))
     hybrid = write_llama(folder / "hybrid") / "config.json"
     named = {"architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next"}
     hybrid.write_text(json.dumps(json.loads(hybrid.read_text()) | named))
+    cohere = write_llama(folder / "cohere") / "config.json"
+    named = {"architectures": ["CohereForCausalLM"], "model_type": "cohere"}
+    cohere.write_text(json.dumps(json.loads(cohere.read_text()) | named))
+    mxfp4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    unfit: dict[str, dict[str, Any]] = {
+        "in MXFP4": {"quantization_config": mxfp4},
+        "of other limits": {"swiglu_limit": 5.0},
+        "without YaRN": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    }
+    for name, keys in unfit.items():
+        write_llama(folder / f"gpt-oss {name}", model_type="gpt_oss", **keys)
     write_llama(folder / "mixtral", model_type="mixtral")
     write_llama(folder / "greedy router", model_type="mixtral", num_experts_per_tok=7)
     write_llama(

@@ -107,7 +107,7 @@ def test_served_without_a_flag(exported: dict[str, Path], model: Path) -> None:
         assert torch.equal(again, generated)
 
 
-@pytest.mark.parametrize("kind", ["mistral", "qwen3", "gemma3_text"])
+@pytest.mark.parametrize("kind", ["mistral", "qwen3", "gemma3_text", "gpt_oss"])
 def test_other_families_are_served_without_a_flag(tmp_path: Path, kind: str) -> None:
     source = write_llama(tmp_path / "source", layers=LAYERS, model_type=kind)
     plan, ids = resolve({"blocks": [[0], [2, 1], [4]]}, LAYERS), prompts(2, 24)

@@ -217,6 +217,7 @@ def test_no_reference_of_other_quantizations(
         {"model_type": "granite", "tie": True},
         {"model_type": "mixtral"},
         {"model_type": "qwen2_moe"},
+        {"model_type": "gpt_oss"},
     ],
     ids=str,
 )

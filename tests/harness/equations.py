@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,25 @@ def unfused(weights: dict[str, Tensor], q: int, kv: int) -> dict[str, Tensor]:
     return found
 
 
+def unstacked(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With every expert by itself, and the router named as other families name it."""
+    found = {}
+    for name, tensor in weights.items():
+        before, _, rest = name.partition(".experts.")
+        if not rest:
+            found[name.replace(".mlp.router.", ".mlp.gate.")] = tensor
+            continue
+        projection, kind = rest.removesuffix("_bias"), "bias" if "_bias" in rest else "weight"
+        for expert, of_one in enumerate(tensor):
+            parts = {"down_proj": of_one}
+            if projection == "gate_up_proj":
+                parts = {"gate_proj": of_one[..., ::2], "up_proj": of_one[..., 1::2]}
+            for part, split in parts.items():
+                turned = split.mT if kind == "weight" else split
+                found[f"{before}.experts.{expert}.{part}.{kind}"] = turned
+    return found
+
+
 def plain_logits(path: Path, plan: Plan, ids: Tensor, ranks: int = 1) -> Tensor:
     """A model of any family in double precision, block by block as the equations say.
 
@@ -45,19 +65,23 @@ def plain_logits(path: Path, plan: Plan, ids: Tensor, ranks: int = 1) -> Tensor:
     weights = {k: v.double() for k, v in load_file(path / "model.safetensors").items()}
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     width = config.get("head_dim") or config["hidden_size"] // heads
-    weights = unfused(weights, heads * width, kv_heads * width)
+    if gpt_oss := config["model_type"] == "gpt_oss":
+        weights = unstacked(weights)
+    else:
+        weights = unfused(weights, heads * width, kv_heads * width)
     tokens, window = len(ids), config.get("sliding_window") or len(ids)
     layers, begin = range(config["num_hidden_layers"]), config.get("max_window_layers", 0)
     kinds = config.get("layer_types") or [
         "sliding_attention" if layer >= begin else "full_attention" for layer in layers
     ]
-    if gemma := config["model_type"].startswith("gemma"):
-        every = 2 if config["model_type"] == "gemma2" else config["sliding_window_pattern"]
+    gemma = config["model_type"].startswith("gemma")
+    if gemma or (gpt_oss and "layer_types" not in config):
+        every = config.get("sliding_window_pattern", 2)
         kinds = ["full_attention" if layer % every == every - 1 else kinds[0] for layer in layers]
 
     glm = config["model_type"] == "glm4"
     mixtral = config["model_type"] == "mixtral"
-    sparse = mixtral or "num_experts" in config
+    sparse = mixtral or gpt_oss or "num_experts" in config
     always_whole = plan.layout == "whole" or gemma or glm or sparse
     always_whole |= config["model_type"] in ("granite", "phi3")
 
@@ -75,17 +99,30 @@ def plain_logits(path: Path, plan: Plan, ids: Tensor, ranks: int = 1) -> Tensor:
         base, scaling = config["rope_theta"], config["rope_scaling"]
         if kind == "sliding_attention" and "rope_local_base_freq" in config:
             base, scaling = config["rope_local_base_freq"], None
+        longer = 1.0
         turning = int(width * (config.get("rope_parameters") or {}).get("partial_rotary_factor", 1))
         frequency = base ** -(torch.arange(0, turning, 2).double() / turning)
         if scaling and scaling["rope_type"] == "linear":
             frequency = frequency / scaling["factor"]
+        elif scaling and scaling["rope_type"] == "yarn":
+            # YaRN, 3.2: fast waves as they are, slow waves by the factor, a ramp between those that
+            # turn so often in the original context; and scores are larger.
+            turns = [
+                scaling["original_max_position_embeddings"] / (2 * torch.pi * scaling[beta])
+                for beta in ("beta_fast", "beta_slow")
+            ]
+            low, high = (turning * math.log(turn) / (2 * math.log(base)) for turn in turns)
+            low, high = max(low, 0), min(high, turning - 1)
+            ramp = ((torch.arange(turning // 2).double() - low) / (high - low)).clamp(0, 1)
+            frequency = frequency * (1 - ramp + ramp / scaling["factor"])
+            longer = 0.1 * math.log(scaling["factor"]) + 1
         elif scaling:
             # Llama 3.1: slow waves by the factor, fast waves not at all, a ramp between.
             low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
             turns = scaling["original_max_position_embeddings"] * frequency / (2 * torch.pi)
             ramp = ((turns - low) / (high - low)).clamp(0, 1)
             frequency = frequency * (ramp + (1 - ramp) / scaling["factor"])
-        turn = torch.polar(torch.ones(()).double(), torch.arange(tokens)[:, None] * frequency)
+        turn = torch.polar(torch.tensor(longer).double(), torch.arange(tokens)[:, None] * frequency)
         x, rest = x[..., :turning], x[..., turning:]
         if glm:  # neighbours turn together
             turned = torch.complex(x[..., ::2].contiguous(), x[..., 1::2].contiguous()) * turn
@@ -121,24 +158,32 @@ def plain_logits(path: Path, plan: Plan, ids: Tensor, ranks: int = 1) -> Tensor:
         seen = torch.ones(tokens, tokens).tril()
         if kind == "sliding_attention":
             seen = seen.triu(1 - window)
-        mixed = scores.masked_fill(seen == 0, -torch.inf).softmax(-1) @ v[:, None]
+        scores = scores.masked_fill(seen == 0, -torch.inf)
+        if gpt_oss:  # a score of no token
+            sinks = weights[f"{name}.self_attn.sinks"].view(kv_heads, -1, 1, 1)
+            scores = torch.cat([scores, sinks.expand(-1, -1, tokens, -1)], -1)
+        mixed = scores.softmax(-1)[..., :tokens] @ v[:, None]
         merged = mixed.reshape(heads, tokens, width).transpose(0, 1).reshape(tokens, -1)
         return apply(f"{name}.self_attn.o_proj", merged * on(heads * width), biased)
 
     def gated(name: str, x: Tensor, on: Part, biased: bool = True) -> Tensor:
         names = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
         gate, up, down = (f"{name}.{part}" for part in names)
-        inner = apply(gate, x)
-        inner = (gelu(inner, approximate="tanh") if gemma else silu(inner)) * apply(up, x)
+        inner, other = apply(gate, x), apply(up, x)
+        if gpt_oss:
+            inner, other = inner.clamp(max=7), other.clamp(-7, 7) + 1
+            inner = inner * (1.702 * inner).sigmoid() * other
+        else:
+            inner = (gelu(inner, approximate="tanh") if gemma else silu(inner)) * other
         return apply(down, inner * on(inner.shape[-1]), biased)
 
-    def experts(name: str, x: Tensor, on: Part) -> Tensor:
+    def experts(name: str, x: Tensor, on: Part, biased: bool = True) -> Tensor:
         likely = apply(f"{name}.gate", x).softmax(-1)
         best = likely.topk(config["num_experts_per_tok"])
         shares = torch.zeros_like(likely).scatter(-1, best.indices, best.values)
-        if mixtral or config["norm_topk_prob"]:
+        if mixtral or gpt_oss or config["norm_topk_prob"]:
             shares = shares / shares.sum(-1, keepdim=True)
-        given = [gated(f"{name}.experts.{e}", x, on) for e in range(likely.shape[-1])]
+        given = [gated(f"{name}.experts.{e}", x, on, biased) for e in range(likely.shape[-1])]
         total = (torch.stack(given, -1) * shares[:, None]).sum(-1)
         if f"{name}.shared_expert_gate.weight" in weights:
             share = apply(f"{name}.shared_expert_gate", x).sigmoid()
@@ -151,7 +196,7 @@ def plain_logits(path: Path, plan: Plan, ids: Tensor, ranks: int = 1) -> Tensor:
         x = norm(f"{name}.{before}_layernorm", x)
         name = f"{name}.block_sparse_moe" if mixtral else f"{name}.mlp"
         if f"{name}.gate.weight" in weights:
-            return experts(name, x, on)
+            return experts(name, x, on, biased)
         return gated(name, x, on, biased)
 
     def after(layer: int, half: str, x: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ ARCHITECTURES = {
     "mixtral": "MixtralForCausalLM",
     "qwen2_moe": "Qwen2MoeForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
+    "gpt_oss": "GptOssForCausalLM",
 }
 # What of Gemma's configs the others' don't have: every key with a value that shows at the few dozen
 # tokens of a test. Gemma 2's layers alternate, of Gemma 3's one in three sees all tokens.
@@ -88,6 +89,21 @@ MOE: dict[str, dict[str, object]] = {
         "norm_topk_prob": True,
         "mlp_only_layers": [4],
     },
+    "gpt_oss": {
+        "num_local_experts": 6,
+        "num_experts_per_tok": 2,
+        "swiglu_limit": 7.0,
+        "attention_bias": True,
+        "sliding_window": 8,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 8.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 64,
+        },
+    },
 }
 
 # As in Llama 3.2's config.json, with an original context short enough that the scaling of the
@@ -142,7 +158,8 @@ def write_llama(
     # Attention and MLP add about 0.4 to each element of the stream. The embedding adds less, or a
     # model with tied embeddings would repeat its last token for ever; its last norm makes up for
     # what that takes from the logits.
-    of_qwen2 = model_type in ("qwen2", "qwen2_moe")
+    of_qwen2, gpt_oss = model_type in ("qwen2", "qwen2_moe"), model_type == "gpt_oss"
+    attention_bias, mlp_bias = attention_bias or gpt_oss, mlp_bias or gpt_oss
     qkv_bias = attention_bias or of_qwen2
     if of_qwen2:  # whose config has no such key
         head_dim = hidden // heads
@@ -172,6 +189,8 @@ def write_llama(
         if model_type in ("qwen3", "qwen3_moe", "gemma3_text"):
             for norm in ("q_norm", "k_norm"):
                 tensors[f"{prefix}self_attn.{norm}.weight"] = gain(head_dim) - one
+        if gpt_oss:
+            tensors[f"{prefix}self_attn.sinks"] = 3 + normal(heads, std=1.0)
         sparse = model_type in MOE and layer not in moe.get("mlp_only_layers", ())
         mlp = _experts(hidden, intermediate, moe) if sparse else _mlp("mlp", hidden, intermediate)
         biased = {name: (*shape, mlp_bias) for name, shape in mlp.items()}
@@ -181,6 +200,8 @@ def write_llama(
                 tensors[f"{prefix}{name}.bias"] = normal(out, std=0.1)
     if model_type in ("phi3", "glm4"):
         tensors = _fused(tensors, qkv=model_type == "phi3")
+    if gpt_oss:
+        tensors = _stacked(tensors)
     tensors["model.norm.weight"] = gain() * (3 * embedding if tie else 1) - one
     if not tie:
         tensors["lm_head.weight"] = normal(vocab, hidden, std=3 / hidden**0.5)
@@ -245,6 +266,33 @@ def _fused(tensors: dict[str, torch.Tensor], qkv: bool) -> dict[str, torch.Tenso
     return found
 
 
+def _stacked(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """With the experts of each MLP together, as gpt-oss has them.
+
+    Gate and up are larger than others', so that some of what they give is beyond `swiglu_limit`.
+    """
+    found: dict[str, torch.Tensor] = {}
+    of: dict[str, list[torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        before, _, rest = name.partition(".experts.")
+        if rest:  # "3.up_proj.bias"
+            _, projection, kind = rest.split(".")
+            of.setdefault(f"{before}.experts.{projection}.{kind}", []).append(tensor)
+        else:
+            found[name.replace(".mlp.gate.", ".mlp.router.")] = tensor
+    for name, down in of.items():
+        if "down_proj" not in name:
+            continue
+        gate, up = (torch.stack(of[name.replace("down", part)]) for part in ("gate", "up"))
+        into = torch.stack([gate, up], 2).flatten(1, 2) * 2
+        before, projection, kind = name.rsplit(".", 2)
+        bias = kind == "bias"
+        for stacked, tensor in (("gate_up_proj", into), (projection, torch.stack(down) / 4)):
+            whole = tensor if bias else tensor.mT.contiguous()
+            found[f"{before}.{stacked}{'_bias' * bias}"] = whole
+    return found
+
+
 def _mlp(
     module: str,
     hidden: int,
@@ -259,10 +307,10 @@ def _mlp(
 def _experts(
     hidden: int, intermediate: int, config: dict[str, Any]
 ) -> dict[str, tuple[int, int, float]]:
-    mixtral = "num_local_experts" in config
+    mixtral = "num_local_experts" in config and "swiglu_limit" not in config
     module = "block_sparse_moe" if mixtral else "mlp"
     names = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
-    count = config["num_local_experts" if mixtral else "num_experts"]
+    count = config.get("num_local_experts") or config["num_experts"]
     shapes = {f"{module}.gate": (count, hidden, 2.0)}
     for expert in range(count):
         size = config.get("moe_intermediate_size", intermediate)

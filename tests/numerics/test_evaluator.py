@@ -68,6 +68,7 @@ def logits_of(folder: Path, plan: Plan, tokens: Tensor, ranks: int = 1) -> Tenso
         ({"model_type": "gemma2"}, None),
         ({"model_type": "granite"}, None),
         ({"model_type": "qwen2_moe"}, None),
+        ({"model_type": "gpt_oss"}, None),
     ],
     ids=str,
 )

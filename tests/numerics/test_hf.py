@@ -103,6 +103,11 @@ MODELS: dict[str, dict[str, Any]] = {
     "Mixtral": {"model_type": "mixtral"},
     "Qwen2 MoE": {"model_type": "qwen2_moe"},
     "Qwen3 MoE": {"model_type": "qwen3_moe"},
+    "GPT-OSS": {"model_type": "gpt_oss"},
+    "GPT-OSS, other windows": {
+        "model_type": "gpt_oss",
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention"] * 2,
+    },
 }
 
 # Written for this test, so that nothing needs to be downloaded to read it.
@@ -144,7 +149,7 @@ def test_every_plan_equals_the_equations(model: str, tmp_path: Path) -> None:
         assert (logits - expected).abs().max() < 1e-4, name
 
 
-RANKED = ["Phi 3", "GLM 4", "Granite", "Mixtral", "Qwen2 MoE"]
+RANKED = ["Phi 3", "GLM 4", "Granite", "Mixtral", "Qwen2 MoE", "GPT-OSS"]
 # Heads and sizes that three ranks can cut, and blocks of any width two ranks and six.
 CUT = {"hidden": 96, "heads": 6, "kv_heads": 6, "intermediate": 96}
 NO_DESYNC = {
@@ -242,7 +247,9 @@ def test_identity_is_the_unmodified_model(folder: Path) -> None:
         assert torch.equal(got, wanted)
 
 
-@pytest.mark.parametrize("model", [name for name in MODELS if name[0] in "MQ" or name[:2] == "Ge"])
+@pytest.mark.parametrize(
+    "model", [name for name in MODELS if name[0] in "MQ" or name[:2] in ("Ge", "GP")]
+)
 def test_other_families_generate_and_learn(model: str, tmp_path: Path) -> None:
     path = write_llama(tmp_path, layers=LAYERS, **MODELS[model])
     restructured, ids = hf.load(path, PLANS["ladder over some pairs"]), prompts(2, 12)

@@ -78,6 +78,7 @@ MOES: dict[str, dict[str, Any]] = {
     "Mixtral": {"model_type": "mixtral"},
     "Qwen2 MoE": {"model_type": "qwen2_moe", "hidden": 128, "tie": True},
     "Qwen3 MoE": {"model_type": "qwen3_moe"},
+    "GPT-OSS": {"model_type": "gpt_oss", "intermediate": 64},
 }
 # Shapes of the families, each with plans that exercise it. Six layers.
 RANDOM: dict[str, tuple[dict[str, Any], list[Any]]] = {
@@ -100,6 +101,7 @@ RANDOM: dict[str, tuple[dict[str, Any], list[Any]]] = {
     "Mixtral": (MOES["Mixtral"], [FAMILY[1], HALF[2]]),
     "Qwen2 MoE": (MOES["Qwen2 MoE"], [FAMILY[2], DESYNC[0]]),
     "Qwen3 MoE": (MOES["Qwen3 MoE"], [*FAMILY, HALF[1]]),
+    "GPT-OSS": (MOES["GPT-OSS"], [*FAMILY, DESYNC[0], HALF[1]]),
     "whole": ({"attention_bias": True, "mlp_bias": True}, WHOLE),
     "whole, one KV head": ({"kv_heads": 1}, WHOLE[:1]),
     "Phi 3": (OTHERS["Phi 3"], [FAMILY[2], HALF[1]]),
@@ -206,10 +208,12 @@ def test_windows_of_some_layers(tmp_path: Path) -> None:
         "Mistral": ({"layer_types": kinds}, [[3, 0], [1, 2, 4], [5]]),
         "Qwen2": ({"use_sliding_window": True, "max_window_layers": 3}, [[0, 2, 1], [3], [5, 4]]),
         "Qwen3": ({"use_sliding_window": True, "layer_types": kinds}, [[3, 1], [0, 2, 4], [5]]),
+        "GPT-OSS": ({"layer_types": kinds}, [[3, 1], [0, 2, 4], [5]]),
     }
     cases = []
     for name, (keys, blocks) in some.items():
-        folder = write_llama(tmp_path / name, **{**FAMILIES[name], "sliding_window": 8, **keys})
+        shape = (FAMILIES | MOES)[name] | {"sliding_window": 8} | keys
+        folder = write_llama(tmp_path / name, **shape)
         cases.append(Case(folder, {"blocks": blocks}, prompts(2, 40).tolist(), max_tokens=16))
     for case, result in zip(cases, run(cases), strict=True):
         plan = resolve(case.plan, len(kinds))

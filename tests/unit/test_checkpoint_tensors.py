@@ -32,6 +32,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "glm4": {"model_type": "glm4", "attention_bias": True},
     "mixtral": {"model_type": "mixtral", "num_local_experts": 3},
     "qwen2_moe": {"model_type": "qwen2_moe", "num_experts": 3},
+    "gpt_oss": {"model_type": "gpt_oss", "num_local_experts": 3},
 }
 PLAN = {"pair": [0, 4]}
 

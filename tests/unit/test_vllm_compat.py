@@ -83,3 +83,13 @@ def test_a_plan_is_hashed_and_not_its_way(tmp_path: Path) -> None:
         assert found[0] == found[1] == found[2]
         assert len(set(found)) == 3
     assert sources == ("--hf-overrides", *["DEPTHPAR_PLAN"] * 2, *["--hf-overrides"] * 2)
+
+
+def parser_of(model: Path) -> str:
+    """What is to take an answer apart."""
+    config = EngineArgs(model=str(model), model_impl="depthpar").create_engine_config()
+    return str(config.structured_outputs_config.reasoning_parser)
+
+
+def test_vllms_settings_for_a_family_are_kept(tmp_path: Path) -> None:
+    assert call(parser_of, write_llama(tmp_path, model_type="gpt_oss")) == "openai_gptoss"

@@ -29,7 +29,7 @@ from vllm_depthpar.plan.attached import (
 )
 from vllm_depthpar.plan.model_shape import ModelShape
 from vllm_depthpar.plan.spec import AS_ONE, SINGLE, WHOLE
-from vllm_depthpar.vllm_compat import is_mistral_format, logger
+from vllm_depthpar.vllm_compat import is_mistral_format, logger, settle_as_vllm_does
 
 MISTRAL_FORMAT = (
     "a checkpoint in Mistral's own format (params.json, consolidated.safetensors) is not "
@@ -80,6 +80,7 @@ class DepthParConfig(VerifyAndUpdateConfig):
         tp = vllm_config.parallel_config.tensor_parallel_size
         _check_format(vllm_config)
         shape.check_plan(plan)
+        settle_as_vllm_does(shape.family.architectures[0], vllm_config)
         _check_shards(plan, shape, tp)
         layouts = layouts_of(vllm_config)
         _check_features(vllm_config, plan, layouts)

@@ -1,8 +1,8 @@
 """Families whose layer is not Llama's: vLLM's own decoder layers, whole, for blocks to run.
 
 Gemma's have norms after their modules, too; windows, RoPE of each kind of layer, norms of heads,
-the scale of scores and their soft cap are in vLLM's attentions. Mixtral's and Qwen's MoE have
-MLPs of experts, with routers, in vLLM's MoE modules. What is around the layers is in
+the scale of scores, their soft cap and sinks are in vLLM's attentions. Mixtral's, Qwen's MoE and
+gpt-oss have MLPs of experts, with routers, in vLLM's MoE modules. What is around the layers is in
 `vllm_depthpar.model.causal_lm`.
 """
 
@@ -15,10 +15,12 @@ from vllm.model_executor.models import mixtral, qwen2_moe, qwen3_moe
 from vllm.model_executor.models.gemma2 import Gemma2DecoderLayer
 from vllm.model_executor.models.gemma3 import Gemma3DecoderLayer
 from vllm.model_executor.models.glm4 import Glm4DecoderLayer
+from vllm.model_executor.models.gpt_oss import TransformerBlock
 from vllm.model_executor.models.granite import GraniteDecoderLayer
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.phi3 import Phi3ForCausalLM
 
+from vllm_depthpar.model.gpt_oss import GptOssAttention, GptOssMLP
 from vllm_depthpar.model.members import Member
 from vllm_depthpar.plan.families import family_of
 from vllm_depthpar.vllm_compat import forget_attention, forget_experts
@@ -87,11 +89,24 @@ class GraniteLayer(FamilyLayer, GraniteDecoderLayer):
         self.multiplier = float(self.residual_multiplier)
 
 
+class GptOssLayer(FamilyLayer, TransformerBlock):
+    """A layer of gpt-oss: sinks beside the scores of attention, and experts with biases."""
+
+    attention_cls = GptOssAttention
+    mlp_cls = GptOssMLP
+
+    def _build(self, vllm_config: VllmConfig, prefix: str) -> None:
+        TransformerBlock.__init__(self, vllm_config, vllm_config.quant_config, prefix)
+        self.self_attn = self.attn
+        del self.attn
+
+
 # By config.json's `model_type`.
 LAYERS: dict[str, type[FamilyLayer]] = {
     "gemma2": Gemma2Layer,
     "gemma3_text": Gemma3Layer,
     "glm4": Glm4Layer,
+    "gpt_oss": GptOssLayer,
     "granite": GraniteLayer,
     "mixtral": MixtralLayer,
     "qwen2_moe": Qwen2MoeLayer,

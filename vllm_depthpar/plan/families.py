@@ -34,6 +34,8 @@ class Experts:
         size: the key with the intermediate size of one.
         shared: the key with the intermediate size of one more, which every token goes through; ""
             if there is none.
+        stacked: files have all experts of an MLP in one tensor, (experts, in, out), gate and up of
+            a neuron side by side; they and the router, `router`, have biases (gpt-oss).
     """
 
     module: str = "mlp"
@@ -41,6 +43,7 @@ class Experts:
     counts: tuple[str, ...] = ("num_experts", "num_local_experts")
     size: str = "moe_intermediate_size"
     shared: str = ""
+    stacked: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,8 +69,11 @@ class Family:
             their gains.
         multipliers: config.json says by what the embedding, scores, logits and what every module
             gives are multiplied (Granite).
+        sinks: every head of attention has a score that no token has.
         defaults: what is meant by keys that config.json leaves out, where it is not Llama's.
         refused: keys of config.json that make another model of it.
+        fixed: what vLLM's class makes of keys, whatever config.json says.
+        yarn: so it does of RoPE: YaRN, by the parameters `_YARN`.
     """
 
     architectures: tuple[str, ...]
@@ -84,8 +90,11 @@ class Family:
     output_bias: bool = True
     gemma: bool = False
     multipliers: bool = False
+    sinks: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
     refused: tuple[str, ...] = ()
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    yarn: bool = False
 
     @property
     def norms_after(self) -> bool:
@@ -161,6 +170,27 @@ FAMILIES = {
         experts=Experts(),
         refused=("attention_bias", "shared_expert_intermediate_size", *_MOE_REFUSED),
     ),
+    "gpt_oss": Family(
+        ("GptOssForCausalLM",),
+        full_every=2,
+        sinks=True,
+        experts=Experts(size="intermediate_size", stacked=True),
+        defaults={
+            "head_dim": 64,
+            "num_key_value_heads": 8,
+            "sliding_window": 128,
+            "attention_bias": True,
+        },
+        # Published ones are MXFP4, for which vLLM's CPU build asks for AMX.
+        refused=("quantization_config",),
+        fixed={
+            "attention_bias": True,
+            "rms_norm_eps": 1e-5,
+            "swiglu_alpha": 1.702,
+            "swiglu_limit": 7.0,
+        },
+        yarn=True,
+    ),
     "phi3": Family(("Phi3ForCausalLM",), fused_qkv=True, fused_mlp=True, turns_shares=True),
     "glm4": Family(
         ("Glm4ForCausalLM",),
@@ -226,9 +256,35 @@ def family_of(config: Mapping[str, Any]) -> Family:
             raise UserError(
                 f"config.json's key {key!r} is not supported; allowed: {kind} models without it"
             )
+    for key, value in family.fixed.items():
+        if config.get(key, value) != value:
+            raise UserError(
+                f"config.json's key {key!r} is {shortened(config[key])}; allowed: {value}, which "
+                f"vLLM takes for granted of a {kind}"
+            )
+    if family.yarn:
+        _check_yarn(config)
     if not family.turns_shares:
         _check_rotary(config, kind)
     return family
+
+
+# What has to be there, of a RoPE that vLLM takes for YaRN; and what may be.
+_YARN = {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow"}
+_YARN_TOO = {"rope_type", "type", "rope_theta", "truncate"}
+
+
+def _check_yarn(config: Mapping[str, Any]) -> None:
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = config.get(key)
+        if not rope or not isinstance(rope, Mapping):  # what is no mapping is refused elsewhere
+            continue
+        kind = rope.get("rope_type", rope.get("type"))
+        if kind != "yarn" or not _YARN <= rope.keys() <= _YARN | _YARN_TOO:
+            raise UserError(
+                f"config.json's key {key!r} is {shortened(rope)}; allowed: 'yarn' with "
+                f"{', '.join(sorted(_YARN))}, and perhaps truncate"
+            )
 
 
 # How config.json may say which share of a head RoPE turns, at the top or among RoPE's parameters.

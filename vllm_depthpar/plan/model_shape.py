@@ -298,7 +298,18 @@ class ModelShape:
         else:
             for name, size in (("q_proj", q), ("k_proj", kv), ("v_proj", kv)):
                 projections[f"self_attn.{name}"] = (size, self.hidden, self.qkv_bias)
-        if (experts := self.experts) and self.is_sparse(layer):
+        tensors: dict[str, tuple[int, ...]] = {}
+        if self.family.sinks:
+            tensors["self_attn.sinks"] = (self.heads,)
+        experts = self.experts if self.is_sparse(layer) else None
+        if experts and experts.names.stacked:
+            one, into = f"{experts.names.module}.experts", 2 * experts.intermediate
+            projections[f"{experts.names.module}.router"] = (experts.count, self.hidden, True)
+            tensors[f"{one}.gate_up_proj"] = (experts.count, self.hidden, into)
+            tensors[f"{one}.gate_up_proj_bias"] = (experts.count, into)
+            tensors[f"{one}.down_proj"] = (experts.count, experts.intermediate, self.hidden)
+            tensors[f"{one}.down_proj_bias"] = (experts.count, self.hidden)
+        elif experts:
             mlp, names = experts.names.module, experts.names.projections
             projections[f"{mlp}.gate"] = (experts.count, self.hidden, False)
             for expert in range(experts.count):
@@ -315,7 +326,6 @@ class ModelShape:
         else:
             names = ("gate_proj", "up_proj", "down_proj")
             projections |= self._gated_mlp("mlp", names, self.intermediate, self.mlp_bias)
-        tensors: dict[str, tuple[int, ...]] = {}
         for name, (out, into, bias) in projections.items():
             tensors[f"{name}.weight"] = (out, into)
             if bias:
