@@ -131,7 +131,7 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "another RoPE than vLLM's": (
         {"model": "gpt-oss without YaRN"},
-        ["'rope_scaling' is", "'linear'", "allowed: 'yarn' with beta_fast, beta_slow, factor"],
+        ["key 'rope_", "linear", "allowed: 'yarn' with beta_fast, beta_slow, factor"],
     ),
     "layers of two kinds": (
         {"model": "hybrid"},

@@ -222,7 +222,7 @@ def write_llama(
         "rms_norm_eps": 1e-5,
         "max_position_embeddings": 512,
         "rope_theta": 10000.0,
-        "rope_scaling": rope_scaling,
+        "rope_scaling": None,
         "torch_dtype": str(dtype).removeprefix("torch."),
         "bos_token_id": None,
         "eos_token_id": None,
@@ -232,6 +232,7 @@ def write_llama(
         **GEMMA.get(model_type, {}),
         **MOE.get(model_type, {}),
         **OTHERS.get(model_type, {}),
+        **({"rope_scaling": rope_scaling} if rope_scaling is not None else {}),
         **config_keys,
     }
     if ladder_layers is not None:
