@@ -345,7 +345,7 @@ def test_errors(folder: Path, tmp_path: Path) -> None:
     config = json.loads((other / "config.json").read_text())
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"model_type": "gemma"}, "'gemma' is not supported; allowed: 'llama', .*'qwen3'"),
-        ({"model_type": "gpt_oss"}, "'gpt_oss' is not supported; allowed: 'llama'"),
+        ({"model_type": "cohere"}, "'cohere' is not supported; allowed: 'llama', .*'gpt_oss'"),
         (
             {"model_type": "qwen2", "dual_chunk_attention_config": {"chunk_size": 8}},
             "'dual_chunk_attention_config' is not supported; allowed: qwen2 models without it",
