@@ -36,6 +36,7 @@ from vllm_depthpar.model.agreement import check_agreement
 from vllm_depthpar.model.blocks import Block
 from vllm_depthpar.model.decoder_layers import DealtDecoderLayer, DecoderLayer, Weights
 from vllm_depthpar.model.family_layers import LAYERS, naming
+from vllm_depthpar.model.frame_room import called_with_room
 from vllm_depthpar.model.inductor import keep_mutations_in_order
 from vllm_depthpar.model.wide_block import WideDecoderLayer
 from vllm_depthpar.plan.attached import config_of, layouts_of, plan_of
@@ -82,6 +83,7 @@ def place_of(plan: Plan, position: int) -> int:
     return (plan.attention(position) or plan.blocks[position])[0]
 
 
+@called_with_room
 class DepthParModel(LlamaModel):
     """A model that runs the blocks of a plan."""
 
@@ -201,6 +203,7 @@ class DepthParModel(LlamaModel):
 _TOKENS = {0: "b"}
 
 
+@called_with_room
 @support_torch_compile(
     dynamic_arg_dims={
         "input_ids": _TOKENS,
