@@ -99,14 +99,14 @@ MODEL: dict[str, Any] = {
     "eos_token_id": 2,
     "torch_dtype": "bfloat16",
 }
-# SmolLM2-135M's, with heads that two ranks can share: 10 and 2 KV heads for its 9 and 3.
+# SmolLM2-135M's, with heads that two ranks can share: 6 and 2 KV heads of 96 for its 9 and 3 of 64.
 SMOLLM2: dict[str, Any] = {
     **MODEL,
     "num_hidden_layers": 30,
     "hidden_size": 576,
-    "num_attention_heads": 10,
+    "num_attention_heads": 6,
     "num_key_value_heads": 2,
-    "head_dim": 64,
+    "head_dim": 96,
     "intermediate_size": 1536,
     "vocab_size": 49152,
     "tie_word_embeddings": True,
