@@ -12,17 +12,17 @@ from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.model_executor.models import mixtral, qwen2_moe, qwen3_moe
-from vllm.model_executor.models.gemma2 import Gemma2DecoderLayer
-from vllm.model_executor.models.gemma3 import Gemma3DecoderLayer
-from vllm.model_executor.models.glm4 import Glm4DecoderLayer
-from vllm.model_executor.models.gpt_oss import TransformerBlock
+from vllm.model_executor.models.gemma2 import Gemma2DecoderLayer, Gemma2ForCausalLM
+from vllm.model_executor.models.gemma3 import Gemma3DecoderLayer, Gemma3ForCausalLM
+from vllm.model_executor.models.glm4 import Glm4DecoderLayer, Glm4ForCausalLM
+from vllm.model_executor.models.gpt_oss import GptOssForCausalLM, TransformerBlock
 from vllm.model_executor.models.granite import GraniteDecoderLayer
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.phi3 import Phi3ForCausalLM
 
 from vllm_depthpar.model.gpt_oss import GptOssAttention, GptOssMLP
 from vllm_depthpar.model.members import Member
-from vllm_depthpar.plan.families import family_of
+from vllm_depthpar.plan.families import FAMILIES, family_of
 from vllm_depthpar.vllm_compat import forget_attention, forget_experts
 
 
@@ -113,19 +113,39 @@ LAYERS: dict[str, type[FamilyLayer]] = {
     "qwen3_moe": Qwen3MoeLayer,
 }
 
-# vLLM's models whose names of tensors are not Llama's, by `model_type`.
+# vLLM's models whose names are not Llama's, by `model_type`.
 _MODELS: dict[str, Any] = {
+    "gemma2": Gemma2ForCausalLM,
+    "gemma3_text": Gemma3ForCausalLM,
+    "glm4": Glm4ForCausalLM,
+    "gpt_oss": GptOssForCausalLM,
     "phi3": Phi3ForCausalLM,
     "mixtral": mixtral.MixtralForCausalLM,
     "qwen2_moe": qwen2_moe.Qwen2MoeForCausalLM,
     "qwen3_moe": qwen3_moe.Qwen3MoeForCausalLM,
 }
+# Of these some rename, when they load, what is not called so here; or say it of no class.
+_LOADED_AS_LLAMA = ("glm4", "gpt_oss")
 
 
 def naming(model_type: str) -> dict[str, Any]:
     """Look up what vLLM's model of a family says of names, for a class of ours to say it, too: what
-    it renames when it loads, and what adapters and quantized checkpoints find packed together."""
+    it renames when it loads, what adapters and quantized checkpoints find packed together, and of
+    which modules besides projections there may be adapters.
+
+    But for what files have as one projection: vLLM's GLM-4 takes gate and up for two that it packs,
+    so that it knows neither an adapter's `gate_up_proj` nor that of a list of what is not
+    quantized.
+    """
     theirs = _MODELS.get(model_type, LlamaForCausalLM)
+    loaded_as = LlamaForCausalLM if model_type in _LOADED_AS_LLAMA else theirs
     # Qwen's say what is packed in a dense MLP only once there is one.
     packed = {"gate_up_proj": ["gate_proj", "up_proj"], **theirs.packed_modules_mapping}
-    return {"hf_to_vllm_mapper": theirs.hf_to_vllm_mapper, "packed_modules_mapping": packed}
+    if FAMILIES[model_type].fused_mlp:
+        packed["gate_up_proj"] = ["gate_up_proj"]
+    return {
+        "hf_to_vllm_mapper": loaded_as.hf_to_vllm_mapper,
+        "packed_modules_mapping": packed,
+        # None of Gemma's: its vocabulary is larger than vLLM's adapters of the head can be.
+        "embedding_modules": theirs.embedding_modules,
+    }
