@@ -36,6 +36,7 @@ from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdate
 from vllm.platforms import current_platform
 from vllm.ray import ray_env
 from vllm.transformers_utils.repo_utils import is_mistral_model_repo
+from vllm.triton_utils import HAS_TRITON
 from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
 
 if TYPE_CHECKING:
@@ -182,6 +183,15 @@ def leave_sums(mlp: Any) -> None:
         mlp.experts.moe_config.skip_final_all_reduce = True
     else:
         mlp.down_proj.reduce_results = False
+
+
+def runs_experts_beside_adapters() -> bool:
+    """Whether vLLM has a kernel for experts here where adapters are served, whatever these are of.
+
+    Relies on: `select_unquantized_moe_backend` takes Triton's wherever they are, before it looks
+    at the platform, and CPUs' build has no Triton.
+    """
+    return not current_platform.is_cpu() or HAS_TRITON
 
 
 # What gpt-oss's checkpoints call tensors of all experts, to vLLM's parameter and its shard's id.

@@ -117,6 +117,10 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"model": "mixtral", "args": ["--enable-expert-parallel"]},
         ["--enable-expert-parallel", "not checked", "allowed: without it"],
     ),
+    "adapters beside experts": (
+        {"model": "mixtral", "args": ["--enable-lora"]},
+        ["--enable-lora", "no kernel on CPUs", "allowed: without it, the adapter merged"],
+    ),
     "a family nobody has taught this package": (
         {"model": "cohere"},
         ["CohereForCausalLM", "allowed: ", "MistralForCausalLM", "GptOssForCausalLM"],

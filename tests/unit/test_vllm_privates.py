@@ -35,6 +35,7 @@ from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import LoRAModelManager
 from vllm.lora.ops.torch_ops import lora_ops
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.fused_moe.oracle import unquantized
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.model_loader import LoadFormats, reload
@@ -370,6 +371,13 @@ def test_model_makes_its_layers_and_itself() -> None:
         [("layers.0.3.self_attn.v_proj.weight", torch.zeros(1))]
     )
     assert (name, tensor.shard_id) == ("layers.0.3.self_attn.qkv_proj.weight", "v")
+
+
+def test_experts_beside_adapters_are_triton_s_on_every_platform() -> None:
+    chosen = inspect.getsource(unquantized.select_unquantized_moe_backend)
+    before, _, after = chosen.partition("if moe_config.is_lora_enabled:")
+    assert "_get_priority_backends" not in before
+    assert "return UnquantizedMoeBackend.TRITON" in after.partition("AVAILABLE_BACKENDS")[0]
 
 
 def test_attentions_come_last_when_weights_are_loaded() -> None:

@@ -29,7 +29,12 @@ from vllm_depthpar.plan.attached import (
 )
 from vllm_depthpar.plan.model_shape import ModelShape
 from vllm_depthpar.plan.spec import AS_ONE, SINGLE, WHOLE
-from vllm_depthpar.vllm_compat import is_mistral_format, logger, settle_as_vllm_does
+from vllm_depthpar.vllm_compat import (
+    is_mistral_format,
+    logger,
+    runs_experts_beside_adapters,
+    settle_as_vllm_does,
+)
 
 MISTRAL_FORMAT = (
     "a checkpoint in Mistral's own format (params.json, consolidated.safetensors) is not "
@@ -208,6 +213,16 @@ def _check_features(vllm_config: VllmConfig, plan: Plan, layouts: Collection[str
         raise UserError(
             "--enable-expert-parallel: not checked with restructured models; allowed: without it, "
             "every rank has a part of every expert"
+        )
+    if (
+        vllm_config.lora_config is not None
+        and shape_of(vllm_config).experts
+        and not runs_experts_beside_adapters()
+    ):
+        raise UserError(
+            "--enable-lora: vLLM has no kernel on CPUs for a mixture of experts served with "
+            "adapters, not even with adapters of its attention alone; allowed: without it, the "
+            "adapter merged into the checkpoint"
         )
     stages = vllm_config.parallel_config.pipeline_parallel_size
     if stages > 1:
