@@ -7,6 +7,7 @@ They have no tokenizer of their own: prompts are lists of token ids, and vLLM ta
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -405,18 +406,24 @@ def write_adapter(
     return folders
 
 
-def quantize_int8(source: Path, folder: Path, ignore: Sequence[int] = ()) -> tuple[Path, Path]:
+def quantize_int8(
+    source: Path, folder: Path, ignore: Sequence[int] = (), *, mlps: bool = True
+) -> tuple[Path, Path]:
     """Write a checkpoint's projections as int8 (compressed-tensors, W8A8, scales per channel).
 
     Args:
         ignore: layers that stay as they are.
+        mlps: whether those of MLPs are quantized, too.
 
     Returns:
         The folder of the quantized checkpoint, and of one with the same weights dequantized.
     """
+    kept = [rf".*\.layers\.{layer}\..*" for layer in ignore]
+    if not mlps:
+        kept.append(r".*\.(mlp|block_sparse_moe)\..*")
     quantized, dequantized = {}, {}
     for name, tensor in load_file(source / "model.safetensors").items():
-        if name.endswith("proj.weight") and int(name.split(".")[2]) not in ignore:
+        if name.endswith("proj.weight") and not any(re.match(one, name) for one in kept):
             # Half of int8's range: a CPU without VNNI adds two products in 16 bits, and saturates.
             scale = tensor.abs().amax(1, keepdim=True) / 63
             codes = (tensor / scale).round()
@@ -431,7 +438,7 @@ def quantize_int8(source: Path, folder: Path, ignore: Sequence[int] = ()) -> tup
         "quant_method": "compressed-tensors",
         "format": "int-quantized",
         "quantization_status": "compressed",
-        "ignore": ["lm_head", *(rf"re:.*\.layers\.{layer}\..*" for layer in ignore)],
+        "ignore": ["lm_head", *(f"re:{one}" for one in kept)],
         "config_groups": {
             "group_0": {
                 "targets": ["Linear"],
