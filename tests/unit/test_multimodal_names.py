@@ -14,6 +14,7 @@ from vllm_depthpar.checkpoint import export
 from vllm_depthpar.checkpoint.config import read_config
 from vllm_depthpar.checkpoint.tensors import check_folder
 from vllm_depthpar.errors import UserError
+from vllm_depthpar.evaluate.span_study import drop_sync, ladder, pairs, prune, rows_with, spans
 from vllm_depthpar.plan import resolve
 from vllm_depthpar.plan.model_shape import ModelShape
 from vllm_depthpar.plan.multimodal import language_config, language_names
@@ -113,6 +114,15 @@ def test_plans_that_leave_none(spec: Any) -> None:
         UserError, match=r"where the layers 0 to 1 end, .* allowed: .* up to layer 2"
     ):
         qwen3_vl(deepstack_visual_indexes=[0, 1]).check_plan(plan)
+
+
+def test_spans_of_a_study_leave_a_place_for_what_a_tower_adds() -> None:
+    shape, every = qwen3_vl(deepstack_visual_indexes=[0, 1]), list(spans(6))
+    assert list(rows_with(qwen3_vl(deepstack_visual_indexes=[]), every, pairs)) == every
+    assert list(rows_with(shape, every, pairs)) == [span for span in every if span[0] >= 2]
+    assert list(rows_with(shape, every, prune)) == [span for span in every if span[0] >= 2]
+    assert list(rows_with(shape, every, ladder)) == [span for span in every if span[0] > 2]
+    assert list(rows_with(shape, every, drop_sync)) == every
 
 
 @pytest.mark.parametrize(

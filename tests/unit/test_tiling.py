@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_depthpar.plan import resolve
+from vllm_depthpar.errors import UserError
+from vllm_depthpar.plan import Plan, resolve
+from vllm_depthpar.plan.model_shape import ModelShape
+from vllm_depthpar.plan.published_shapes import CONFIGS
+from vllm_depthpar.search.baselines import baselines
+from vllm_depthpar.search.run import Goal, Space
+from vllm_depthpar.search.search import Search
 from vllm_depthpar.search.tiling import Tile, Tiling, best_of_each_length, candidates, to_plan
 
 METHODS = ("pair", "group", "skip", "ladder")
@@ -83,3 +90,41 @@ def test_candidates_are_what_the_methods_allow() -> None:
     ]
     both = [tile for tile in candidates(6, ["pair", "ladder"]) if tile.mode == "ladder"]
     assert {tile.width for tile in both} == {1, 2}
+
+
+def tower(layers: int, deepstack: int) -> ModelShape:
+    """A model whose tower adds to the stream after so many of the first layers."""
+    shape = ModelShape.from_config(CONFIGS["qwen3-0.6b"])
+    return dataclasses.replace(shape, layers=layers, deepstack=deepstack)
+
+
+@pytest.mark.parametrize("ladder", [(), ("ladder",)], ids=["", "ladder"])
+def test_what_can_be_put_together_leaves_places_for_what_a_tower_adds(
+    ladder: tuple[str, ...],
+) -> None:
+    """All such plans, but under "ladder" those without the layer after the last of these."""
+    plans, (free, bound) = [], (tower(5, deepstack) for deepstack in (0, 2))
+    for shape in (free, bound):
+        space = Space(shape, Goal(depth=4), ("pair", "skip", "drop_sync", "drop_mlp", *ladder))
+        plans.append({to_plan(tiling, 5) for tiling in every_tiling(5, sorted(space.lengths))})
+
+    def expected(plan: Plan) -> bool:
+        try:
+            bound.check_plan(plan)
+        except UserError:
+            return False
+        return not ladder or 2 in plan.kept
+
+    assert plans[1] == set(filter(expected, plans[0])) != set()
+
+
+def test_published_ways_have_no_tile_that_the_search_may_not_use() -> None:
+    counts = []
+    for deepstack in (0, 3):
+        space = Space(tower(16, deepstack), Goal(depth=9), ("pair", "skip"))
+        search = Search(16, space.lengths, lambda plans, _: [0.1] * len(plans))
+        search.measure_tiles()
+        found = baselines(search, 16, space.methods, space.target)
+        assert space.lengths.keys() >= {tile for tiling in found for tile in tiling}
+        counts.append(len(found))
+    assert counts[0] > counts[1] > 0

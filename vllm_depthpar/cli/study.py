@@ -10,7 +10,7 @@ from typing import Any
 from vllm_depthpar.checkpoint.config import read_original_config
 from vllm_depthpar.cli.types import DTYPES, MODEL_HELP, at_least, out_file, path_or_name
 from vllm_depthpar.errors import UserError
-from vllm_depthpar.evaluate.span_study import TRANSFORMATIONS, row_with, spans
+from vllm_depthpar.evaluate.span_study import TRANSFORMATIONS, rows_with, spans
 from vllm_depthpar.plan.model_shape import ModelShape
 from vllm_depthpar.util import files
 from vllm_depthpar.util.markdown import table
@@ -61,8 +61,8 @@ def _run(args: argparse.Namespace) -> str:
         raise UserError(
             "heat maps need matplotlib; allowed: pip install 'vllm-depthpar[bench]'"
         ) from None
-    layers = ModelShape.from_config(read_original_config(args.model)).layers
-    grid = list(spans(layers, args.grid))
+    shape = ModelShape.from_config(read_original_config(args.model))
+    layers, grid = shape.layers, list(spans(shape.layers, args.grid))
     texts = read_texts(args.model, [args.text], args.window, tokens=args.tokens)
     suite = Suite(open_model(args.model, args.dtype, ranks=args.tp), texts)
     name = texts[0].name
@@ -71,17 +71,18 @@ def _run(args: argparse.Namespace) -> str:
     # On one rank a dropped sync point changes nothing.
     every = [name for name in TRANSFORMATIONS if args.tp > 1 or name != "drop_sync"]
     for transformation in args.transformations or every:
-        transformed = [row_with(layers, span, TRANSFORMATIONS[transformation]) for span in grid]
-        found = [of_text[name] for of_text in suite.measure(transformed, transformation)]
+        transformed = rows_with(shape, grid, TRANSFORMATIONS[transformation])
+        of_spans = suite.measure(list(transformed.values()), transformation)
+        found = [of_text[name] for of_text in of_spans]
         square = np.full((layers, layers), np.nan)
-        for (start, end), quality_found in zip(grid, found, strict=True):
+        for (start, end), quality_found in zip(transformed, found, strict=True):
             square[start : start + args.grid, end - args.grid : end] = quality_found.perplexity
         maps[transformation] = square
         numbers[transformation] = [
             # JSON knows no infinity.
             {"start": start, "end": end, "perplexity": min(one.perplexity, 1e300)}
             | {"kl": one.divergence if math.isfinite(one.divergence) else 1e300}
-            for (start, end), one in zip(grid, found, strict=True)
+            for (start, end), one in zip(transformed, found, strict=True)
         ]
     model = Path(args.model).name
     picture = args.out.with_suffix(".png")
@@ -99,10 +100,10 @@ def _run(args: argparse.Namespace) -> str:
         },
     )
     rows = []
-    for transformation, of_spans in numbers.items():
-        for length in sorted({4, 8, 12} & {end - start for start, end in grid}):
+    for transformation, measured in numbers.items():
+        for length in sorted({4, 8, 12} & {one["end"] - one["start"] for one in measured}):
             best = min(
-                (one for one in of_spans if one["end"] - one["start"] == length),
+                (one for one in measured if one["end"] - one["start"] == length),
                 key=lambda one: one["perplexity"],
             )
             rows.append(

@@ -7,9 +7,10 @@ A transformation takes a span of consecutive layers and gives the blocks that ru
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from vllm_depthpar.evaluate.rows import Block, Row
+from vllm_depthpar.plan.model_shape import ModelShape
 
 Span = tuple[int, int]
 
@@ -81,3 +82,16 @@ def row_with(layers: int, span: Span, transformation: Callable[[Span], Row]) -> 
     before = tuple(Block((layer,)) for layer in range(start))
     after = tuple(Block((layer,)) for layer in range(end, layers))
     return (*before, *transformation(span), *after)
+
+
+def rows_with(
+    shape: ModelShape, grid: Iterable[Span], transformation: Callable[[Span], Row]
+) -> dict[Span, Row]:
+    """Make `row_with` each span that can be transformed so: see `ModelShape.leaves_places`."""
+    rows = {span: row_with(shape.layers, span, transformation) for span in grid}
+    return {span: row for span, row in rows.items() if _leaves_places(shape, row)}
+
+
+def _leaves_places(shape: ModelShape, row: Row) -> bool:
+    ladders = [position for position, block in enumerate(row) if block.mode == "ladder"]
+    return shape.leaves_places([block.layers for block in row], ladders)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from math import ceil, prod
@@ -214,18 +214,30 @@ class ModelShape:
                 )
 
     def _check_deepstack(self, plan: Plan) -> None:
-        """Refuse a plan after whose first layers there is not one stream that a tower can add to:
-        halves that run side by side, or on their way, read another."""
+        """Refuse a plan that `leaves_places` says leaves none."""
         count = self.deepstack
-        alone = plan.blocks[:count] == tuple((layer,) for layer in range(count))
-        if not alone or any(
-            plan.is_ladder(after) or plan.is_apart(after) for after in range(1, count + 1)
-        ):
+        passing = [at for at in range(count + 1) if plan.is_ladder(at) or plan.is_apart(at)]
+        if not self.leaves_places(plan.blocks, passing):
             raise UserError(
                 f"the plan changes where the layers 0 to {count - 1} end, after each of which this "
                 f"model's tower adds what it sees; allowed: plans with each of these in a block of "
                 f"its own, in this order, without 'ladder' or 'desync' up to layer {count}"
             )
+
+    def leaves_places(
+        self, blocks: Sequence[tuple[int, ...]], passing: Collection[int] = ()
+    ) -> bool:
+        """Say whether after each of the first layers there is one stream that a tower can add to:
+        halves that run side by side, or on their way, read another.
+
+        Args:
+            blocks: the layers of each.
+            passing: positions of those before which terms may be on their way, a ladder's, or
+                ranks' streams apart.
+        """
+        count = self.deepstack
+        alone = tuple(blocks[:count]) == tuple((layer,) for layer in range(count))
+        return alone and not set(range(1, count + 1)).intersection(passing)
 
     def _windows_are_alike(self, plan: Plan, position: int) -> bool:
         return not self.windows or (

@@ -20,8 +20,13 @@ def baselines(
     skipping.
 
     Of the spans of each length, those whose pairs cost least alone (arXiv 2502.02790 sweeps them
-    all; Unified Layer Skipping is arXiv 2404.06954). They are known to the search, too.
+    all; Unified Layer Skipping is arXiv 2404.06954). They are known to the search, too. Left out
+    are those with tiles that it may not use.
     """
+
+    def may_be(tiling: Tiling) -> bool:
+        return search.alone.keys() >= set(tiling) and search.length(tiling) >= least
+
     found: list[Tiling] = []
     least = target if target is not None else (layers * 3 // 4) * search.layer
     for count in range(1, layers // 2):
@@ -30,13 +35,13 @@ def baselines(
                 tuple(Tile(start + 2 * at, 2) for at in range(count))
                 for start in range(layers - 2 * count + 1)
             ]
-            spans = [span for span in spans if search.length(span) >= least]
+            spans = [span for span in spans if may_be(span)]
             spans.sort(key=lambda span: sum(search.alone[tile] for tile in span))
             found += spans[:_SPANS]
         if "skip" in methods:
             plan = resolve({"skip": {"speedup": layers / (layers - count)}}, layers)
             tiling = tuple(Tile(layer, skip=True) for layer in plan.skipped)
-            if search.length(tiling) >= least:
+            if may_be(tiling):
                 found.append(tiling)
     return found
 

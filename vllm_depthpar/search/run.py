@@ -89,13 +89,22 @@ class Space:
         tiles = [
             tile
             for tile in candidates(self.shape.layers, self.methods, self.group)
-            if tile.skip or self.shape.fits(tile.width, self.tp)
+            if (tile.skip or self.shape.fits(tile.width, self.tp)) and self._leaves_places(tile)
         ]
         if self.goal.all_reduces is not None:
             return reductions(tiles)
         if self.machine is not None and self.goal.depth is None:
             return self.machine.lengths(self.shape, tiles)
         return depths(tiles)
+
+    def _leaves_places(self, tile: Tile) -> bool:
+        """Say whether plans of this model can have a tile, whatever others they have: see
+        `ModelShape.leaves_places`."""
+        # With this layer skipped the next tile would be the first that must be no ladder's.
+        if tile.skip and tile.start == self.shape.deepstack and "ladder" in self.methods:
+            return False
+        plan = to_plan((tile,), self.shape.layers)
+        return self.shape.leaves_places(plan.blocks, plan.ladder)
 
     @cached_property
     def target(self) -> int | None:
