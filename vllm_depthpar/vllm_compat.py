@@ -339,8 +339,9 @@ class Watcher(Protocol):
         """Note that all of it was given to the device."""
 
 
-# The attribute of a model that names its watcher.
+# The attribute of a model that names its watcher; of the one a runner calls, who is told of calls.
 _WATCHER = "depthpar_watcher"
+_TOLD_OF_CALLS = "depthpar_told_of_calls"
 # That of the model whose step runs in this process, and the step's tokens.
 _step: tuple[Watcher, Collection[int]] | None = None
 # What vLLM calls the requests by which it warms up: "_warmup_0_", "_v2_mixed_warmup_decode", ...
@@ -359,11 +360,10 @@ def watch_passes(model: nn.Module, watcher: Watcher, v2: bool) -> None:
     `_model_forward` in vLLM's first runner, `ModelCudaGraphManager.run_fullgraph` in its second.
 
     Args:
+        model: a runner's, or one inside it: a model that sees calls parts of its language model.
         v2: whether it is the second that runs (`VllmConfig.use_v2_model_runner`).
     """
     setattr(model, _WATCHER, watcher)
-    model.register_forward_pre_hook(_begin)
-    model.register_forward_hook(_end)
     # A worker has them already; other processes, which import this module too, do without.
     if v2:
         from vllm.v1.worker.gpu.cudagraph_utils import ModelCudaGraphManager
@@ -386,11 +386,25 @@ def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
         setattr(owner, name, telling)
 
 
+def _watcher_of(model: Any) -> Watcher | None:
+    """Find the watcher of a runner's model, and tell it of the model's calls from the first time
+    on; None if nothing in it is watched."""
+    if not hasattr(model, _TOLD_OF_CALLS):
+        watched = (module for module in model.modules() if hasattr(module, _WATCHER))
+        watcher = getattr(next(watched, None), _WATCHER, None)
+        setattr(model, _TOLD_OF_CALLS, watcher)
+        if watcher is not None:
+            model.register_forward_pre_hook(_begin)
+            model.register_forward_hook(_end)
+    found: Watcher | None = getattr(model, _TOLD_OF_CALLS)
+    return found
+
+
 def _telling_of_steps(execute_model: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(execute_model)
     def execute(self: Any, scheduler_output: Any, *args: Any, **options: Any) -> Any:
         global _step
-        watcher = getattr(self.model, _WATCHER, None)
+        watcher = _watcher_of(self.model)
         tokens = scheduler_output.num_scheduled_tokens
         own = options.get("dummy_run") or _WARM_UP.match(next(iter(tokens), ""))
         if watcher is None or own:

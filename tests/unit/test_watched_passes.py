@@ -85,10 +85,12 @@ def step_of_first(monkeypatch: pytest.MonkeyPatch) -> Step:
     # Memory for graphs, which the wrapper asks for when it is made.
     monkeypatch.setattr(type(current_platform), "_global_graph_pool", (0, 0))
 
-    def step(mode: CUDAGraphMode, tokens: dict[str, int] = BATCH) -> list[object]:
-        watcher, model = Recorder(), Takes()
+    def step(
+        mode: CUDAGraphMode, tokens: dict[str, int] = BATCH, kind: type[nn.Module] = Takes
+    ) -> list[object]:
+        watcher, model = Recorder(), kind()
         watch_passes(Takes(), Recorder(), v2=False)  # a process may make several models
-        watch_passes(model, watcher, v2=False)
+        watch_passes(getattr(model, "language_model", model), watcher, v2=False)
         wrapper = CUDAGraphWrapper(model, config, CUDAGraphMode.FULL)
         entry = CUDAGraphEntry(descriptor, cudagraph=Graph(), output=torch.ones(8))
         wrapper.concrete_cudagraph_entries[descriptor] = entry
@@ -109,11 +111,25 @@ class Takes(nn.Module):
         return input_ids
 
 
+class Sees(nn.Module):
+    """A model that calls a part of the language model inside it, as vLLM's that see do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.language_model: Any = nn.Module()
+        self.language_model.model = Takes()
+
+    def forward(self, input_ids: torch.Tensor, **_: object) -> torch.Tensor:
+        output: torch.Tensor = self.language_model.model(input_ids)
+        return output
+
+
+@pytest.mark.parametrize("kind", [Takes, Sees])
 @pytest.mark.parametrize(
     "mode", [CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL], ids=lambda m: m.name
 )
-def test_first_runner(step_of_first: Step, mode: CUDAGraphMode) -> None:
-    assert step_of_first(mode) == [[1, 7], "end"]
+def test_first_runner(step_of_first: Step, mode: CUDAGraphMode, kind: type[nn.Module]) -> None:
+    assert step_of_first(mode, kind=kind) == [[1, 7], "end"]
 
 
 @pytest.mark.parametrize(
@@ -123,7 +139,8 @@ def test_warm_up_is_not_told(step_of_first: Step, name: str) -> None:
     assert step_of_first(CUDAGraphMode.NONE, {name: 2}) == []
 
 
-def test_second_runner(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", [Takes, Sees])
+def test_second_runner(monkeypatch: pytest.MonkeyPatch, kind: type[nn.Module]) -> None:
     """Whole graphs are replayed by vLLM's own manager, other passes are the model's."""
 
     def execute_model(
@@ -142,8 +159,8 @@ def test_second_runner(monkeypatch: pytest.MonkeyPatch) -> None:
     manager.is_last_pp_rank, manager.use_aux_hidden_state_outputs = True, False
     manager.hidden_states = torch.ones(8)
     watcher, runner = Recorder(), object.__new__(runner_class)
-    runner.model, runner.cudagraph_manager = Takes(), manager
-    watch_passes(runner.model, watcher, v2=True)
+    runner.model, runner.cudagraph_manager = kind(), manager
+    watch_passes(getattr(runner.model, "language_model", runner.model), watcher, v2=True)
 
     for whole in (True, False):
         output = runner.execute_model(scheduled(BATCH), whole=whole)
