@@ -223,6 +223,28 @@ def load_stacked_experts(experts: Any, name: str, tensor: torch.Tensor) -> str:
     return f"routed_experts.{parameter}"
 
 
+def unit_of_stacked_experts() -> int:
+    """Find of what number a rank's share of gpt-oss's intermediate size must be a multiple here; 1
+    where vLLM's kernels ask for nothing, as on GPUs.
+
+    On CPUs it is 32 mostly; to it vLLM pads other families' experts, but not these, whose gate and
+    up are interleaved. No kernel takes other shares, and vLLM's error names no size.
+
+    Relies on: an engine takes the first of `backend_to_kernel_cls` whose device this is and whose
+    `output_alignment` divides the share, or any with zentorch's `zentorch_fused_moe`.
+    """
+    if not current_platform.is_cpu():
+        return 1
+    # Imported by a worker that serves experts anyway.
+    from vllm.model_executor.kernels.linear.zentorch_utils import has_zentorch_op
+    from vllm.model_executor.layers.fused_moe.oracle import unquantized
+
+    if has_zentorch_op(["zentorch_fused_moe"]):
+        return 1
+    kernels: Any = unquantized.backend_to_kernel_cls(unquantized.UnquantizedMoeBackend.CPU)
+    return min(one.output_alignment for one in kernels if one._supports_current_device())
+
+
 def on_weights_loaded(attention: Attention, call: Callable[[], None]) -> None:
     """Have a function called whenever weights have been loaded: all of a checkpoint's, or those of
     one update, be they all or not.

@@ -133,6 +133,10 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"model": "gpt-oss of other limits"},
         ["'swiglu_limit' is 5.0", "allowed: 7.0, which vLLM takes for granted of a gpt_oss"],
     ),
+    "experts that vLLM's kernel for CPUs can't cut": (
+        {"model": "gpt-oss", "args": ["--tensor-parallel-size", "2"]},
+        ["--tensor-parallel-size 2", "each rank would have 48", "multiples of 32", "allowed: 1"],
+    ),
     "another RoPE than vLLM's": (
         {"model": "gpt-oss without YaRN"},
         ["key 'rope_", "linear", "allowed: 'yarn' with beta_fast, beta_slow, factor"],
@@ -336,6 +340,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Out
     }
     for name, keys in unfit.items():
         write_llama(folder / f"gpt-oss {name}", model_type="gpt_oss", **keys)
+    write_llama(folder / "gpt-oss", model_type="gpt_oss")
     write_llama(folder / "mixtral", model_type="mixtral")
     write_llama(folder / "greedy router", model_type="mixtral", num_experts_per_tok=7)
     write_llama(

@@ -34,6 +34,7 @@ from vllm_depthpar.vllm_compat import (
     logger,
     runs_experts_beside_adapters,
     settle_as_vllm_does,
+    unit_of_stacked_experts,
 )
 
 MISTRAL_FORMAT = (
@@ -87,6 +88,7 @@ class DepthParConfig(VerifyAndUpdateConfig):
         shape.check_plan(plan)
         settle_as_vllm_does(shape.family.architectures[0], vllm_config)
         _check_shards(plan, shape, tp)
+        _check_experts(plan, shape, tp)
         layouts = layouts_of(vllm_config)
         _check_features(vllm_config, plan, layouts)
         outside_state.check_load_format(vllm_config.load_config.load_format)
@@ -170,6 +172,21 @@ def _check_shards(plan: Plan, shape: ModelShape, tp: int) -> None:
                 f"--tensor-parallel-size {tp} can't cut a block of {len(block)} layers with "
                 f"{shape.heads} heads and {shape.kv_heads} KV heads each; allowed: {fitting}"
             )
+
+
+def _check_experts(plan: Plan, shape: ModelShape, tp: int) -> None:
+    """Refuse ranks whose share of each of gpt-oss's experts no kernel of vLLM's takes here."""
+    if shape.experts is None or not shape.experts.names.stacked:
+        return
+    size, unit = shape.experts.intermediate, unit_of_stacked_experts()
+    if size % (tp * unit) == 0:
+        return
+    fitting = [str(ranks) for ranks in shape.fitting_tps(plan) if size % (ranks * unit) == 0]
+    raise UserError(
+        f"--tensor-parallel-size {tp}: of experts of intermediate size {size} each rank would have "
+        f"{size // tp}, and vLLM's kernel for them takes multiples of {unit} on a CPU; allowed: "
+        f"{', '.join(fitting) or f'experts of multiples of {unit}'}"
+    )
 
 
 def _separate_kv_caches(vllm_config: VllmConfig, plan: Plan, layouts: Collection[str]) -> None:
