@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
@@ -35,6 +36,7 @@ from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import LoRAModelManager
 from vllm.lora.ops.torch_ops import lora_ops
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.oracle import unquantized
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
@@ -399,6 +401,22 @@ def test_warm_up_is_told_by_its_requests() -> None:
 
 def test_draft_model_inherits_its_attention() -> None:
     assert "initialize_attn_backend" not in vars(DraftModelProposer)
+
+
+def test_experts_of_gpt_oss_are_cut_in_units_and_not_padded() -> None:
+    kernels: Any = unquantized.backend_to_kernel_cls(unquantized.UnquantizedMoeBackend.CPU)
+    kernels = [kernel for kernel in kernels if kernel._supports_current_device()]
+    unit = vllm_compat.unit_of_stacked_experts()
+
+    def takes(activation: MoEActivation, share: int) -> bool:
+        sizes = {"hidden_dim": 4 * unit, "intermediate_size_per_partition": share}
+        asked = SimpleNamespace(activation=activation, **sizes)
+        return any(kernel._supports_grouped_gemm(asked)[0] for kernel in kernels)
+
+    assert unit > 1
+    assert takes(MoEActivation.SWIGLUOAI, 3 * unit)
+    assert not takes(MoEActivation.SWIGLUOAI, 3 * unit // 2)
+    assert takes(MoEActivation.SILU, 3 * unit // 2)
 
 
 def test_registered_in_place() -> None:
