@@ -191,6 +191,9 @@ def serve(connection: Connection, model: str, flags: list[str], eager: bool) -> 
     if eager:
         os.environ["TORCHDYNAMO_DISABLE"] = "1"
     engine = make_engine(model, flags)
+    add(engine, [[1]], tokens=1)  # the model has its hooks from its first step on
+    while engine.llm_engine.has_unfinished_requests():
+        engine.llm_engine.step()
     spent = watch_hooks(engine)
     connection.send("ready")
     while True:
