@@ -11,12 +11,9 @@ from __future__ import annotations
 import faulthandler
 import gc
 import os
-import random
-import socket
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -26,6 +23,8 @@ import compiled_order
 import fork_server
 import torch
 import weight_updates
+
+from vllm_depthpar.launch.server import free_port
 
 # The same in every process, from its first import on.
 COMMON = {
@@ -40,9 +39,6 @@ KV_BYTES = 128 << 20
 THREADS = {"VLLM_CPU_OMP_THREADS_BIND": "0-1", "OMP_NUM_THREADS": "2"}
 # More ranks than cores: let the kernel place them.
 UNBOUND = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
-
-# Below those that Linux takes for connections: a run's last engine begins long after its first.
-_PORTS = range(20000, 32768)
 
 
 @dataclass(frozen=True)
@@ -136,13 +132,9 @@ def run(
 
 
 def _different_ports(count: int) -> list[int]:
-    """Ports that nothing listens on, and none of those that connections get meanwhile."""
     ports: set[int] = set()
     while len(ports) < count:
-        port = random.SystemRandom().choice(_PORTS)
-        with suppress(OSError), socket.socket() as probe:
-            probe.bind(("127.0.0.1", port))
-            ports.add(port)
+        ports.add(free_port())
     return list(ports)
 
 

@@ -99,5 +99,6 @@ def _delete(layer: nn.Module, *names: str) -> None:
 
 
 def check_layers(plan: Plan, layers: int) -> None:
+    """Refuse, by a UserError, a plan that is for another number of layers."""
     if plan.layers != layers:
         raise UserError(f"the plan is for {plan.layers} layers; allowed: {layers}, as in the model")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -31,6 +32,8 @@ DEFAULT_ENV = {
 # A large model is read and compiled before its server answers.
 START_SECONDS = 1800
 SHUTDOWN_SECONDS = 15
+# Below those that Linux gives to connections: what asks for one may listen minutes later.
+_PORTS = range(20000, 32768)
 
 
 class Server:
@@ -182,6 +185,8 @@ def open_url(url: str | urllib.request.Request, timeout: float) -> Any:
 
 def free_port() -> int:
     """Find a TCP port of 127.0.0.1 that nothing listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
+    while True:
+        port = random.SystemRandom().choice(_PORTS)
+        with suppress(OSError), socket.socket() as probe:
+            probe.bind((HOST, port))
+            return port
