@@ -18,7 +18,7 @@ from vllm_depthpar import hf
 from vllm_depthpar.checkpoint.config import read_tensors
 from vllm_depthpar.plan import Plan, resolve
 from vllm_depthpar.recover import distillation, least_squares
-from vllm_depthpar.recover.distillation import SCALING, Distillation, Objective
+from vllm_depthpar.recover.distillation import SCALING, Distillation, Objective, Train
 
 LAYERS = 6
 PLANS: dict[str, Any] = {
@@ -56,19 +56,19 @@ def plain_losses(
 
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("objective", ["distil", "next-token"])
-@pytest.mark.parametrize("everything", [False, True])
+@pytest.mark.parametrize("train", ["blocks", "layers", "all"])
 def test_loss_and_gradients(
     folder: Path,
     plan: str,
     objective: Objective,
-    everything: bool,
+    train: Train,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(distillation, "_ROWS", 20)  # several parts, the last one shorter
     resolved = resolve(PLANS[plan], LAYERS)
     teacher = hf.load_unmodified(folder)
-    tested = Distillation(teacher, resolved, everything, objective)
-    tested.unfreeze("all" if everything else "blocks")
+    tested = Distillation(teacher, resolved, train, objective)
+    tested.unfreeze()
     reference = hf.load(folder, resolved)
     ids = prompts(3, 24)
     kl, nll = plain_losses(hf.load_unmodified(folder), reference, ids)
@@ -77,7 +77,7 @@ def test_loss_and_gradients(
     assert losses["nll"].item() == pytest.approx(nll.item(), rel=1e-5)
     assert losses["loss"].item() == pytest.approx(wanted.item(), rel=1e-4, abs=1e-6)
     assert tested.eval()(ids)["kl"].item() == pytest.approx(kl.item(), rel=1e-4, abs=1e-6)
-    if plan == "nothing" and not everything:
+    if plan == "nothing" and train != "all":
         assert not losses["loss"].requires_grad
         return
     tested.train()
@@ -90,10 +90,12 @@ def test_loss_and_gradients(
         if parameter.requires_grad
     }
     changed = [position for position in range(resolved.depth) if resolved.is_changed(position)]
-    if everything:
+    if train == "all":
         assert trained.keys() == expected.keys()
     else:
-        assert {int(name.split(".")[2]) for name in trained} == set(changed)
+        later = range(changed[0], resolved.depth)
+        learned = set(changed if train == "blocks" else later)
+        assert {int(name.split(".")[2]) for name in trained} == learned
     for name, parameter in trained.items():
         torch.testing.assert_close(
             parameter.grad, expected[name].grad, rtol=1e-3, atol=1e-6, msg=name
@@ -113,12 +115,12 @@ def test_other_families(tmp_path: Path, shape: dict[str, Any]) -> None:
     """The loss is that of whole models, windows included, and a refit lowers it."""
     path = write_llama(tmp_path, layers=LAYERS, **shape)
     plan, ids = resolve(PLANS["pairs"], LAYERS), prompts(3, 24)
-    tested = Distillation(hf.load_unmodified(path), plan)
+    tested = Distillation(hf.load_unmodified(path), plan, "norms")
     kl, nll = plain_losses(hf.load_unmodified(path), hf.load(path, plan), ids)
     losses = tested.eval()(ids)
     assert losses["kl"].item() == pytest.approx(kl.item(), rel=1e-4)
     assert losses["nll"].item() == pytest.approx(nll.item(), rel=1e-5)
-    tested.unfreeze("norms")
+    tested.unfreeze()
     trained = [name for name, p in tested.student.named_parameters() if p.requires_grad]
     assert len(trained) == 4 * (4 if shape["model_type"] == "qwen3" else 2)
     least_squares.refit(tested, prompts(64, 64))
@@ -127,10 +129,10 @@ def test_other_families(tmp_path: Path, shape: dict[str, Any]) -> None:
 
 
 def trained_as_whole_models(path: Path, plan: Plan, ids: torch.Tensor) -> list[str]:
-    """The names of what is trained of the changed blocks; loss and gradients are checked against
+    """The names of what is trained of the layers that learn; loss and gradients are checked against
     those of whole models."""
     tested = Distillation(hf.load_unmodified(path), plan)
-    tested.unfreeze("blocks")
+    tested.unfreeze()
     reference = hf.load(path, plan)
     kl, nll = plain_losses(hf.load_unmodified(path), reference, ids)
     losses = tested(ids)
@@ -174,7 +176,7 @@ def test_norms_after_windows_and_caps(model_type: str, tmp_path: Path) -> None:
     # Blocks of layers with different windows.
     plan, ids = resolve({"pair": [1, 5], "ladder": [3, 4]}, LAYERS), prompts(3, 24)
     trained = trained_as_whole_models(path, plan, ids)
-    assert len(trained) == 4 * (13 if model_type == "gemma3_text" else 11)
+    assert len(trained) == 5 * (13 if model_type == "gemma3_text" else 11)
 
 
 def test_only_what_may_change_is_the_students_own(folder: Path) -> None:
@@ -182,7 +184,7 @@ def test_only_what_may_change_is_the_students_own(folder: Path) -> None:
     tested = Distillation(teacher, resolve(PLANS["pairs"], LAYERS))
     assert tested.changes() == {}
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
-    tested.unfreeze("blocks")
+    tested.unfreeze()
     own = tested.changes()
     assert own.keys() == {
         name
@@ -194,8 +196,8 @@ def test_only_what_may_change_is_the_students_own(folder: Path) -> None:
     optimizer.step()
     assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
     assert not any(torch.equal(tensor, before[name]) for name, tensor in own.items())
-    everything = Distillation(teacher, resolve("identity", LAYERS), everything=True)
-    everything.unfreeze("all")
+    everything = Distillation(teacher, resolve("identity", LAYERS), "all")
+    everything.unfreeze()
     assert everything.changes().keys() == dict(teacher.named_parameters()).keys()
 
 
@@ -203,12 +205,14 @@ def test_only_what_may_change_is_the_students_own(folder: Path) -> None:
     ("what", "share"), [("blocks", 1.0), ("norms", 4 * 2 * 64), ("lora", None)]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_what_is_trained(folder: Path, what: str, share: float | None, dtype: torch.dtype) -> None:
+def test_what_is_trained(
+    folder: Path, what: Train, share: float | None, dtype: torch.dtype
+) -> None:
     """In float32, and only that is saved while training."""
     model = hf.load_unmodified(folder, dtype)
-    tested = Distillation(model, resolve(PLANS["pairs"], LAYERS))
+    tested = Distillation(model, resolve(PLANS["pairs"], LAYERS), what)
     own = sum(p.numel() for layer in model.model.layers[2:] for p in layer.parameters())
-    tested.unfreeze(what, rank=2)
+    tested.unfreeze(rank=2)
     trained = {name: p for name, p in tested.named_parameters() if p.requires_grad}
     assert {parameter.dtype for parameter in trained.values()} == {torch.float32}
     count = sum(parameter.numel() for parameter in trained.values())
@@ -233,8 +237,8 @@ def test_adapters_act_on_what_they_are_named_after(
     plan = resolve(PLANS[name], LAYERS)
     ids = prompts(2, 16)
     original = load_file(folder / "model.safetensors")
-    tested = Distillation(hf.load_unmodified(folder), plan)
-    tested.unfreeze("lora", rank=2)
+    tested = Distillation(hf.load_unmodified(folder), plan, "lora")
+    tested.unfreeze(rank=2)
     assert all("lora" in name for name in tested.changes())
     with torch.no_grad():
         for name, parameter in tested.named_parameters():
@@ -262,18 +266,19 @@ def test_adapters_act_on_what_they_are_named_after(
 
 
 @pytest.mark.parametrize("tie", [False, True])
-@pytest.mark.parametrize("what", ["blocks", "norms", "all", "refit"])
+@pytest.mark.parametrize("what", ["layers", "norms", "all", "refit"])
 def test_copies_begin_as_what_is_in_the_checkpoint(tmp_path: Path, tie: bool, what: str) -> None:
     """Not as what it was rounded to for the teacher, be they trained or refitted."""
     path = write_llama(tmp_path, layers=LAYERS, tie=tie)
     original = load_file(path / "model.safetensors")
     model = hf.load_unmodified(path, torch.bfloat16)
     plan, read = resolve(PLANS["pairs"], LAYERS), partial(read_tensors, str(path))
-    tested = Distillation(model, plan, what == "all", bfloat16=True, read=read)
+    train: Any = "layers" if what == "refit" else what
+    tested = Distillation(model, plan, train, bfloat16=True, read=read)
     if what == "refit":
         tested.own(f"model.layers.{layer}.mlp.down_proj.weight" for layer in (2, 3, 4, 5))
     else:
-        tested.unfreeze(what)
+        tested.unfreeze()
     found = tested.changes()
     kinds = {"norms": "norm", "refit": "down_proj"}
     layers = ("",) if what == "all" else tuple(f"model.layers.{layer}." for layer in (2, 3, 4, 5))
@@ -291,7 +296,7 @@ def test_bfloat16_computes_on_float32_masters(folder: Path) -> None:
     rounded = Distillation(hf.load_unmodified(folder, torch.bfloat16), plan, bfloat16=True)
     gradients = []
     for tested in (exact, rounded):
-        tested.unfreeze("blocks")
+        tested.unfreeze()
         loss = tested(ids)["loss"]
         loss.backward()
         parameters = [p for p in tested.parameters() if p.requires_grad]

@@ -12,7 +12,7 @@ from models import prompts, write_llama
 from vllm_depthpar import hf
 from vllm_depthpar.plan import resolve
 from vllm_depthpar.recover import least_squares
-from vllm_depthpar.recover.distillation import Distillation
+from vllm_depthpar.recover.distillation import Distillation, Train
 
 LAYERS = 6
 MLP = ("gate", "up", "down")
@@ -36,9 +36,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
     ids=str,
 )
-def test_less_is_lost_on_text_that_was_not_seen(folder: Path, spec: Any) -> None:
+@pytest.mark.parametrize("train", ["layers", "blocks"])
+def test_less_is_lost_on_text_that_was_not_seen(folder: Path, spec: Any, train: Train) -> None:
     plan = resolve(spec, LAYERS)
-    tested = Distillation(hf.load_unmodified(folder), plan).eval()
+    tested = Distillation(hf.load_unmodified(folder), plan, train).eval()
     before = hf.load_unmodified(folder).state_dict()
     unseen = prompts(16, 64, seed=1)
     with torch.no_grad():
@@ -47,20 +48,40 @@ def test_less_is_lost_on_text_that_was_not_seen(folder: Path, spec: Any) -> None
         ridges = least_squares.refit(tested, prompts(64, 64), on_progress=shares.append)
         left = float(tested(unseen)["kl"])
     assert left < 0.95 * lost
-    assert ridges.keys() == {at for at in range(plan.depth) if plan.is_changed(at)}
+    changed = {at for at in range(plan.depth) if plan.is_changed(at)}
+    fitted = changed if train == "blocks" else set(range(min(changed), plan.depth))
+    assert ridges.keys() == fitted
     assert sum(shares) == pytest.approx(1)
-    changed = {layer for at in ridges for layer in plan.blocks[at]}
+    layers = {layer for at in ridges for layer in plan.blocks[at]}
     changes = tested.changes()
-    of_mlps = {f"model.layers.{layer}.mlp.{part}_proj.weight" for layer in changed for part in MLP}
+    of_mlps = {f"model.layers.{layer}.mlp.{part}_proj.weight" for layer in layers for part in MLP}
     assert {name for name in changes if ".mlp." in name} == of_mlps
-    # Of attentions those that do not read where the teacher's do.
+    # Of attentions all but the one up to which all is as it was.
     late = {int(name.split(".")[2]) for name in changes if ".self_attn." in name}
-    assert late == changed - {plan.blocks[at][0] for at in ridges if not plan.is_ladder(at)}
-    for layer in changed:
-        name = f"model.layers.{layer}.mlp.down_proj.weight"
-        assert not torch.equal(changes[name], before[name])
+    first = min(changed)
+    assert late == layers - (set() if plan.is_ladder(first) else {plan.blocks[first][0]})
+    assert ridges[first] < torch.inf
+    for at, ridge in ridges.items():
+        for layer in plan.blocks[at]:
+            name = f"model.layers.{layer}.mlp.down_proj.weight"
+            assert torch.equal(changes[name], before[name]) == (ridge == torch.inf)
     for name, tensor in tested.teacher.state_dict().items():
         assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize(
+    "spec", [{"blocks": [[0], [1], [3], [4], [5]]}, {"drop_attention": [2]}], ids=str
+)
+def test_later_layers_make_up_for_earlier_ones(folder: Path, spec: Any) -> None:
+    """What is missing before them they can add."""
+    plan, unseen, left = resolve(spec, LAYERS), prompts(16, 64, seed=1), {}
+    trains: tuple[Train, ...] = ("blocks", "layers")
+    for train in trains:
+        tested = Distillation(hf.load_unmodified(folder), plan, train).eval()
+        with torch.no_grad():
+            least_squares.refit(tested, prompts(64, 64))
+            left[train] = float(tested(unseen)["kl"])
+    assert left["layers"] < 0.95 * left["blocks"]
 
 
 @pytest.mark.parametrize("spec", [{"pair": [2, 6]}, {"ladder": 3}], ids=str)

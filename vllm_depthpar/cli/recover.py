@@ -161,7 +161,7 @@ def _recover(
     distillation = Distillation(
         model,
         chosen,
-        everything=args.train == "all",
+        train=args.train,
         objective=args.objective,
         bfloat16=bfloat16,
         read=None if is_quantized(folder(args.model)) else partial(read_tensors, args.model),

@@ -22,6 +22,7 @@ from vllm_depthpar.hf import ParallelBlock, Stream
 from vllm_depthpar.plan import Plan
 
 Objective = Literal["distil", "next-token"]
+Train = Literal["layers", "blocks", "norms", "lora", "all"]
 # The tensors of these names, each with its name.
 Read: TypeAlias = Callable[[Iterable[str]], Iterable[tuple[str, Tensor]]]
 
@@ -38,10 +39,16 @@ class Distillation(nn.Module):
     give it copies of those, in float32, the master weights. Blocks before the first changed
     one are run once for both.
 
+    Attributes:
+        changed: positions of the blocks that the plan changes.
+        learning: of those that are fitted and, unless all tensors are, trained.
+
     Args:
         model: as loaded, not restructured; it becomes the teacher and is not changed.
         plan: the student's.
-        everything: let any tensor change, not only those of the changed blocks.
+        train: what may learn: every block from the first changed one on, which makes up for what
+            an earlier one gets wrong ("layers"); of the changed blocks alone all ("blocks"), the
+            norms, or low-rank adapters of the projections ("lora"); or every tensor ("all").
         objective: "next-token" is plain fine-tuning on the text, for comparison.
         bfloat16: compute in it, whatever the student's copies are in.
         read: reads what the student's copies begin as, by their names in the checkpoint: where
@@ -59,14 +66,14 @@ class Distillation(nn.Module):
         self,
         model: PreTrainedModel,
         plan: Plan,
-        everything: bool = False,
+        train: Train = "layers",
         objective: Objective = "distil",
         bfloat16: bool = False,
         read: Read | None = None,
     ) -> None:
         super().__init__()
         self.plan = plan
-        self.everything = everything
+        self.what = train
         self.objective = objective
         self.bfloat16 = bfloat16
         self.changed = [at for at in range(plan.depth) if plan.is_changed(at)]
@@ -75,28 +82,31 @@ class Distillation(nn.Module):
         self.student = hf.restructure(copy.deepcopy(model, shared), plan)
         self._read = read or self._teachers
         # Up to here teacher and student are the same function.
-        self.first = 0 if everything else min(self.changed, default=plan.depth)
+        first = min(self.changed, default=plan.depth)
+        self.first = 0 if train == "all" else first
+        later = train in ("layers", "all")
+        self.learning = list(range(first, plan.depth)) if later else self.changed
 
     def autocast(self) -> torch.autocast:
         """Make the context that every forward pass runs in."""
         return torch.autocast(self.teacher.device.type, torch.bfloat16, enabled=self.bfloat16)
 
-    def unfreeze(self, what: str, rank: int = 16, seed: int = 0) -> None:
-        """Choose what gradients change: "blocks", "norms" or "lora" of the changed blocks, "all".
+    def unfreeze(self, rank: int = 16, seed: int = 0) -> None:
+        """Let gradients change what may learn.
 
         Experts and their routers stay the teacher's.
 
         Args:
-            what: "all" needs `everything`.
             rank: of the low-rank adapters.
             seed: of the adapters' first values.
         """
-        if what == "lora":
+        if self.what == "lora":
             self._adapt(rank, seed)
             return
-        chosen = self._by_name() if what == "all" else self._of_blocks(self.changed)
+        chosen = self._by_name() if self.what == "all" else self._of_blocks(self.learning)
         chosen = [name for name in chosen if not hf.is_of_experts(name)]
-        for parameter in self.own(name for name in chosen if what != "norms" or "norm" in name):
+        norms = self.what == "norms"
+        for parameter in self.own(name for name in chosen if not norms or "norm" in name):
             parameter.requires_grad_(True)
 
     def own(self, names: Iterable[str]) -> list[nn.Parameter]:
@@ -135,12 +145,12 @@ class Distillation(nn.Module):
         return ((name, mine[name].detach()) for name in names)
 
     def _adapt(self, rank: int, seed: int) -> None:
-        """Put adapters on all projections of the changed blocks."""
+        """Put adapters on all projections of the blocks that learn."""
         from peft import LoraConfig, inject_adapter_in_model
 
         names = [
             f"model.layers.{position}.{name}"
-            for position in self.changed
+            for position in self.learning
             for name, module in self.blocks[position].named_modules()
             if isinstance(module, nn.Linear)
         ]
@@ -202,7 +212,7 @@ class Distillation(nn.Module):
             for block in self.blocks[: self.first]:
                 stream = block(stream, **context)
             target = self._teach(stream, context) if taught else None
-        if self.everything:
+        if self.what == "all":
             stream = hf.embed(self.student, input_ids)
         for block in self.blocks[self.first :]:
             stream = block(stream, **context)

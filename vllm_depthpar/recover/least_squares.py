@@ -1,8 +1,9 @@
-"""Recovery without gradients: what a changed block gets wrong, its projections can be fitted to.
+"""Recovery without gradients: projections are fitted to what changed blocks get wrong.
 
 Two things are linear, and have a closed form. *What a layer reads*: attention and MLP of a layer in
-a changed block read another stream than in the teacher, without a term or with one too many. With t
-what the teacher's reads, after its norm, and z what the student's does,
+a changed block read another stream than in the teacher, without a term or with one too many, and
+those of a layer after it one with its errors. With t what the teacher's reads, after its norm, and
+z what the student's does,
 
     C = argmin_C  sum_tokens |t - C z|^2  +  ridge |C - I|^2
 
@@ -49,7 +50,7 @@ def refit(
     batch: int = 4,
     on_progress: Callable[[float], None] = lambda _: None,
 ) -> dict[int, float]:
-    """Fit the projections of the student's changed blocks, in place: those that read, then down.
+    """Fit the projections of the student's blocks that learn, in place: those that read, then down.
 
     Args:
         distillation: teacher and student, on one device.
@@ -59,8 +60,8 @@ def refit(
         on_progress: called with the share of the work done since the last call.
 
     Returns:
-        The ridge of the down projections of each changed block that can be fitted, by its
-        position. A block whose end stands for no depth of the teacher (`Plan.end`) cannot.
+        The ridge of the down projections of each block that can be fitted, by its position. A
+        block whose end stands for no depth of the teacher (`Plan.end`) cannot.
     """
     plan, blocks, layers = distillation.plan, distillation.blocks, distillation.teacher_layers
     device = distillation.teacher.device
@@ -69,15 +70,14 @@ def refit(
     depth, found = distillation.first, {}
     for position in range(distillation.first, plan.depth):
         block, end = blocks[position], plan.end(position)
-        fits = end is not None and position in distillation.changed and bool(block.feeding)
+        fits = end is not None and position in distillation.learning and bool(block.feeding)
         if end is not None:
             members = range(depth, end)
             norms = {
                 (index, half): getattr(layers[index], before)
                 for index in members
                 for half, (before, *_) in block.norms.items()
-                # The attention at the block's beginning reads what it should.
-                if fits and (half == "mlp" or index > depth or block.mode == "ladder")
+                if fits and _reads_otherwise(distillation, position, half, index - depth)
             }
             for state in states:
                 with _calls_of(norms) as calls, distillation.autocast():
@@ -96,6 +96,13 @@ def refit(
                 state.stream = block(state.stream, **state.context)
         on_progress(1 / (plan.depth - distillation.first))
     return found
+
+
+def _reads_otherwise(distillation: Distillation, position: int, half: str, member: int) -> bool:
+    """Whether half of a layer in a block that learns reads what the teacher's does not: all do but
+    the attention with which the first begins."""
+    late = half == "mlp" or member > 0 or distillation.plan.is_ladder(position)
+    return late or position > distillation.learning[0]
 
 
 def _fitted(block: ParallelBlock, reads: Collection[tuple[int, str]]) -> list[str]:

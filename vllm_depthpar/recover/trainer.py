@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -26,13 +26,12 @@ from transformers import ProgressCallback, Trainer, TrainingArguments
 from vllm_depthpar.checkpoint.tensors import opened
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.evaluate.texts import Windows
-from vllm_depthpar.recover.distillation import Distillation, Objective
+from vllm_depthpar.recover.distillation import Distillation, Objective, Train
 from vllm_depthpar.recover.least_squares import refit
 from vllm_depthpar.recover.lessons import AT_ONCE, Lessons, WithRollouts
 from vllm_depthpar.util import files
 from vllm_depthpar.util.progress import bar
 
-Train = Literal["blocks", "norms", "lora", "all"]
 _MEASURED_BATCH = 2
 # A run of given minutes leaves this much of them to saving and to steps slower than the first.
 _MARGIN = 0.95
@@ -43,8 +42,7 @@ class TrainingSettings:
     """What a run depends on beside model, plan and texts; the run of a folder keeps them.
 
     Attributes:
-        train: what gradients change: the changed blocks, their norms, low-rank adapters of their
-            projections, or every tensor.
+        train: see `Distillation`, which has it.
         refit: how many tokens to refit on, 0 for no refit.
         objective: see `Distillation`.
         batch: windows of a step, over all processes.
@@ -57,7 +55,7 @@ class TrainingSettings:
         evaluations: how often to measure while training.
     """
 
-    train: Train = "blocks"
+    train: Train = "layers"
     refit: int = 32768
     objective: Objective = "distil"
     batch: int = 4
@@ -276,7 +274,7 @@ class Recovery:
         if any(parameter.requires_grad for parameter in self._distillation.parameters()):
             return
         settings = self._settings
-        self._distillation.unfreeze(settings.train, settings.rank, settings.seed)
+        self._distillation.unfreeze(settings.rank, settings.seed)
         if settings.checkpointing:
             self._distillation.student.gradient_checkpointing_enable()
 
