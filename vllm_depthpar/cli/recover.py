@@ -85,10 +85,11 @@ def add(commands: Any) -> None:
     training = parser.add_argument_group("training")
     training.add_argument(
         "--train",
-        choices=("blocks", "norms", "lora", "all"),
-        default="blocks",
-        help="what changes: the changed blocks, their norms, or all; lora: nothing, and what is "
-        "written is an adapter to serve beside the untouched checkpoint (blocks)",
+        choices=("layers", "blocks", "norms", "lora", "all"),
+        default="layers",
+        help="what changes: the layers from the first changed one on, those of the changed blocks "
+        "alone, their norms, or all tensors; lora: nothing, and what is written is an adapter to "
+        "serve beside the untouched checkpoint (layers)",
     )
     training.add_argument(
         "--refit",
