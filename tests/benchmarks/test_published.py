@@ -21,7 +21,7 @@ from vllm_depthpar.plan.model_shape import ModelShape
 from vllm_depthpar.plan.presets import PRESETS, Preset
 from vllm_depthpar.plan.published_shapes import CONFIGS, config_named
 
-BENCH = Path(__file__).parents[2] / "benchmarks/serving/results/bench-smollm2-compiled.json"
+BENCH = Path(__file__).parents[2] / "benchmarks/serving/results/bench-smollm2-eager.json"
 
 
 def labels(shape: str) -> list[str]:
