@@ -41,7 +41,8 @@ class Distillation(nn.Module):
 
     Attributes:
         changed: positions of the blocks that the plan changes.
-        learning: of those that are fitted and, unless all tensors are, trained.
+        learning: of the blocks that are fitted and, unless all tensors are, trained.
+        what: `train`.
 
     Args:
         model: as loaded, not restructured; it becomes the teacher and is not changed.
