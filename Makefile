@@ -90,7 +90,7 @@ demo: $(INSTALLED) ## Plan, one answer, and speed beside plain vLLM's
 tune: $(INSTALLED) ## Make a faster checkpoint of MODEL in OUT (tuned), with a page of how
 	@set -e; model='$(MODEL)'; \
 	[ -n "$$model" ] || model=$$($(BIN)/python -m vllm_depthpar.checkpoint.bundled); \
-	exec $(BIN)/depthpar tune "$$model" --out '$(OUT)' $(or $(ARGS),--speedup 1.05 --minutes 14)
+	exec $(BIN)/depthpar tune "$$model" --out '$(OUT)' $(or $(ARGS),--speedup 1.05 --minutes 12)
 
 test: $(INSTALLED) ## Run the tests (ARGS="-k name" for some of them)
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)

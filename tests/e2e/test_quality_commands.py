@@ -149,6 +149,17 @@ def test_search_for_a_depth(
     assert again.read_text() == out.read_text()
 
 
+def test_a_search_without_time_ends_after_a_round(model: Path, text: Path, tmp_path: Path) -> None:
+    """What was measured alone is used: nothing published leaves halves out."""
+    out = tmp_path / "plan.json"
+    calibration = ["--text", text, "--own-text", 0, "--window", 64, "--tokens", 504]
+    goal = ["--all-reduces", 14, "--methods", "drop_attention", "--minutes", 0]
+    run("search", model, *goal, *calibration, "--out", out)
+    assert all_reduces(resolve(read_spec(str(out)), LAYERS)) == 14
+    measured = json.loads((tmp_path / "plan-report.json").read_text())["measured"]
+    assert sum(one["all_reduces"] == 14 for one in measured) <= 6
+
+
 def test_search_for_a_loss(model: Path, text: Path, tmp_path: Path) -> None:
     calibration = ["--text", text, "--own-text", 0, "--window", 64, "--tokens", 504]
     out = tmp_path / "plan.json"

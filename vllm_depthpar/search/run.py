@@ -151,7 +151,7 @@ class Effort:
     Attributes:
         rounds: at most.
         proposals: plans of the target's length that a round measures.
-        minutes: no round begins that would end later, as rounds have been so far.
+        minutes: no round but the first begins that would end later, as rounds have been so far.
         seed: of the draws.
     """
 
@@ -261,7 +261,8 @@ def run(space: Space, suite: Suite, effort: Effort, started: float | None = None
     shortest, longest = reachable(layers, space.lengths)[0], 0.0
     while outcome.rounds < effort.rounds:
         begun = time.monotonic()
-        if begun + longest - started > 60 * effort.minutes:
+        # Without one the costs of changes alone were measured for nothing.
+        if outcome.rounds and begun + longest - started > 60 * effort.minutes:
             break
         target = space.target
         if target is None:
