@@ -311,10 +311,9 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"args": [*plan({"ladder": "all"}), *speculation("eagle3")]},
         ["'eagle3' reads complete streams", "allowed: plans without a ladder, or 'eagle'"],
     ),
-    # vLLM itself no longer knows it from 0.33 on.
-    "speculation with the model's insides, by heads": (
-        {"args": speculation("medusa")},
-        ["'medusa'", "ngram"],
+    "speculation that nobody tried": (
+        {"args": speculation("custom_class")},
+        ["'custom_class' was not tried", "allowed: ngram"],
     ),
 }
 

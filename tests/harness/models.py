@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 # `write_llama`'s model type to what config.json names.
 ARCHITECTURES = {
@@ -350,6 +350,30 @@ def write_eagle(model: Path, folder: Path, method: str) -> Path:
     names = {"eagle": "LlamaForCausalLM", "eagle3": "LlamaForCausalLMEagle3"}
     head = config | {"architectures": [names[method]], "num_hidden_layers": 1}
     (folder / "config.json").write_text(json.dumps(head))
+    return folder
+
+
+def write_medusa(
+    model: PreTrainedModel, folder: Path, texts: torch.Tensor, prompt: int, heads: int
+) -> Path:
+    """Write Medusa's heads that know how texts, (count, tokens), go on after their prompts, and
+    nothing else: fitted to the model's last hidden states, more than which each of these must have
+    elements."""
+    with torch.no_grad():
+        states = model.model(texts).last_hidden_state
+    hidden, vocab = model.config.hidden_size, model.config.vocab_size
+    tensors = {}
+    for head in range(heads):
+        reads, tokens = states[:, prompt - 1 : -2 - head], texts[:, prompt + 1 + head :]
+        said = torch.nn.functional.one_hot(tokens.flatten(), vocab).float()
+        fitted = torch.linalg.lstsq(reads.flatten(0, 1), said).solution
+        tensors[f"{head}.0.linear.weight"] = torch.zeros(hidden, hidden)
+        tensors[f"{head}.1.weight"] = fitted.T.contiguous()
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = {"model_type": "medusa", "hidden_size": hidden, "vocab_size": vocab}
+    counts = {"medusa_num_heads": heads, "medusa_num_layers": 1}
+    (folder / "config.json").write_text(json.dumps(config | counts))
     return folder
 
 

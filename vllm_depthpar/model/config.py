@@ -42,9 +42,10 @@ MISTRAL_FORMAT = (
     "supported; allowed: --config-format hf --load-format hf, where it holds those files too"
 )
 
-# Speculation: by what takes nothing from inside the target model, and by heads that read it.
+# Speculation: by what takes no more from the target model than its tokens or, Medusa, its last
+# hidden states, and by heads that read its insides.
 _HEADS = ("eagle", "eagle3")
-_SPECULATION = ("ngram", "ngram_gpu", "suffix", "draft_model", *_HEADS)
+_SPECULATION = ("ngram", "ngram_gpu", "suffix", "draft_model", "medusa", *_HEADS)
 
 # Load formats that read no safetensors.
 _NOT_SAFETENSORS = ("dummy", "pt", "npcache")
