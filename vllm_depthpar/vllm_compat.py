@@ -478,7 +478,12 @@ def tell_of_adapters(model: nn.Module, tell: Callable[[Collection[str]], None]) 
     And mend what makes a batch with adapters and without wrong on a CPU: see
     `_leaving_others_alone`.
 
-    Relies on: `LoRAModelManager._add_adapter` gets each, with its weights by module in `loras`.
+    Args:
+        model: the one that has adapters, or one inside it, as a language model that sees is: that
+            is told of its own modules, by the names that they have in it.
+
+    Relies on: `LoRAModelManager._add_adapter` gets each, with its weights by module in `loras`,
+    under the names that the manager's `model` has for them.
     """
     # Imported by a worker that serves adapters anyway, and by nobody else.
     from vllm.lora.model_manager import LoRAModelManager
@@ -496,8 +501,10 @@ def _telling_of_adapters(add: Callable[..., Any]) -> Callable[..., Any]:
     def add_adapter(self: Any, lora: Any) -> Any:
         names = list(lora.loras)  # adding merges some
         added = add(self, lora)
-        if (tell := getattr(self.model, _TOLD, None)) is not None:
-            tell(names)
+        for place, model in self.model.named_modules():
+            if (tell := getattr(model, _TOLD, None)) is not None:
+                inside = f"{place}." if place else ""
+                tell([name.removeprefix(inside) for name in names if name.startswith(inside)])
         return added
 
     return add_adapter
