@@ -405,9 +405,18 @@ def prompts(count: int, tokens: int, *, vocab: int = 512, seed: int = 0) -> torc
 
 
 def write_adapter(
-    model: Path, folder: Path, *, rank: int = 8, seed: int = 0, projections: str = "all-linear"
+    model: Path,
+    folder: Path,
+    *,
+    rank: int = 8,
+    seed: int = 0,
+    projections: str = "all-linear",
+    kind: Any = AutoModelForCausalLM,
 ) -> tuple[Path, Path]:
     """Write an adapter of a checkpoint's projections, by peft, with seeded weights.
+
+    Args:
+        kind: transformers' class that loads the checkpoint.
 
     Returns:
         The folder of the adapter, and of a checkpoint with the adapter merged.
@@ -416,7 +425,7 @@ def write_adapter(
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
-    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    plain = kind.from_pretrained(model, dtype=torch.float32)
     config = LoraConfig(
         r=rank, lora_alpha=rank, target_modules=projections, init_lora_weights=False
     )

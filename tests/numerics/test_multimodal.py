@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import logging
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ import pytest
 import torch
 from assertions import check
 from engine_runs import Case, run
-from models import prompts
+from models import prompts, write_adapter
 from PIL import Image
 from seeing_models import FAMILIES, IMAGE, see, write_seeing
+from transformers import AutoModelForImageTextToText
 
 from vllm_depthpar import hf
+from vllm_depthpar.plan import resolve
 
 try:
     importlib.import_module("torchvision")
@@ -70,25 +73,85 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return paths
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("kind", PLANS)
+@pytest.mark.parametrize(
+    ("kind", "ranks", "compiled"),
+    [
+        *((kind, ranks, False) for kind in PLANS for ranks in (1, 2)),
+        *((kind, 1, True) for kind in ("llava", "qwen2_5_vl")),
+    ],
+)
 def test_images_in_prompts(
-    models: dict[str, Path], images: list[Path], kind: str, ranks: int
+    models: dict[str, Path], images: list[Path], kind: str, ranks: int, compiled: bool
 ) -> None:
-    model = models[kind]
+    model, plans = models[kind], PLANS[kind][-1:] if compiled else PLANS[kind]
     texts = [[*text[:7], IMAGE, *text[7:]] for text in prompts(2, 30, vocab=256).tolist()]
     engine = {"skip_tokenizer_init": False}
-    cases = [
-        Case(model, plan, texts, max_tokens=8, images=images, engine=engine) for plan in PLANS[kind]
-    ]
+    cases = [Case(model, plan, texts, max_tokens=8, images=images, engine=engine) for plan in plans]
     seen, pixels = see(kind, model, texts, images)
-    for case, result in zip(cases, run(cases, ranks), strict=True):
+    for case, result in zip(cases, run(cases, ranks, compiled=compiled), strict=True):
         reference = hf.load(model, case.plan, ranks=ranks)
         check(result, dataclasses.replace(case, prompts=seen), partial(_see, reference, pixels))
         black = pixels | {"pixel_values": torch.zeros_like(pixels["pixel_values"])}
         blind = partial(_see, reference, black)
         with pytest.raises(AssertionError, match="Tensor-likes are not close"):
             check(result, dataclasses.replace(case, prompts=seen), blind)
+
+
+@pytest.mark.parametrize("kind", PLANS)
+def test_adapters_of_the_language_model(
+    models: dict[str, Path], images: list[Path], kind: str, tmp_path: Path
+) -> None:
+    """They act where their layers run, and what has no effect is said."""
+    model, plan, log = models[kind], PLANS[kind][1], tmp_path / "log"
+    adapter, merged = write_adapter(
+        model,
+        tmp_path,
+        # With which no model answers an image's token: no reference could go on from there.
+        seed=1,
+        projections=r".*language_model.*layers.*_proj",
+        kind=AutoModelForImageTextToText,
+    )
+    texts = [[*text[:7], IMAGE, *text[7:]] for text in prompts(2, 30, vocab=256).tolist()]
+    targets = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+    case = Case(
+        model,
+        plan,
+        texts,
+        max_tokens=8,
+        images=images,
+        adapters=[None, adapter],
+        engine={
+            "skip_tokenizer_init": False,
+            "enable_lora": True,
+            "lora_target_modules": targets,
+        },
+        prepare=partial(_write_log, log),
+    )
+    (result,) = run([case])
+    for at, (right, wrong) in enumerate([(model, merged), (merged, model)]):
+        seen, pixels = see(kind, model, texts[at : at + 1], images[at : at + 1])
+        one = dataclasses.replace(case, prompts=seen)
+        answer = dataclasses.replace(
+            result,
+            prompt_logprobs=result.prompt_logprobs[at : at + 1],
+            tokens=result.tokens[at : at + 1],
+        )
+        check(answer, one, partial(_see, hf.load(right, plan), pixels))
+        with pytest.raises(AssertionError, match="Tensor-likes are not close"):
+            check(answer, one, partial(_see, hf.load(wrong, plan), pixels))
+    resolved = resolve(plan, 6)
+    left_out = sorted({*range(6)} - {layer for layer, _ in resolved.runs})
+    assert f"in the layers {', '.join(map(str, left_out))}, and are ignored" in log.read_text()
+
+
+def _write_log(path: Path) -> None:
+    def write(record: logging.LogRecord) -> bool:
+        with path.open("a") as log:
+            log.write(record.getMessage())
+        return True
+
+    # A filter: handlers are taken away when vLLM sets up its logging.
+    logging.getLogger("vllm.depthpar").addFilter(write)
 
 
 def _see(model: Any, pixels: dict[str, torch.Tensor], texts: torch.Tensor) -> Any:
