@@ -41,8 +41,8 @@ class Distillation(nn.Module):
 
     Attributes:
         changed: positions of the blocks that the plan changes.
-        learning: of the blocks that are fitted and, unless all tensors are, trained.
-        what: `train`.
+        learning: those of the blocks that are fitted and, unless all tensors are, trained.
+        what: the argument `train`, a name that modules have a method of.
 
     Args:
         model: as loaded, not restructured; it becomes the teacher and is not changed.
@@ -85,8 +85,8 @@ class Distillation(nn.Module):
         # Up to here teacher and student are the same function.
         first = min(self.changed, default=plan.depth)
         self.first = 0 if train == "all" else first
-        later = train in ("layers", "all")
-        self.learning = list(range(first, plan.depth)) if later else self.changed
+        every = range(first, plan.depth)
+        self.learning = list(every) if train in ("layers", "all") else self.changed
 
     def autocast(self) -> torch.autocast:
         """Make the context that every forward pass runs in."""

@@ -77,7 +77,14 @@ def refit(
                 (index, half): getattr(layers[index], before)
                 for index in members
                 for half, (before, *_) in block.norms.items()
-                if fits and _reads_otherwise(distillation, position, half, index - depth)
+                # The attention with which the first of them begins reads what it should.
+                if fits
+                and (
+                    position > distillation.learning[0]
+                    or half == "mlp"
+                    or index > depth
+                    or block.mode == "ladder"
+                )
             }
             for state in states:
                 with _calls_of(norms) as calls, distillation.autocast():
@@ -96,13 +103,6 @@ def refit(
                 state.stream = block(state.stream, **state.context)
         on_progress(1 / (plan.depth - distillation.first))
     return found
-
-
-def _reads_otherwise(distillation: Distillation, position: int, half: str, member: int) -> bool:
-    """Whether half of a layer in a block that learns reads what the teacher's does not: all do but
-    the attention with which the first begins."""
-    late = half == "mlp" or member > 0 or distillation.plan.is_ladder(position)
-    return late or position > distillation.learning[0]
 
 
 def _fitted(block: ParallelBlock, reads: Collection[tuple[int, str]]) -> list[str]:
