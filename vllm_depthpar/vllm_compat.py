@@ -173,16 +173,19 @@ def forget_experts(vllm_config: VllmConfig, name: str) -> None:
         compilation.static_all_moe_layers.remove(name)
 
 
-def leave_sums(mlp: Any) -> None:
-    """Let an MLP return what this rank computes of it, not the sum over the ranks.
+def leave_sums(module: Any, last: str) -> None:
+    """Let an attention or an MLP return what this rank computes of it, not the sum over the ranks.
 
     Relies on: `RowParallelLinear.reduce_results`; where there are experts, `MoERunner` asks its
     `moe_config.skip_final_all_reduce` at every call, as vLLM's own models do that reduce later.
+
+    Args:
+        last: the name of its last projection, unless it is many experts.
     """
-    if hasattr(mlp, "experts"):
-        mlp.experts.moe_config.skip_final_all_reduce = True
+    if hasattr(module, "experts"):
+        module.experts.moe_config.skip_final_all_reduce = True
     else:
-        mlp.down_proj.reduce_results = False
+        getattr(module, last).reduce_results = False
 
 
 def runs_experts_beside_adapters() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,39 @@ def unfused(weights: dict[str, Tensor], q: int, kv: int) -> dict[str, Tensor]:
         else:
             found[name] = tensor
     return found
+
+
+def named_as_llamas(weights: dict[str, Tensor], heads: int) -> dict[str, Tensor]:
+    """A BLOOM's, with q, k and v each by itself; files have them head by head."""
+    found = {}
+    for name, tensor in weights.items():
+        name = re.sub(r"^h\.", "layers.", name.removeprefix("transformer."))
+        name = name.replace("word_embeddings.", "embed_tokens.").replace("ln_f.", "norm.")
+        name = name.replace("self_attention.dense.", "self_attn.o_proj.")
+        name = name.replace("dense_h_to_4h", "up_proj").replace("dense_4h_to_h", "down_proj")
+        prefixed = name if name.startswith("lm_head") else f"model.{name}"
+        if "query_key_value" not in name:
+            found[prefixed] = tensor
+            continue
+        of_heads = tensor.unflatten(0, (heads, 3, -1))
+        for at, part in enumerate("qkv"):
+            one = prefixed.replace("self_attention.query_key_value", f"self_attn.{part}_proj")
+            found[one] = of_heads[:, at].flatten(0, 1)
+    return found
+
+
+def alibi(heads: int, tokens: int) -> Tensor:
+    """What is added to scores, (heads, tokens, tokens): the distance, less for later heads.
+
+    Slopes as in Press et al. (arXiv 2108.12409) and its authors' code: of 8 heads 1/2, 1/4 and so
+    on; where they are no power of two, those of the next one below, and every other one of twice
+    as many.
+    """
+    even = 2 ** int(math.log2(heads))
+    slopes = [2 ** (-8 * (at + 1) / even) for at in range(even)]
+    slopes += [2 ** (-8 * (2 * at + 1) / (2 * even)) for at in range(heads - even)]
+    places = torch.arange(tokens)
+    return torch.tensor(slopes).double()[:, None, None] * (places - places[:, None])
 
 
 def unstacked(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -63,6 +97,11 @@ def plain_logits(path: Path, plan: Plan, ids: Tensor, ranks: int = 1) -> Tensor:
     """
     config = json.loads((path / "config.json").read_text())
     weights = {k: v.double() for k, v in load_file(path / "model.safetensors").items()}
+    if bloom := config["model_type"] == "bloom":
+        heads = config["n_head"]
+        config |= {"num_attention_heads": heads, "num_key_value_heads": heads}
+        config["num_hidden_layers"] = config["n_layer"]
+        weights = named_as_llamas(weights, heads)
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     width = config.get("head_dim") or config["hidden_size"] // heads
     if gpt_oss := config["model_type"] == "gpt_oss":
@@ -83,12 +122,16 @@ def plain_logits(path: Path, plan: Plan, ids: Tensor, ranks: int = 1) -> Tensor:
     mixtral = config["model_type"] == "mixtral"
     sparse = mixtral or gpt_oss or "num_experts" in config
     always_whole = plan.layout == "whole" or gemma or glm or sparse
-    always_whole |= config["model_type"] in ("granite", "phi3")
+    always_whole |= config["model_type"] in ("granite", "phi3", "bloom")
 
     def apply(name: str, x: Tensor, biased: bool = True) -> Tensor:
         return linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias") if biased else None)
 
     def norm(name: str, x: Tensor) -> Tensor:
+        if bloom:
+            x = x - x.mean(-1, keepdim=True)
+            deviation = (x.pow(2).mean(-1, keepdim=True) + config["layer_norm_epsilon"]).sqrt()
+            return x / deviation * weights[f"{name}.weight"] + weights[f"{name}.bias"]
         rms = (x.pow(2).mean(-1, keepdim=True) + config["rms_norm_eps"]).sqrt()
         return x / rms * (weights[f"{name}.weight"] + gemma)
 
@@ -96,6 +139,8 @@ def plain_logits(path: Path, plan: Plan, ids: Tensor, ranks: int = 1) -> Tensor:
         return x if (cap := config.get(key)) is None else cap * (x / cap).tanh()
 
     def rotate(x: Tensor, kind: str) -> Tensor:
+        if bloom:
+            return x
         base, scaling = config["rope_theta"], config["rope_scaling"]
         if kind == "sliding_attention" and "rope_local_base_freq" in config:
             base, scaling = config["rope_local_base_freq"], None
@@ -153,6 +198,8 @@ def plain_logits(path: Path, plan: Plan, ids: Tensor, ranks: int = 1) -> Tensor:
         q = rotate(q, kind).view(kv_heads, heads // kv_heads, tokens, width)
         scale = config.get("query_pre_attn_scalar", width) ** -0.5
         scores = q @ rotate(k, kind)[:, None].mT * config.get("attention_multiplier", scale)
+        if bloom:
+            scores = scores + alibi(heads, tokens)[:, None]
         if config["model_type"] == "gemma2":
             scores = capped(scores, "attn_logit_softcapping")
         seen = torch.ones(tokens, tokens).tril()
@@ -169,6 +216,9 @@ def plain_logits(path: Path, plan: Plan, ids: Tensor, ranks: int = 1) -> Tensor:
     def gated(name: str, x: Tensor, on: Part, biased: bool = True) -> Tensor:
         names = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
         gate, up, down = (f"{name}.{part}" for part in names)
+        if bloom:
+            inner = gelu(apply(up, x), approximate="tanh")
+            return apply(down, inner * on(inner.shape[-1]), biased)
         inner, other = apply(gate, x), apply(up, x)
         if gpt_oss:
             inner, other = inner.clamp(max=7), other.clamp(-7, 7) + 1
@@ -255,6 +305,8 @@ def plain_logits(path: Path, plan: Plan, ids: Tensor, ranks: int = 1) -> Tensor:
 
     streams: list[Tensor] = []
     x = after_attention = embedding(ids, weights["model.embed_tokens.weight"])
+    if bloom:
+        x = norm("model.word_embeddings_layernorm", x)
     x = x * (config["hidden_size"] ** 0.5 if gemma else config.get("embedding_multiplier", 1))
     after_attention = x
     for position, block in enumerate(plan.blocks):

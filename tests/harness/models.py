@@ -34,6 +34,7 @@ ARCHITECTURES = {
     "qwen2_moe": "Qwen2MoeForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "gpt_oss": "GptOssForCausalLM",
+    "bloom": "BloomForCausalLM",
 }
 # What of Gemma's configs the others' don't have: every key with a value that shows at the few dozen
 # tokens of a test. Gemma 2's layers alternate, of Gemma 3's one in three sees all tokens.
@@ -142,7 +143,8 @@ def write_llama(
     """Write config.json and model.safetensors of a seeded random model; returns the folder.
 
     A Llama, or of the family that `model_type` names; `config_keys` are more of its config's keys.
-    With `ladder_layers` the config is as the Ladder Residual authors write it.
+    With `ladder_layers` the config is as the Ladder Residual authors write it. A BLOOM has as many
+    KV heads as heads, of hidden / heads each, and an MLP four times as wide as the stream.
 
     Norm gains are far from one and biases from zero, so that leaving one out, or giving it to the
     wrong layer, shows. No token ends a generation. vLLM's CPU attention takes head_dim 32 and
@@ -160,7 +162,10 @@ def write_llama(
     # model with tied embeddings would repeat its last token for ever; its last norm makes up for
     # what that takes from the logits.
     of_qwen2, gpt_oss = model_type in ("qwen2", "qwen2_moe"), model_type == "gpt_oss"
-    attention_bias, mlp_bias = attention_bias or gpt_oss, mlp_bias or gpt_oss
+    bloom = model_type == "bloom"
+    attention_bias, mlp_bias = attention_bias or gpt_oss or bloom, mlp_bias or gpt_oss or bloom
+    if bloom:
+        kv_heads, head_dim, intermediate = heads, hidden // heads, 4 * hidden
     qkv_bias = attention_bias or of_qwen2
     if of_qwen2:  # whose config has no such key
         head_dim = hidden // heads
@@ -236,6 +241,26 @@ def write_llama(
         **({"rope_scaling": rope_scaling} if rope_scaling is not None else {}),
         **config_keys,
     }
+    if bloom:
+        biases = {
+            name.replace("weight", "bias"): normal(hidden, std=0.1)
+            for name in tensors
+            if "norm" in name
+        }
+        tensors = _bloom(tensors | biases, heads)
+        embedded = "transformer.word_embeddings_layernorm"
+        tensors[f"{embedded}.weight"] = gain() * 0.2
+        tensors[f"{embedded}.bias"] = normal(hidden, std=0.02)
+        kept = ("architectures", "model_type", "hidden_size", "vocab_size", "torch_dtype")
+        config = {key: config[key] for key in (*kept, "tie_word_embeddings")} | {
+            "n_layer": layers,
+            "n_head": heads,
+            "layer_norm_epsilon": 1e-5,
+            "seq_length": 512,
+            "bos_token_id": None,
+            "eos_token_id": None,
+            **config_keys,
+        }
     if ladder_layers is not None:
         config |= {
             "model_type": "llamaLadder",
@@ -266,6 +291,46 @@ def _fused(tensors: dict[str, torch.Tensor], qkv: bool) -> dict[str, torch.Tenso
         else:
             found[name] = tensor
     return found
+
+
+# Llama's names to BLOOM's, piece by piece.
+_BLOOM = {
+    "model.": "transformer.",
+    "embed_tokens": "word_embeddings",
+    ".layers.": ".h.",
+    "transformer.norm": "transformer.ln_f",
+    "self_attn.q_proj": "self_attention.query_key_value",
+    "self_attn.o_proj": "self_attention.dense",
+    "up_proj": "dense_h_to_4h",
+    "down_proj": "dense_4h_to_h",
+}
+
+
+def _bloom(tensors: dict[str, torch.Tensor], heads: int) -> dict[str, torch.Tensor]:
+    """With BLOOM's names: q, k and v in one, head by head, and no gate."""
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        if any(f".{part}_proj." in name for part in ("k", "v", "gate")):
+            continue
+        if ".q_proj." in name:
+            of = [tensors[name.replace("q_proj", f"{part}_proj")] for part in "qkv"]
+            tensor = torch.stack([one.unflatten(0, (heads, -1)) for one in of], 1).flatten(0, 2)
+        for llamas, theirs in _BLOOM.items():
+            name = name.replace(llamas, theirs)
+        found[name] = tensor
+    return found
+
+
+def as_published(bloom: Path, folder: Path) -> Path:
+    """Write a BLOOM of `write_llama`'s with the names and keys that published ones have."""
+    folder.mkdir()
+    tensors = load_file(bloom / "model.safetensors").items()
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors}
+    save_file(bare, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((bloom / "config.json").read_text())
+    config |= {"n_embed": config.pop("hidden_size"), "num_attention_heads": config.pop("n_head")}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 def _stacked(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -18,6 +18,7 @@ from vllm_depthpar.cli.main import main
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.model.causal_lm import addressed, places_of
 from vllm_depthpar.plan import resolve
+from vllm_depthpar.plan.families import FAMILIES as FAMILIES_OF
 from vllm_depthpar.plan.model_shape import ModelShape
 from vllm_depthpar.plan.plan import halves_of
 from vllm_depthpar.plan.spec import FOLDED
@@ -33,6 +34,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {"model_type": "mixtral", "num_local_experts": 3},
     "qwen2_moe": {"model_type": "qwen2_moe", "num_experts": 3},
     "gpt_oss": {"model_type": "gpt_oss", "num_local_experts": 3},
+    "bloom": {"model_type": "bloom"},
 }
 PLAN = {"pair": [0, 4]}
 
@@ -65,6 +67,21 @@ def test_names() -> None:
     assert split_name("layers.0.x") == ("", 0, "x")
     assert split_name("model.norm.weight") is None
     assert split_name("model.players.3.x") is None
+
+
+@pytest.mark.parametrize("before", ["", "transformer."])
+def test_names_of_blooms_files(before: str) -> None:
+    name_of = FAMILIES_OF["bloom"].name_of
+    names = {
+        "word_embeddings.weight": "model.embed_tokens.weight",
+        "word_embeddings_layernorm.bias": "model.embed_tokens.norm.bias",
+        "h.12.self_attention.dense.bias": "model.layers.12.self_attn.dense.bias",
+        "h.0.mlp.dense_4h_to_h.weight": "model.layers.0.mlp.dense_4h_to_h.weight",
+        "ln_f.bias": "model.norm.bias",
+    }
+    for theirs, name in names.items():
+        assert name_of(before + theirs) == name_of(name) == name
+    assert name_of("lm_head.weight") == "lm_head.weight"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

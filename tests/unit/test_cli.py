@@ -78,7 +78,7 @@ def test_show_json_counts_bytes(model: Path, capsys: pytest.CaptureFixture[str])
 
 FAMILIES = [
     *("mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"),
-    *("phi3", "glm4", "granite", "mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss"),
+    *("phi3", "glm4", "granite", "mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "bloom"),
 ]
 
 

@@ -72,7 +72,7 @@ def folder(model: str) -> Path:
 
 
 def read_tensors(model: str, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    """Tensors by their names, one after the other, exactly as they are in the checkpoint.
+    """Tensors by their names here, one after the other, exactly as they are in the checkpoint.
 
     Args:
         model: see `read_config`, which has accepted it.
@@ -81,7 +81,8 @@ def read_tensors(model: str, names: Iterable[str]) -> Iterator[tuple[str, Tensor
         UserError: see `folder` and `tensors.stored`; or the checkpoint lacks one.
     """
     source = folder(model)
-    where = stored(source)
+    name_of = family_of(read_config(model)).name_of
+    where = {name_of(name): (file, name) for name, (file, _) in stored(source).items()}
     by_file: dict[str, list[str]] = {}
     for name in names:
         if name not in where:
@@ -90,7 +91,7 @@ def read_tensors(model: str, names: Iterable[str]) -> Iterator[tuple[str, Tensor
     for path, inside in by_file.items():
         with opened(source / path) as file:
             for name in inside:
-                yield name, file.get_tensor(name)
+                yield name, file.get_tensor(where[name][1])
 
 
 def fingerprint(model: str) -> str:

@@ -20,11 +20,11 @@ from vllm_depthpar.checkpoint.tensors import (
     WEIGHTS,
     Expected,
     opened,
-    split_name,
     stored,
 )
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.plan import Plan, drawing, ladder_checkpoint, resolve
+from vllm_depthpar.plan.families import family_of
 from vllm_depthpar.plan.model_shape import ModelShape
 from vllm_depthpar.plan.multimodal import language_names
 from vllm_depthpar.plan.precedence import ARCHITECTURE, KEY
@@ -111,12 +111,16 @@ def write(
     """`export` into a folder that is `claimed`."""
     source, config = folder(model), read_config(model)
     shards, text = _shards(source, config, plan), card(model, source, config, plan, recovery)
+    # In the files they may have other names than here.
+    name_of = family_of(config).name_of
+    in_files = {name_of(name): name for names in shards.values() for name in names}
+    changes = {in_files.get(name, name): tensor for name, tensor in (changes or {}).items()}
     dequantize: Dequantize = dict
     if changes:  # which are no longer what was quantized
         dequantize = dequantizer(source)
         config = {key: value for key, value in config.items() if key != "quantization_config"}
     with made_whole(out) as partial:
-        _write_weights(source, partial, shards, changes or {}, dequantize)
+        _write_weights(source, partial, shards, changes, dequantize)
         _copy_others(source, partial)
         files.write_json(partial / "config.json", exported_config(config, plan))
         if recovery:
@@ -204,7 +208,7 @@ def _shards(source: Path, config: Mapping[str, Any], plan: Plan) -> dict[str, li
     expected.check_all(shapes, plan.runs)
     shards: dict[str, list[str]] = {}
     for name, (shard, _) in tensors.items():
-        place = split_name(name)
+        place = expected.place_of(name)
         if place is None or (place[1], expected.half_of(place[2])) in plan.runs:
             shards.setdefault(shard, []).append(name)
     return shards

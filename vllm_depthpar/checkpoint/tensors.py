@@ -45,11 +45,13 @@ class Expected:
 
     Attributes:
         half_of: says which half of a layer a tensor belongs to, by its name in the layer.
+        name_of: says what a tensor is called here, by its name in the checkpoint's files.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         shape = ModelShape.from_config(config)
         self.layers, self.half_of = shape.layers, shape.family.half_of
+        self.name_of = shape.family.name_of
         quantized = config.get("quantization_config") is not None
         self._is_sparse = shape.is_sparse
         # Of layers with one MLP, and of those with experts.
@@ -64,13 +66,17 @@ class Expected:
         """Look up the shapes of a layer's tensors, by their names in it."""
         return self._of_layers[self._is_sparse(layer)]
 
+    def place_of(self, name: str) -> tuple[str, int, str] | None:
+        """`split_name` of a tensor, by its name in the checkpoint's files."""
+        return split_name(self.name_of(name))
+
     def check(self, name: str, shape: Iterable[int]) -> None:
         """Refuse a tensor of a layer that is not in the model, or of a wrong shape.
 
         Raises:
             UserError: it is one.
         """
-        place = split_name(name)
+        place = self.place_of(name)
         if place is None:
             return
         _, layer, rest = place
@@ -99,7 +105,7 @@ class Expected:
         there: dict[int, set[str]] = {}
         for name, shape in shapes.items():
             self.check(name, shape)
-            if (place := split_name(name)) is not None:
+            if (place := self.place_of(name)) is not None:
                 there.setdefault(place[1], set()).add(place[2])
         for layer, half in sorted(runs):
             if layer not in there:
@@ -114,6 +120,7 @@ class Expected:
 
     def _check_rest(self, shapes: Mapping[str, Shape]) -> None:
         """Check embedding, last norm and head."""
+        shapes = {self.name_of(name): shape for name, shape in shapes.items()}
         headless = "embed_tokens.weight" in shapes  # a model without its head has no prefix
         for rest, right in self.of_model.items():
             of_head = rest.startswith("lm_head.")

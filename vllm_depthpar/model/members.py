@@ -52,9 +52,9 @@ class Member:
                 for name in (self.modules_of[half], *self.norm_names[half]):
                     delattr(self, name)
         if attends:
-            self._module("attention").o_proj.reduce_results = False
+            leave_sums(self._module("attention"), family.projection("o_proj"))
         if feeds:
-            leave_sums(self._module("mlp"))
+            leave_sums(self._module("mlp"), family.projection("down_proj"))
 
     def _module(self, half: str) -> Any:
         return getattr(self, self.modules_of[half])

@@ -57,6 +57,9 @@ class ConfigKeys(BaseModel):
     attn_logit_softcapping: Cap = Field(None, description=_CAP)
     final_logit_softcapping: Cap = Field(None, description=_CAP)
     rms_norm_eps: float = Field(1e-6, gt=0, allow_inf_nan=False, description="a number above 0")
+    layer_norm_epsilon: float = Field(
+        1e-5, gt=0, allow_inf_nan=False, description="a number above 0"
+    )
     rope_theta: float | None = Field(
         None, gt=0, allow_inf_nan=False, description="a number above 0, or null"
     )

@@ -2,11 +2,13 @@
 
 All have Llama's decoder layer: RMSNorm, attention with RoPE and grouped KV heads, RMSNorm, a gated
 MLP. A family differs in its biases, in norms of queries and keys, in windows of attention, in norms
-of what attention and MLP give, and in MLPs that are many experts.
+of what attention and MLP give, and in MLPs that are many experts. BLOOM's has LayerNorms, ALiBi and
+an MLP without a gate in the same places.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -74,6 +76,11 @@ class Family:
         refused: keys of config.json that make another model of it.
         fixed: what vLLM's class makes of keys, whatever config.json says.
         yarn: so it does of RoPE: YaRN, by the parameters `_YARN`.
+        bloom: its norms are LayerNorms, with biases, one more is of the embedding, positions are
+            ALiBi's, and its MLP has no gate.
+        projections: what a layer's are called, by Llama's names, where otherwise.
+        names: where files name tensors otherwise than Llama's: what they are here, by patterns.
+        keys: so config.json its keys: Llama's, by those that it may have.
     """
 
     architectures: tuple[str, ...]
@@ -95,6 +102,10 @@ class Family:
     refused: tuple[str, ...] = ()
     fixed: Mapping[str, Any] = field(default_factory=dict)
     yarn: bool = False
+    bloom: bool = False
+    projections: Mapping[str, str] = field(default_factory=dict)
+    names: Mapping[str, str] = field(default_factory=dict)
+    keys: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def norms_after(self) -> bool:
@@ -117,11 +128,34 @@ class Family:
         module = tensor.partition(".")[0]
         return "attention" if module in ("self_attn", *self.norms["attention"]) else "mlp"
 
+    def projection(self, name: str) -> str:
+        """Say what a projection is called in its module, by Llama's name for it."""
+        return self.projections.get(name, name)
+
+    def name_of(self, tensor: str) -> str:
+        """Say what a tensor is called here, by its name in the checkpoint's files."""
+        for pattern, name in self.names.items():
+            tensor = re.sub(pattern, name, tensor)
+        return tensor
+
 
 # GLM's, of which the two with Llama's names are where they are in Llama's.
 _GLM_NORMS = {
     "attention": ("input_layernorm", "post_self_attn_layernorm"),
     "mlp": ("post_attention_layernorm", "post_mlp_layernorm"),
+}
+_BLOOM_KEYS = {
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_embed": "hidden_size",
+}
+# Published BLOOMs have no prefix.
+_BLOOM_NAMES = {
+    r"^(?:transformer\.)?word_embeddings\.": "model.embed_tokens.",
+    r"^(?:transformer\.)?word_embeddings_layernorm\.": "model.embed_tokens.norm.",
+    r"^(?:transformer\.)?h\.(\d+)\.self_attention\.": r"model.layers.\1.self_attn.",
+    r"^(?:transformer\.)?h\.": "model.layers.",
+    r"^(?:transformer\.)?ln_f\.": "model.norm.",
 }
 _SLIDING = "sliding_attention"
 _LLAMA = Family(
@@ -222,6 +256,26 @@ FAMILIES = {
         defaults=_GEMMA_DEFAULTS,
         refused=("use_bidirectional_attention",),
     ),
+    "bloom": Family(
+        ("BloomForCausalLM",),
+        bloom=True,
+        fused_qkv=True,
+        projections={
+            "qkv_proj": "query_key_value",
+            "o_proj": "dense",
+            "up_proj": "dense_h_to_4h",
+            "down_proj": "dense_4h_to_h",
+        },
+        names=_BLOOM_NAMES,
+        keys=_BLOOM_KEYS,
+        defaults={"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+        # The first reads another stream; with the second transformers leaves biases out.
+        refused=(
+            "apply_residual_connection_post_layernorm",
+            "slow_but_exact",
+            "quantization_config",
+        ),
+    ),
 }
 
 
@@ -235,6 +289,12 @@ _MISSING = dict.fromkeys(
 def lacking(kind: object) -> str:
     """Say after a colon what is missing to serve models of a `model_type`; "" if nobody knows."""
     return f": {_MISSING[str(kind)]}" if str(kind) in _MISSING else ""
+
+
+def with_llamas_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Name what a parsed config.json says as Llama's does, beside what it names so already."""
+    keys = FAMILIES.get(str(config.get("model_type")), _LLAMA).keys
+    return {llamas: config[key] for key, llamas in keys.items() if key in config} | dict(config)
 
 
 def family_of(config: Mapping[str, Any]) -> Family:

@@ -17,6 +17,7 @@ from vllm_depthpar.plan.families import (
     family_of,
     sparse_layers,
     windows,
+    with_llamas_keys,
 )
 from vllm_depthpar.plan.plan import Plan
 from vllm_depthpar.plan.spec import DEALT, FOLDED, HALVES, SINGLE, WHOLE
@@ -100,6 +101,7 @@ class ModelShape:
             UserError: a needed key is missing, or see `families.family_of` and `check_keys`.
         """
         family = family_of({"model_type": "llama", **config})
+        config = with_llamas_keys(config)
         check_keys(config, family.activation)
         config = {**family.defaults, **config}
         layouts = LAYOUTS if config.get("quantization_config") is None else UNFOLDED
@@ -113,7 +115,7 @@ class ModelShape:
                 heads=heads,
                 kv_heads=config.get("num_key_value_heads") or heads,
                 head_dim=config.get("head_dim") or hidden // heads,
-                intermediate=config["intermediate_size"],
+                intermediate=4 * hidden if family.bloom else config["intermediate_size"],
                 vocab=config["vocab_size"],
                 tied=bool(config.get("tie_word_embeddings", False)),
                 qkv_bias=attention_bias or family.qkv_bias,
@@ -338,12 +340,16 @@ class ModelShape:
         else:
             names = ("gate_proj", "up_proj", "down_proj")
             projections |= self._gated_mlp("mlp", names, self.intermediate, self.mlp_bias)
-        for name, (out, into, bias) in projections.items():
+        if self.family.bloom:
+            del projections["mlp.gate_proj"]
+        for llamas, (out, into, bias) in projections.items():
+            module, _, projection = llamas.rpartition(".")
+            name = f"{module}.{self.family.projection(projection)}"
             tensors[f"{name}.weight"] = (out, into)
             if bias:
                 tensors[f"{name}.bias"] = (out,)
         for norm in chain.from_iterable(self.family.norms.values()):
-            tensors[f"{norm}.weight"] = (self.hidden,)
+            tensors |= self._norm_tensors(norm)
         if self.qk_norm:
             for norm in ("q_norm", "k_norm"):
                 tensors[f"self_attn.{norm}.weight"] = (self.head_dim,)
@@ -357,10 +363,16 @@ class ModelShape:
         into, out = (size, self.hidden, bias), (self.hidden, size, bias)
         return {gate: into, up: into, down: out}
 
+    def _norm_tensors(self, norm: str) -> dict[str, tuple[int, ...]]:
+        parts = ("weight", "bias") if self.family.bloom else ("weight",)
+        return {f"{norm}.{part}": (self.hidden,) for part in parts}
+
     def other_tensors(self) -> dict[str, tuple[int, ...]]:
         """List the shapes of tensors of no layer, by their names in the decoder; and the head's."""
         matrix = (self.vocab, self.hidden)
-        tensors = {"embed_tokens.weight": matrix, "norm.weight": (self.hidden,)}
+        tensors = {"embed_tokens.weight": matrix, **self._norm_tensors("norm")}
+        if self.family.bloom:
+            tensors |= self._norm_tensors("embed_tokens.norm")
         return tensors if self.tied else {**tensors, "lm_head.weight": matrix}
 
     def layer_parameters(self, layer: int = 0) -> int:
@@ -381,7 +393,8 @@ class ModelShape:
             for tensor in self.layer_tensors(layer, missing_halves(plan, layer)).values()
         )
         cut = embeddings * self.dtype_bytes + ceil(layers)
-        return cut // tp + self.hidden * self.dtype_bytes
+        norms = sum(prod(shape) for shape in self.other_tensors().values() if len(shape) == 1)
+        return cut // tp + norms * self.dtype_bytes
 
     def kv_bytes_per_token(self, plan: Plan, tp: int = 1) -> int:
         """Bytes of KV cache one token takes on one rank."""

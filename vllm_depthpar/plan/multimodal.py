@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from vllm_depthpar.plan.families import with_llamas_keys
 from vllm_depthpar.plan.model_shape import DEEPSTACK
 from vllm_depthpar.plan.precedence import KEY
 
@@ -46,10 +47,11 @@ def language_config(config: Mapping[str, Any]) -> dict[str, Any]:
     is.
 
     Returns:
-        Its config.json, with the key `DEEPSTACK` where a tower adds to the stream between layers.
+        Its config.json by Llama's keys, with the key `DEEPSTACK` where a tower adds to the stream
+        between layers.
     """
     if not is_multimodal(config):
-        return dict(config)
+        return with_llamas_keys(config)
     kind, text, tower = config["model_type"], config.get(_TEXT), config.get("vision_config")
     if not isinstance(text, Mapping):
         text = {key: value for key, value in config.items() if key not in (_TEXT, "vision_config")}

@@ -198,8 +198,9 @@ class _Work:
         return [self._matmul(weights, load.rows, shape.projection_bytes), inner]
 
     def mlp(self, width: int) -> list[_Operation]:
-        """Gate, up and down."""
-        weights = 3 * width * self.shape.hidden * self.shape.intermediate
+        """Gate, unless there is none, up and down."""
+        matrices = 2 if self.shape.family.bloom else 3
+        weights = matrices * width * self.shape.hidden * self.shape.intermediate
         return [self._matmul(weights, self.workload.rows, self.shape.projection_bytes)]
 
     def experts(self) -> list[_Operation]:

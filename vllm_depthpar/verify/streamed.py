@@ -58,8 +58,9 @@ class StreamedModel:
         self._dequantize = dequantizer(folder)
         found = stored(folder)
         # By the names of the language model alone: where each is, and what it is called there.
+        name_of = family_of(read_config(str(folder))).name_of
         self._files = {
-            name: (folder / found[stands][0], stands)
+            name_of(name): (folder / found[stands][0], stands)
             for stands, name in language_names(found).items()
         }
         # Checkpoints of a model without its head have no prefix.
