@@ -218,6 +218,7 @@ def test_no_reference_of_other_quantizations(
         {"model_type": "mixtral"},
         {"model_type": "qwen2_moe"},
         {"model_type": "gpt_oss"},
+        {"model_type": "bloom"},
     ],
     ids=str,
 )

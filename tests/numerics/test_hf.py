@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from equations import plain_logits
-from models import LLAMA3_ROPE, prompts, write_llama
+from models import LLAMA3_ROPE, as_published, prompts, write_llama
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import AutoTokenizer, BloomForCausalLM, LlamaForCausalLM
 
 from vllm_depthpar import hf
 from vllm_depthpar.errors import UserError
@@ -100,6 +100,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "Phi 3": {"model_type": "phi3"},
     "GLM 4": {"model_type": "glm4", "attention_bias": True},
     "Granite": {"model_type": "granite", "tie": True},
+    "BLOOM": {"model_type": "bloom", "tie": True},
+    "BLOOM, untied": {"model_type": "bloom", "hidden": 96, "heads": 6},
     "Mixtral": {"model_type": "mixtral"},
     "Qwen2 MoE": {"model_type": "qwen2_moe"},
     "Qwen3 MoE": {"model_type": "qwen3_moe"},
@@ -149,13 +151,14 @@ def test_every_plan_equals_the_equations(model: str, tmp_path: Path) -> None:
         assert (logits - expected).abs().max() < 1e-4, name
 
 
-RANKED = ["Phi 3", "GLM 4", "Granite", "Mixtral", "Qwen2 MoE", "GPT-OSS"]
+RANKED = ["BLOOM", "Phi 3", "GLM 4", "Granite", "Mixtral", "Qwen2 MoE", "GPT-OSS"]
 # Heads and sizes that three ranks can cut, and blocks of any width two ranks and six.
 CUT = {"hidden": 96, "heads": 6, "kv_heads": 6, "intermediate": 96}
 NO_DESYNC = {
     "Gemma 3": "'desync': this model's modules have norms after",
     "GLM 4": "'desync': this model's modules have norms after",
     "Phi 3": "'desync': this model's q, k and v are one projection",
+    "BLOOM": "'desync': this model's q, k and v are one projection",
 }
 CUT_EXPERTS = {"moe_intermediate_size": 48, "shared_expert_intermediate_size": 96}
 
@@ -247,8 +250,25 @@ def test_identity_is_the_unmodified_model(folder: Path) -> None:
         assert torch.equal(got, wanted)
 
 
+def test_bloom_is_transformers_own(tmp_path: Path) -> None:
+    """Whatever the files' names are; from embeddings, too, which are not normalized."""
+    folder = write_llama(tmp_path / "bloom", layers=LAYERS, model_type="bloom", tie=True)
+    plain = BloomForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    bare, ids = as_published(folder, tmp_path / "bare"), prompts(2, 48)
+    embedded = plain.transformer.word_embeddings(ids)
+    with torch.no_grad():
+        expected = plain(ids, output_hidden_states=True)
+        for path in (folder, bare):
+            model = hf.load(path, "identity")
+            result = model(ids, output_hidden_states=True)
+            torch.testing.assert_close(result.logits, expected.logits)
+            for got, wanted in zip(result.hidden_states, expected.hidden_states, strict=True):
+                torch.testing.assert_close(got, wanted)
+            torch.testing.assert_close(model(inputs_embeds=embedded).logits, expected.logits)
+
+
 @pytest.mark.parametrize(
-    "model", [name for name in MODELS if name[0] in "MQ" or name[:2] in ("Ge", "GP")]
+    "model", [name for name in MODELS if name[0] in "BMQ" or name[:2] in ("Ge", "GP")]
 )
 def test_other_families_generate_and_learn(model: str, tmp_path: Path) -> None:
     path = write_llama(tmp_path, layers=LAYERS, **MODELS[model])
@@ -281,7 +301,7 @@ def test_generate_with_cache_equals_without(folder: Path, plan: str) -> None:
     assert slots == [27] * used + [0] * empty
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "bloom"])
 def test_left_padding_does_not_change_a_row(model_type: str, tmp_path: Path) -> None:
     folder = write_llama(tmp_path, layers=LAYERS, model_type=model_type)
     model = hf.load(folder, PLANS["out of order, skipping"])

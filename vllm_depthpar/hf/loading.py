@@ -25,6 +25,7 @@ from vllm_depthpar.checkpoint.tensors import (
     stored,
 )
 from vllm_depthpar.errors import UserError
+from vllm_depthpar.hf.bloom import BloomForCausalLM
 from vllm_depthpar.hf.decoder import body
 from vllm_depthpar.hf.restructuring import check_layers, restructure
 from vllm_depthpar.plan import Plan, resolve
@@ -110,7 +111,8 @@ def config_of(path: str | PathLike[str]) -> PreTrainedConfig:
         read_config(str(path))  # before transformers does, whose errors are not for users
     with _by_transformers(path):
         config = AutoConfig.from_pretrained(path)
-    if _family(config).caps_scores:  # which transformers' faster attentions leave out
+    family = _family(config)
+    if family.caps_scores or family.bloom:  # which transformers' faster attentions leave out
         config._attn_implementation = "eager"
     return config
 
@@ -138,7 +140,8 @@ def _weights(
         if quantized:
             model, not_there = _dequantized(Path(path), config, dtype)
         else:
-            options = {"use_safetensors": True, **kwargs}
+            renamed = {"key_mapping": dict(names)} if (names := _family(config).names) else {}
+            options = {"use_safetensors": True, **renamed, **kwargs}
             model, report = _model_type(config).from_pretrained(
                 path, config=config, dtype=dtype, output_loading_info=True, **options
             )
@@ -184,6 +187,8 @@ def _without_weights(config: PreTrainedConfig, device: torch.device) -> PreTrain
 
 def _model_type(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """Find transformers' class for a checkpoint of one of our families."""
+    if _family(config).bloom:
+        return BloomForCausalLM
     name = CLASSES.get(config.model_type) or _family(config).architectures[0]
     found: type[PreTrainedModel] = getattr(transformers, name)
     return found

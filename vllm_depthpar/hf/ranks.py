@@ -39,8 +39,12 @@ def _part_of(name: str, weight: Tensor, rank: int, ranks: int) -> Tensor:
     if "gate_up_proj" in name:  # (both, hidden), or of all experts (experts, both, hidden)
         halves = weight.chunk(2, -2)
         return torch.cat([_part(half, rank, ranks, dim=-2) for half in halves], -2)
-    if "down_proj" in name:
+    if name == "dense_4h_to_h.bias" and rank:  # of the first rank
+        return torch.zeros_like(weight)
+    if "down_proj" in name or name == "dense_4h_to_h.weight":
         return _part(weight, rank, ranks, dim=-1)
+    if "dense_h_to_4h" in name:
+        return _part(weight, rank, ranks, dim=0)
     if "gate_proj" in name or "up_proj" in name:
         return _part(weight, rank, ranks, dim=-2)
     return weight  # of the router, which every rank has
