@@ -141,6 +141,22 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"model": "gpt-oss without YaRN"},
         ["key 'rope_", "linear", "allowed: 'yarn' with beta_fast, beta_slow, factor"],
     ),
+    "a BLOOM that adds to what it has normalized": (
+        {"model": "bloom after norms"},
+        ["'apply_residual_connection_post_layernorm' is not", "allowed: bloom models without it"],
+    ),
+    "adapters of a BLOOM": (
+        {"model": "bloom", "args": ["--enable-lora"]},
+        ["--enable-lora: files of a BLOOM have q, k and v in one", "allowed: without it"],
+    ),
+    "quantization of a BLOOM": (
+        {"model": "bloom", "args": ["--quantization", "fp8_per_channel"]},
+        ["--quantization: files of a BLOOM have q, k and v in one", "allowed: without it"],
+    ),
+    "ranks apart, of a BLOOM": (
+        {"model": "bloom", "args": plan({"desync": {"every": 2}})},
+        ["key 'desync': this model's q, k and v are one projection", "allowed: 'drop_sync', "],
+    ),
     "layers of two kinds": (
         {"model": "hybrid"},
         [
@@ -340,6 +356,9 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Out
     for name, keys in unfit.items():
         write_llama(folder / f"gpt-oss {name}", model_type="gpt_oss", **keys)
     write_llama(folder / "gpt-oss", model_type="gpt_oss")
+    write_llama(folder / "bloom", model_type="bloom")
+    after = {"apply_residual_connection_post_layernorm": True}
+    write_llama(folder / "bloom after norms", model_type="bloom", **after)
     write_llama(folder / "mixtral", model_type="mixtral")
     write_llama(folder / "greedy router", model_type="mixtral", num_experts_per_tok=7)
     write_llama(

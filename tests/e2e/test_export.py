@@ -107,9 +107,10 @@ def test_served_without_a_flag(exported: dict[str, Path], model: Path) -> None:
         assert torch.equal(again, generated)
 
 
-@pytest.mark.parametrize("kind", ["mistral", "qwen3", "gemma3_text", "gpt_oss"])
+@pytest.mark.parametrize("kind", ["mistral", "qwen3", "gemma3_text", "gpt_oss", "bloom"])
 def test_other_families_are_served_without_a_flag(tmp_path: Path, kind: str) -> None:
-    source = write_llama(tmp_path / "source", layers=LAYERS, model_type=kind)
+    hidden = 128 if kind == "bloom" else 64  # four heads of 32
+    source = write_llama(tmp_path / "source", layers=LAYERS, model_type=kind, hidden=hidden)
     plan, ids = resolve({"blocks": [[0], [2, 1], [4]]}, LAYERS), prompts(2, 24)
     export.export(str(source), plan, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == kind

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from fork_server import forked_engines
-from models import quantize_int8, write_llama, write_tokenizer
+from models import as_published, quantize_int8, write_llama, write_tokenizer
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
@@ -116,6 +116,23 @@ def test_other_ways_to_train(
         kind = "layernorm" if train == "norms" else "proj"
         layers = tuple(f"model.layers.{layer}." for layer in (2, 3, 4, 5))
         assert changed == {name for name in every if name.startswith(layers) and kind in name}
+
+
+def test_a_blooms_files_keep_their_names(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], auto_dtype: str
+) -> None:
+    bloom = write_llama(tmp_path / "bloom", layers=LAYERS, model_type="bloom", tie=True)
+    model = write_tokenizer(as_published(bloom, tmp_path / "published"), bos=True)
+    out, more = tmp_path / "out", ["--train", "all", "--tokens", 2048]
+    assert main(arguments(model, text, tmp_path / "adapter", "--train", "lora")) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--train lora: no BLOOM is served with adapters; allowed: " in line
+    assert main(arguments(model, text, out, *more)) == 0
+    assert differing(model, out) == set(load_file(model / "model.safetensors"))
+    assert "h.2.self_attention.dense.bias" in differing(model, out)
+    record = json.loads((out / "recovery.json").read_text())
+    assert record["quality"]["refit"] == record["quality"]["plan"]  # nothing has a closed form
+    assert record["quality"]["end"]["passages"]["kl"] < record["quality"]["plan"]["passages"]["kl"]
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16], ids=str)

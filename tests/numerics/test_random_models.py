@@ -12,7 +12,7 @@ import torch
 from assertions import check
 from engine_runs import Case, Result, run
 from equations import plain_logits
-from models import LLAMA3_ROPE, prompts, write_llama
+from models import LLAMA3_ROPE, as_published, prompts, write_llama
 
 from vllm_depthpar import hf
 from vllm_depthpar.plan import Plan, resolve
@@ -73,6 +73,9 @@ OTHERS: dict[str, dict[str, Any]] = {
     "GLM 4": {"model_type": "glm4", "attention_bias": True},
     "Granite": {"model_type": "granite", "tie": True},
 }
+# LayerNorms and ALiBi; of their authors' family the schedule of Unified Layer Skipping, too.
+BLOOM: dict[str, Any] = {"model_type": "bloom", "hidden": 128, "tie": True}
+PAPER: list[Any] = [{"skip": {"speedup": 2, "schedule": "paper"}}]
 # Routers beside each other, and experts whose sums the blocks reduce.
 MOES: dict[str, dict[str, Any]] = {
     "Mixtral": {"model_type": "mixtral"},
@@ -107,6 +110,7 @@ RANDOM: dict[str, tuple[dict[str, Any], list[Any]]] = {
     "Phi 3": (OTHERS["Phi 3"], [FAMILY[2], HALF[1]]),
     "GLM 4": (OTHERS["GLM 4"], [FAMILY[1], FAMILY[2]]),
     "Granite": (OTHERS["Granite"], [*FAMILY[1:], DESYNC[0], HALF[1]]),
+    "BLOOM": (BLOOM, [*PAPER, *FAMILY, HALF[1]]),
     **{f"{name}, whole": (shape, WHOLE[3:4]) for name, shape in FAMILIES.items()},
     # TP 2 can't deal out three KV heads evenly: such a block is whole there, on one rank folded.
     "three KV heads": ({"kv_heads": 1}, [{"pair": [0, 6], "group": 3}]),
@@ -241,6 +245,13 @@ def test_where_vllm_is_not_transformers(tmp_path: Path) -> None:
     # vLLM adds no bias to what o_proj gives.
     with pytest.raises(AssertionError, match="Tensor-likes are not close"):
         check(plain[1], plain[0], hf.load(folder, "identity"))
+    # vLLM takes the exact GELU. Names are those of published files.
+    bloom = as_published(write_llama(tmp_path / "bloom", **BLOOM), tmp_path / "published")
+    cases = [Case(bloom, plan, prompts(2, 40).tolist()) for plan in ("identity", "plain")]
+    ours, theirs = run(cases)
+    check(ours, cases[0], hf.load(bloom, "identity"))
+    with pytest.raises(AssertionError, match="Tensor-likes are not close"):
+        check(theirs, cases[1], hf.load(bloom, "identity"))
     some = write_llama(
         tmp_path / "windows",
         model_type="qwen3",

@@ -44,6 +44,7 @@ from vllm.model_executor.model_loader import LoadFormats, reload
 from vllm.model_executor.model_loader.utils import process_weights_after_loading
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models import ModelRegistry
+from vllm.model_executor.models.bloom import BloomAttention, BloomMLP
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.model_executor.models.gemma2 import Gemma2DecoderLayer
 from vllm.model_executor.models.gemma3 import Gemma3DecoderLayer
@@ -226,6 +227,8 @@ CALLED: list[tuple[Callable[..., Any], str]] = [
     (LlamaDecoderLayer, "vllm_config, prefix, config, attn_layer_type="),
     (Gemma2DecoderLayer, "config, cache_config, quant_config, prefix"),
     (Gemma3DecoderLayer, "config, cache_config, quant_config, prefix"),
+    (BloomAttention, "config, cache_config, quant_config, prefix"),
+    (BloomMLP, "config, quant_config, prefix"),
     (GemmaRMSNorm, "hidden_size, eps="),
     (LogitsProcessor, "vocab_size, soft_cap="),
     (LlamaAttention, "config=, bias=, bias_o_proj="),
@@ -289,6 +292,8 @@ HELD: dict[type, str] = {
         "self_attn mlp input_layernorm post_attention_layernorm pre_feedforward_layernorm "
         "post_feedforward_layernorm",
     ),
+    BloomAttention: "query_key_value dense total_num_heads attn",
+    BloomMLP: "dense_h_to_4h dense_4h_to_h gelu_impl",
     LlamaModel: "layers norm embed_input_ids",
     LoRAModelManager: "model",
     LoRAModel: "loras",

@@ -80,6 +80,11 @@ def _check(args: argparse.Namespace) -> None:
             f"{args.model} has MLPs of experts, whose neurons have no order yet; allowed: models "
             f"without"
         )
+    if shape.family.bloom:
+        raise UserError(
+            f"{args.model} is a BLOOM, of whose MLPs nobody has taught this command the names; "
+            f"allowed: models of other families"
+        )
     if intermediate % args.tp:
         raise UserError(
             f"--tp {args.tp}: {intermediate} neurons of an MLP can't be dealt out evenly; allowed: "

@@ -24,6 +24,7 @@ from vllm_depthpar.cli.types import (
 )
 from vllm_depthpar.errors import UserError
 from vllm_depthpar.plan import Plan, precedence, read_spec, resolve
+from vllm_depthpar.plan.families import family_of
 from vllm_depthpar.plan.ladder_checkpoint import ladder_of
 from vllm_depthpar.util.provenance import origin
 
@@ -230,6 +231,8 @@ def _check(args: argparse.Namespace, processes: int) -> Plan:
     config = read_original_config(args.model)
     if ladder_of(config):
         raise UserError("the model is a ladder checkpoint; allowed: a model that runs every layer")
+    if args.train == "lora" and family_of(config).bloom:
+        raise UserError("--train lora: no BLOOM is served with adapters; allowed: other kinds")
     chosen, _ = precedence.choose(config, read_spec(args.plan), override_name="--plan")
     if args.tp is not None and chosen.depends_on_ranks:
         chosen = replace(chosen, tp=args.tp)

@@ -7,7 +7,8 @@ side by side may also be held as *one*, in the place of the first of them: m tim
 `vllm_depthpar.model.fold`), or, where m divides the tensor-parallel size, one member per group of
 ranks. Most families' layers are Llama's but for their attention, which is in
 `vllm_depthpar.model.attention`; others are in `vllm_depthpar.model.family_layers`. The shell around
-the layers is Llama's, with what Gemma's has more: a scaled embedding, soft-capped logits.
+the layers is Llama's, with what Gemma's has more, a scaled embedding and soft-capped logits, or
+with BLOOM's norms.
 
 Unified Layer Skipping: arXiv 2404.06954. The other methods: `vllm_depthpar.model.blocks`.
 """
@@ -34,6 +35,7 @@ from vllm_depthpar.metrics.forward_timer import watch
 from vllm_depthpar.model import last_words
 from vllm_depthpar.model.agreement import check_agreement
 from vllm_depthpar.model.blocks import Block
+from vllm_depthpar.model.bloom import LayerNorm
 from vllm_depthpar.model.decoder_layers import DealtDecoderLayer, DecoderLayer, Weights
 from vllm_depthpar.model.family_layers import LAYERS, naming
 from vllm_depthpar.model.frame_room import called_with_room
@@ -92,11 +94,17 @@ class DepthParModel(LlamaModel):
             keep_mutations_in_order()
         plan, layouts = plan_of(vllm_config.model_config), layouts_of(vllm_config)
         make_layer = partial(make_decoder_layer, plan, layouts)
+        config = vllm_config.model_config.hf_config
+        family = family_of(config.to_dict())
+        if family.bloom:  # `LlamaModel` makes an RMSNorm first
+            config.rms_norm_eps = config.layer_norm_epsilon
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=make_layer)
         self.plan, self.layouts = plan, layouts
-        config = self.config
         self.hf_to_vllm_mapper = naming(config.model_type)["hf_to_vllm_mapper"]
-        family = family_of(config.to_dict())
+        self.normed = family.bloom
+        if self.normed:
+            self.norm = LayerNorm(config.hidden_size, config.layer_norm_epsilon)
+            self.embed_tokens.norm = LayerNorm(config.hidden_size, config.layer_norm_epsilon)
         self.scaled = family.gemma or family.multipliers
         if family.multipliers:
             self.normalizer: torch.Tensor | float = config.embedding_multiplier
@@ -138,7 +146,7 @@ class DepthParModel(LlamaModel):
         )
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Look up tokens, (tokens,), as the first block reads them."""
+        """Look up tokens, (tokens,), as the first block reads them, but for BLOOM's norm."""
         embedding: torch.Tensor = self.embed_tokens(input_ids)
         return embedding * self.normalizer if self.scaled else embedding
 
@@ -160,6 +168,8 @@ class DepthParModel(LlamaModel):
             The hidden states; and the streams that a speculator reads, where one does.
         """
         term = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
+        if self.normed:
+            term = self.embed_tokens.norm(term)
         # A copy: the first block takes the embedding for its stream, and adds to it in place.
         stream, read = None, [term.clone()] if -1 in self.read_after else []
         for position, block in enumerate(self.blocks):
@@ -268,10 +278,15 @@ class DepthParForCausalLM(LlamaForCausalLM):
                 ", ".join(map(str, layers)),
             )
 
+    def load_weights(self, weights: Weights) -> set[str]:
+        """Load a checkpoint, by the names of its files: see `DepthParModel.load_weights`."""
+        name_of = self.model.expected.name_of
+        return super().load_weights((name_of(name), tensor) for name, tensor in weights)
+
     def is_unused_checkpoint_weight(self, name: str) -> bool:
         """Say whether the plan does not run a weight: files that hold nothing else are not
         read."""
-        place, plan = split_name(name), self.model.plan
+        place, plan = self.model.expected.place_of(name), self.model.plan
         if place is None:
             return False
         _, layer, rest = place

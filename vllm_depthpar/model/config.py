@@ -242,6 +242,13 @@ def _check_features(vllm_config: VllmConfig, plan: Plan, layouts: Collection[str
             "adapters, not even with adapters of its attention alone; allowed: without it, the "
             "adapter merged into the checkpoint"
         )
+    family, quantization = shape_of(vllm_config).family, vllm_config.model_config.quantization
+    if family.bloom and (quantization is not None or vllm_config.lora_config is not None):
+        raise UserError(
+            f"{'--enable-lora' if quantization is None else '--quantization'}: files of a BLOOM "
+            f"have q, k and v in one tensor, head by head, which neither adapters nor quantized "
+            f"weights were checked with; allowed: without it"
+        )
     stages = vllm_config.parallel_config.pipeline_parallel_size
     if stages > 1:
         # vLLM 0.32's CPU build fails at the first request with two stages, plan or not: the second
@@ -266,7 +273,7 @@ def _check_features(vllm_config: VllmConfig, plan: Plan, layouts: Collection[str
             f"models; allowed: {', '.join(_SPECULATION)}"
         )
     heads = speculative is not None and speculative.method in _HEADS
-    if heads and shape_of(vllm_config).family.norms_after:
+    if heads and (family.norms_after or family.bloom):
         raise UserError(
             f"--speculative-config method {speculative.method!r} reads the target's insides, and "
             f"vLLM has no such heads for {vllm_config.model_config.hf_config.model_type}; allowed: "

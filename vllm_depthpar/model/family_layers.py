@@ -2,16 +2,19 @@
 
 Gemma's have norms after their modules, too; windows, RoPE of each kind of layer, norms of heads,
 the scale of scores, their soft cap and sinks are in vLLM's attentions. Mixtral's, Qwen's MoE and
-gpt-oss have MLPs of experts, with routers, in vLLM's MoE modules. What is around the layers is in
-`vllm_depthpar.model.causal_lm`.
+gpt-oss have MLPs of experts, with routers, in vLLM's MoE modules. BLOOM's have LayerNorms, and
+ALiBi. What is around the layers is in `vllm_depthpar.model.causal_lm`.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
 from vllm.config import VllmConfig
+from vllm.model_executor.layers.activation import get_act_fn
 from vllm.model_executor.models import mixtral, qwen2_moe, qwen3_moe
+from vllm.model_executor.models.bloom import BloomBlock, BloomMLP
 from vllm.model_executor.models.gemma2 import Gemma2DecoderLayer, Gemma2ForCausalLM
 from vllm.model_executor.models.gemma3 import Gemma3DecoderLayer, Gemma3ForCausalLM
 from vllm.model_executor.models.glm4 import Glm4DecoderLayer, Glm4ForCausalLM
@@ -20,6 +23,7 @@ from vllm.model_executor.models.granite import GraniteDecoderLayer
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.phi3 import Phi3ForCausalLM
 
+from vllm_depthpar.model.bloom import BloomAttention, LayerNorm
 from vllm_depthpar.model.gpt_oss import GptOssAttention, GptOssMLP
 from vllm_depthpar.model.members import Member
 from vllm_depthpar.plan.families import FAMILIES, family_of
@@ -101,8 +105,30 @@ class GptOssLayer(FamilyLayer, TransformerBlock):
         del self.attn
 
 
+class BloomLayer(FamilyLayer, BloomBlock):
+    """A layer of BLOOM: LayerNorms, q, k and v in one, ALiBi, and no gate.
+
+    Relies on: `BloomMLP` calls its `gelu_impl`; its `BloomAttention`'s arguments are (positions,
+    hidden_states), and neither adds the stream.
+    """
+
+    def _build(self, vllm_config: VllmConfig, prefix: str) -> None:
+        nn.Module.__init__(self)
+        config, quantization = vllm_config.model_config.hf_config, vllm_config.quant_config
+        size, epsilon = config.hidden_size, config.layer_norm_epsilon
+        self.input_layernorm = LayerNorm(size, epsilon)
+        self.self_attn = BloomAttention(
+            config, vllm_config.cache_config, quantization, f"{prefix}.self_attn"
+        )
+        self.post_attention_layernorm = LayerNorm(size, epsilon)
+        self.mlp = BloomMLP(config, quantization, f"{prefix}.mlp")
+        # As it was trained, and as transformers has it; vLLM's class takes the exact GELU.
+        self.mlp.gelu_impl = get_act_fn("gelu_pytorch_tanh")
+
+
 # By config.json's `model_type`.
 LAYERS: dict[str, type[FamilyLayer]] = {
+    "bloom": BloomLayer,
     "gemma2": Gemma2Layer,
     "gemma3_text": Gemma3Layer,
     "glm4": Glm4Layer,
