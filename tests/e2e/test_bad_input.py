@@ -357,7 +357,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Out
         write_llama(folder / f"gpt-oss {name}", model_type="gpt_oss", **keys)
     write_llama(folder / "gpt-oss", model_type="gpt_oss")
     write_llama(folder / "bloom", model_type="bloom")
-    after = {"apply_residual_connection_post_layernorm": True}
+    after: dict[str, Any] = {"apply_residual_connection_post_layernorm": True}
     write_llama(folder / "bloom after norms", model_type="bloom", **after)
     write_llama(folder / "mixtral", model_type="mixtral")
     write_llama(folder / "greedy router", model_type="mixtral", num_experts_per_tok=7)

@@ -372,7 +372,7 @@ def windows(config: Mapping[str, Any]) -> list[int | None]:
         config: a parsed config.json, or transformers' reading of one.
     """
     family = family_of({"model_type": "llama", **config})
-    config = {**family.defaults, **config}
+    config = {**family.defaults, **with_llamas_keys(config)}
     layers, kinds = range(config["num_hidden_layers"]), config.get("layer_types")
     if kinds is None and family.full_every:
         every = config.get("sliding_window_pattern") or family.full_every
