@@ -194,16 +194,18 @@ class Evaluator:
             for at, (x, target) in enumerate(zip(streams[-1][0], targets, strict=True)):
                 hidden = hf.last_hidden(self._model, x[-counted - 1 : -1])
                 logits = hf.logits(self._model, hidden)
-                normalizer = logits.logsumexp(-1)
                 chosen = logits.gather(1, target[:, None])[:, 0]
-                nll.append(float((normalizer - chosen).sum()))
                 if len(probabilities) == at:
-                    probability = (logits - normalizer[:, None]).exp_()
-                    entropies.append(normalizer - torch.linalg.vecdot(probability, logits))
+                    probability = logits.softmax(-1)
                     probabilities.append(probability)
                 # KL(p || q) = cross entropy of p and q - entropy of p
-                cross = normalizer - torch.linalg.vecdot(probabilities[at], logits)
-                kl.append(float((cross - entropies[at]).sum()))
+                expected = torch.linalg.vecdot(probabilities[at], logits)
+                normalizer = _logsumexp_in_place(logits)
+                del logits  # or the next are made beside them
+                if len(entropies) == at:
+                    entropies.append(normalizer - expected)
+                nll.append(float((normalizer - chosen).sum()))
+                kl.append(float((normalizer - expected - entropies[at]).sum()))
             found[row] = [nll, kl]
         return found
 
@@ -227,6 +229,15 @@ class Evaluator:
             whole=block.whole or self._whole,
             norms=self._norms,
         )
+
+
+def _logsumexp_in_place(logits: Tensor) -> Tensor:
+    """Compute the logarithm of the sum of exp over the last dimension, and spoil `logits`.
+
+    Of a large vocabulary they are half a gigabyte, and the kernel makes every page of a copy anew.
+    """
+    most = logits.amax(-1, keepdim=True)
+    return logits.sub_(most).exp_().sum(-1).log_().add_(most[..., 0])
 
 
 def _common(one: Row, other: Row) -> int:
