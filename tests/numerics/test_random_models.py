@@ -248,8 +248,8 @@ def test_where_vllm_is_not_transformers(tmp_path: Path) -> None:
     # vLLM takes the exact GELU. Names are those of published files.
     bloom = as_published(write_llama(tmp_path / "bloom", **BLOOM), tmp_path / "published")
     cases = [Case(bloom, plan, prompts(2, 40).tolist()) for plan in ("identity", "plain")]
-    ours, theirs = run(cases)
-    check(ours, cases[0], hf.load(bloom, "identity"))
+    here, theirs = run(cases)
+    check(here, cases[0], hf.load(bloom, "identity"))
     with pytest.raises(AssertionError, match="Tensor-likes are not close"):
         check(theirs, cases[1], hf.load(bloom, "identity"))
     some = write_llama(
