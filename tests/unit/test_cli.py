@@ -117,9 +117,11 @@ def test_environment_and_auto(
     assert "(from DEPTHPAR_PLAN)" in capsys.readouterr().out
 
 
-def write_config(folder: Path, layers: int, hidden: int, intermediate: int) -> None:
+def write_config(
+    folder: Path, layers: int, hidden: int, intermediate: int, family: str = "llama"
+) -> None:
     config = {
-        "model_type": "llama",
+        "model_type": family,
         "num_hidden_layers": layers,
         "hidden_size": hidden,
         "intermediate_size": intermediate,
@@ -127,6 +129,23 @@ def write_config(folder: Path, layers: int, hidden: int, intermediate: int) -> N
         "vocab_size": 32000,
     }
     (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("family", "layers", "expected"),
+    [("gemma2", 18, [14, 16]), ("glm4", 61, [53, 59]), ("qwen3", 18, [12, 16])],
+)
+def test_auto_pairs_fewer_layers_with_norms_after_them(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    family: str,
+    layers: int,
+    expected: list[int],
+) -> None:
+    write_config(tmp_path, layers, 576, 1536, family)
+    assert main(["plan", "show", str(tmp_path), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)["plan"]
+    assert shown == resolve({"pair": expected}, layers).to_spec()
 
 
 @pytest.mark.parametrize(
