@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict
 from io import StringIO
 from pathlib import Path
@@ -96,11 +96,11 @@ def interrupted_when_servers_start(out: Path) -> Iterator[list[psutil.Process]]:
 
     def running() -> list[psutil.Process]:
         """Without the server that forks them, which stays."""
-        return [
-            process
-            for child in psutil.Process().children()
-            for process in child.children(recursive=True)
-        ]
+        found: list[psutil.Process] = []
+        for child in psutil.Process().children():
+            with suppress(psutil.NoSuchProcess):  # it ended meanwhile
+                found += child.children(recursive=True)
+        return found
 
     def watch() -> None:
         while not out.exists() or "engines" not in json.loads(out.read_text())["stages"]:
