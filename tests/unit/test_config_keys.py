@@ -80,7 +80,9 @@ def test_what_no_model_is(
     assert f"depthpar: error: {raised.value}" == line
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "bloom"])
+@pytest.mark.parametrize(
+    "kind", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "bloom"]
+)
 def test_what_transformers_makes_of_a_config_is_right_too(tmp_path: Path, kind: str) -> None:
     """It is what vLLM hands on; and after a plan it still is the checkpoint's."""
     folder = write_llama(tmp_path, model_type=kind, hidden=128)
