@@ -25,7 +25,6 @@ from vllm_depthpar.checkpoint.tensors import (
     stored,
 )
 from vllm_depthpar.errors import UserError
-from vllm_depthpar.hf.bloom import BloomForCausalLM
 from vllm_depthpar.hf.decoder import body
 from vllm_depthpar.hf.restructuring import check_layers, restructure
 from vllm_depthpar.plan import Plan, resolve
@@ -188,6 +187,9 @@ def _without_weights(config: PreTrainedConfig, device: torch.device) -> PreTrain
 def _model_type(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """Find transformers' class for a checkpoint of one of our families."""
     if _family(config).bloom:
+        # Here, since other models need none of what it imports.
+        from vllm_depthpar.hf.bloom import BloomForCausalLM
+
         return BloomForCausalLM
     name = CLASSES.get(config.model_type) or _family(config).architectures[0]
     found: type[PreTrainedModel] = getattr(transformers, name)
