@@ -92,8 +92,12 @@ class Outcome:
     output: str
 
 
-def run(calls: list[Call], timeout: float = 60) -> list[Outcome]:
-    """Make the calls one after the other; each may take `timeout` seconds."""
+def run(calls: list[Call], timeout: float = 300) -> list[Outcome]:
+    """Make the calls one after the other; each may take `timeout` seconds.
+
+    A call that asks vLLM about two models waits for two processes that import vLLM anew: a second
+    for each on a good day, half a minute on a bad one.
+    """
     with tempfile.TemporaryDirectory() as folder:
         return [
             _outcome(call, Path(folder, str(number)), timeout) for number, call in enumerate(calls)
