@@ -147,11 +147,11 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "adapters of a BLOOM": (
         {"model": "bloom", "args": ["--enable-lora"]},
-        ["--enable-lora: files of a BLOOM have q, k and v in one", "allowed: without it"],
+        ["--enable-lora: files of a bloom have q, k and v in one", "allowed: without it"],
     ),
     "quantization of a BLOOM": (
         {"model": "bloom", "args": ["--quantization", "fp8_per_channel"]},
-        ["--quantization: files of a BLOOM have q, k and v in one", "allowed: without it"],
+        ["--quantization: files of a bloom have q, k and v in one", "allowed: without it"],
     ),
     "ranks apart, of a BLOOM": (
         {"model": "bloom", "args": plan({"desync": {"every": 2}})},

@@ -126,7 +126,7 @@ def test_a_blooms_files_keep_their_names(
     out, more = tmp_path / "out", ["--train", "all", "--tokens", 2048]
     assert main(arguments(model, text, tmp_path / "adapter", "--train", "lora")) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert "--train lora: no BLOOM is served with adapters; allowed: " in line
+    assert "--train lora: no bloom is served with adapters; allowed: " in line
     assert main(arguments(model, text, out, *more)) == 0
     assert differing(model, out) == set(load_file(model / "model.safetensors"))
     assert "h.2.self_attention.dense.bias" in differing(model, out)

@@ -80,10 +80,10 @@ def _check(args: argparse.Namespace) -> None:
             f"{args.model} has MLPs of experts, whose neurons have no order yet; allowed: models "
             f"without"
         )
-    if shape.family.bloom:
+    if not shape.family.gated:
         raise UserError(
-            f"{args.model} is a BLOOM, of whose MLPs nobody has taught this command the names; "
-            f"allowed: models of other families"
+            f"{args.model} has MLPs without a gate, which this command was not taught; allowed: "
+            f"models whose MLPs have one"
         )
     if intermediate % args.tp:
         raise UserError(

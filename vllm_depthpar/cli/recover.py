@@ -231,8 +231,10 @@ def _check(args: argparse.Namespace, processes: int) -> Plan:
     config = read_original_config(args.model)
     if ladder_of(config):
         raise UserError("the model is a ladder checkpoint; allowed: a model that runs every layer")
-    if args.train == "lora" and family_of(config).bloom:
-        raise UserError("--train lora: no BLOOM is served with adapters; allowed: other kinds")
+    if args.train == "lora" and family_of(config).by_heads:
+        raise UserError(
+            f"--train lora: no {config['model_type']} is served with adapters; allowed: other kinds"
+        )
     chosen, _ = precedence.choose(config, read_spec(args.plan), override_name="--plan")
     if args.tp is not None and chosen.depends_on_ranks:
         chosen = replace(chosen, tp=args.tp)

@@ -111,7 +111,7 @@ def config_of(path: str | PathLike[str]) -> PreTrainedConfig:
     with _by_transformers(path):
         config = AutoConfig.from_pretrained(path)
     family = _family(config)
-    if family.caps_scores or family.bloom:  # which transformers' faster attentions leave out
+    if family.caps_scores or family.alibi:  # which transformers' faster attentions leave out
         config._attn_implementation = "eager"
     return config
 
@@ -186,7 +186,7 @@ def _without_weights(config: PreTrainedConfig, device: torch.device) -> PreTrain
 
 def _model_type(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """Find transformers' class for a checkpoint of one of our families."""
-    if _family(config).bloom:
+    if config.model_type == "bloom":
         # Here, since other models need none of what it imports.
         from vllm_depthpar.hf.bloom import BloomForCausalLM
 

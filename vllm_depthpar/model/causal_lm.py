@@ -96,14 +96,15 @@ class DepthParModel(LlamaModel):
         make_layer = partial(make_decoder_layer, plan, layouts)
         config = vllm_config.model_config.hf_config
         family = family_of(config.to_dict())
-        if family.bloom:  # `LlamaModel` makes an RMSNorm first
+        if family.layer_norms:  # `LlamaModel` makes an RMSNorm first
             config.rms_norm_eps = config.layer_norm_epsilon
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=make_layer)
         self.plan, self.layouts = plan, layouts
         self.hf_to_vllm_mapper = naming(config.model_type)["hf_to_vllm_mapper"]
-        self.normed = family.bloom
-        if self.normed:
+        if family.layer_norms:
             self.norm = LayerNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.normed = family.norms_embedding
+        if self.normed:
             self.embed_tokens.norm = LayerNorm(config.hidden_size, config.layer_norm_epsilon)
         self.scaled = family.gemma or family.multipliers
         if family.multipliers:

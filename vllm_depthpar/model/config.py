@@ -243,9 +243,10 @@ def _check_features(vllm_config: VllmConfig, plan: Plan, layouts: Collection[str
             "adapter merged into the checkpoint"
         )
     family, quantization = shape_of(vllm_config).family, vllm_config.model_config.quantization
-    if family.bloom and (quantization is not None or vllm_config.lora_config is not None):
+    kind = vllm_config.model_config.hf_config.model_type
+    if family.by_heads and (quantization is not None or vllm_config.lora_config is not None):
         raise UserError(
-            f"{'--enable-lora' if quantization is None else '--quantization'}: files of a BLOOM "
+            f"{'--enable-lora' if quantization is None else '--quantization'}: files of a {kind} "
             f"have q, k and v in one tensor, head by head, which neither adapters nor quantized "
             f"weights were checked with; allowed: without it"
         )
@@ -273,11 +274,10 @@ def _check_features(vllm_config: VllmConfig, plan: Plan, layouts: Collection[str
             f"models; allowed: {', '.join(_SPECULATION)}"
         )
     heads = speculative is not None and speculative.method in _HEADS
-    if heads and (family.norms_after or family.bloom):
+    if heads and (family.norms_after or family.layer_norms):
         raise UserError(
             f"--speculative-config method {speculative.method!r} reads the target's insides, and "
-            f"vLLM has no such heads for {vllm_config.model_config.hf_config.model_type}; allowed: "
-            f"'draft_model', 'ngram'"
+            f"vLLM has no such heads for {kind}; allowed: 'draft_model', 'ngram'"
         )
     if speculative is not None and speculative.method == "eagle3" and plan.ladder:
         # Where it reads, a ladder's terms are still on their way.

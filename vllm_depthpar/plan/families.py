@@ -76,8 +76,11 @@ class Family:
         refused: keys of config.json that make another model of it.
         fixed: what vLLM's class makes of keys, whatever config.json says.
         yarn: so it does of RoPE: YaRN, by the parameters `_YARN`.
-        bloom: its norms are LayerNorms, with biases, one more is of the embedding, positions are
-            ALiBi's, and its MLP has no gate.
+        gated: its MLP has a gate; without one, its intermediate size is four times the hidden one.
+        layer_norms: its norms are LayerNorms, with biases.
+        norms_embedding: one more norm is of what is looked up in the embedding.
+        alibi: positions are ALiBi's, not RoPE's.
+        by_heads: files have q, k and v in one tensor, head by head.
         projections: what a layer's are called, by Llama's names, where otherwise.
         names: where files name tensors otherwise than Llama's: what they are here, by patterns.
         keys: so config.json its keys: Llama's, by those that it may have.
@@ -102,7 +105,11 @@ class Family:
     refused: tuple[str, ...] = ()
     fixed: Mapping[str, Any] = field(default_factory=dict)
     yarn: bool = False
-    bloom: bool = False
+    gated: bool = True
+    layer_norms: bool = False
+    norms_embedding: bool = False
+    alibi: bool = False
+    by_heads: bool = False
     projections: Mapping[str, str] = field(default_factory=dict)
     names: Mapping[str, str] = field(default_factory=dict)
     keys: Mapping[str, str] = field(default_factory=dict)
@@ -258,8 +265,12 @@ FAMILIES = {
     ),
     "bloom": Family(
         ("BloomForCausalLM",),
-        bloom=True,
+        gated=False,
+        layer_norms=True,
+        norms_embedding=True,
+        alibi=True,
         fused_qkv=True,
+        by_heads=True,
         projections={
             "qkv_proj": "query_key_value",
             "o_proj": "dense",

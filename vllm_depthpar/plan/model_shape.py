@@ -115,7 +115,7 @@ class ModelShape:
                 heads=heads,
                 kv_heads=config.get("num_key_value_heads") or heads,
                 head_dim=config.get("head_dim") or hidden // heads,
-                intermediate=4 * hidden if family.bloom else config["intermediate_size"],
+                intermediate=config["intermediate_size"] if family.gated else 4 * hidden,
                 vocab=config["vocab_size"],
                 tied=bool(config.get("tie_word_embeddings", False)),
                 qkv_bias=attention_bias or family.qkv_bias,
@@ -340,7 +340,7 @@ class ModelShape:
         else:
             names = ("gate_proj", "up_proj", "down_proj")
             projections |= self._gated_mlp("mlp", names, self.intermediate, self.mlp_bias)
-        if self.family.bloom:
+        if not self.family.gated:
             del projections["mlp.gate_proj"]
         for llamas, (out, into, bias) in projections.items():
             module, _, projection = llamas.rpartition(".")
@@ -364,14 +364,14 @@ class ModelShape:
         return {gate: into, up: into, down: out}
 
     def _norm_tensors(self, norm: str) -> dict[str, tuple[int, ...]]:
-        parts = ("weight", "bias") if self.family.bloom else ("weight",)
+        parts = ("weight", "bias") if self.family.layer_norms else ("weight",)
         return {f"{norm}.{part}": (self.hidden,) for part in parts}
 
     def other_tensors(self) -> dict[str, tuple[int, ...]]:
         """List the shapes of tensors of no layer, by their names in the decoder; and the head's."""
         matrix = (self.vocab, self.hidden)
         tensors = {"embed_tokens.weight": matrix, **self._norm_tensors("norm")}
-        if self.family.bloom:
+        if self.family.norms_embedding:
             tensors |= self._norm_tensors("embed_tokens.norm")
         return tensors if self.tied else {**tensors, "lm_head.weight": matrix}
 

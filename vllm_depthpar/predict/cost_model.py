@@ -199,7 +199,7 @@ class _Work:
 
     def mlp(self, width: int) -> list[_Operation]:
         """Gate, unless there is none, up and down."""
-        matrices = 2 if self.shape.family.bloom else 3
+        matrices = 3 if self.shape.family.gated else 2
         weights = matrices * width * self.shape.hidden * self.shape.intermediate
         return [self._matmul(weights, self.workload.rows, self.shape.projection_bytes)]
 
