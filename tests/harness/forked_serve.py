@@ -95,8 +95,8 @@ class Outcome:
 def run(calls: list[Call], timeout: float = 300) -> list[Outcome]:
     """Make the calls one after the other; each may take `timeout` seconds.
 
-    A call that asks vLLM about two models waits for two processes that import vLLM anew: a second
-    for each on a good day, half a minute on a bad one.
+    For a class of a model that it has never seen vLLM asks a process that imports it anew, which
+    has taken half a minute; with speculation there are two.
     """
     with tempfile.TemporaryDirectory() as folder:
         return [
