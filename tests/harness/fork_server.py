@@ -102,7 +102,11 @@ def become(env: Mapping[str, str], log: str | None = None) -> None:
     # vLLM's workers, too: on a CPU it sets "spawn", whatever the environment says.
     multiprocessing.get_context = lambda method=None: forking  # type: ignore[assignment]
     from vllm.logger import _configure_vllm_root_logger
+    from vllm.model_executor.models import registry
 
     _configure_vllm_root_logger()
+    # Once for each class of a model vLLM asks a new program about it, which imports vLLM, lest CUDA
+    # is initialized.
+    registry._run_in_subprocess = lambda ask: ask()
     # vLLM collects garbage several times in every start: half a second each over what it imports.
     gc.freeze()
