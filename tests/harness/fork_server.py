@@ -105,8 +105,8 @@ def become(env: Mapping[str, str], log: str | None = None) -> None:
     from vllm.model_executor.models import registry
 
     _configure_vllm_root_logger()
-    # Once for each class of a model vLLM asks a new program about it, which imports vLLM, lest CUDA
-    # is initialized.
+    # Of each class of a model vLLM asks, once, a new program that imports vLLM, lest CUDA is
+    # initialized: on a slow machine a minute.
     registry._run_in_subprocess = lambda ask: ask()
     # vLLM collects garbage several times in every start: half a second each over what it imports.
     gc.freeze()

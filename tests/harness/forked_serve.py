@@ -93,11 +93,7 @@ class Outcome:
 
 
 def run(calls: list[Call], timeout: float = 300) -> list[Outcome]:
-    """Make the calls one after the other; each may take `timeout` seconds.
-
-    For a class of a model that it has never seen vLLM asks a process that imports it anew, which
-    has taken half a minute; with speculation there are two.
-    """
+    """Make the calls one after the other; each may take `timeout` seconds."""
     with tempfile.TemporaryDirectory() as folder:
         return [
             _outcome(call, Path(folder, str(number)), timeout) for number, call in enumerate(calls)
