@@ -201,6 +201,22 @@ def test_quantized_model_becomes_an_unquantized_one(
     assert_refitted(changed)
 
 
+def test_distillation_that_does_harm_is_undone(
+    model: Path, text: Path, tmp_path: Path, auto_dtype: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is written is bit for bit what the refit gave, and says so."""
+    assert main(arguments(model, text, tmp_path / "refit", "--tokens", 0)) == 0
+    capsys.readouterr()
+    more = ["--train", "all", "--tokens", 2048, "--rate", 1]
+    assert main(arguments(model, text, tmp_path / "out", *more)) == 0
+    assert "distillation made it worse and was undone; try less than 1" in capsys.readouterr().out
+    assert not differing(tmp_path / "refit", tmp_path / "out")
+    quality = json.loads((tmp_path / "out" / "recovery.json").read_text())["quality"]
+    assert quality["end"] == quality["refit"]
+    assert quality["distilled"]["passages"]["kl"] > quality["refit"]["passages"]["kl"]
+    assert "which made it worse and was undone" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_refit_alone_and_next_token(
     model: Path, text: Path, tmp_path: Path, auto_dtype: str
 ) -> None:

@@ -291,6 +291,23 @@ def test_copies_begin_as_what_is_in_the_checkpoint(tmp_path: Path, tie: bool, wh
     assert {tensor.dtype for tensor in model.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("from_checkpoint", [False, True])
+def test_what_was_learned_is_undone(tmp_path: Path, from_checkpoint: bool) -> None:
+    """Some tensors are given, all others are the checkpoint's again."""
+    path = write_llama(tmp_path, layers=LAYERS)
+    original = load_file(path / "model.safetensors")
+    read = partial(read_tensors, str(path)) if from_checkpoint else None
+    tested = Distillation(hf.load_unmodified(path), resolve(PLANS["pairs"], LAYERS), read=read)
+    tested.unfreeze()
+    with torch.no_grad():
+        for parameter in tested.changes().values():
+            parameter += 1
+    kept = "model.layers.3.mlp.down_proj.weight"
+    tested.reset({kept: 2 * original[kept]})
+    for name, tensor in tested.changes().items():
+        assert torch.equal(tensor, (1 + (name == kept)) * original[name])
+
+
 def test_bfloat16_computes_on_float32_masters(folder: Path) -> None:
     plan, ids = resolve(PLANS["pairs"], LAYERS), prompts(4, 32)
     exact = Distillation(hf.load_unmodified(folder), plan)

@@ -327,7 +327,9 @@ def _recovered(recovery: Mapping[str, Any]) -> str:
         done.append("the down projections of the changed blocks refitted in closed form")
     if training["steps"]:
         how = "distilled" if settings["objective"] == "distil" else "fine-tuned on the next token"
-        done.append(f"{how} in {training['steps']} steps of {training['tokens']} tokens in all")
+        worse = ", which made it worse and was undone" if "distilled" in stages else ""
+        tokens = training["tokens"]
+        done.append(f"{how} in {training['steps']} steps of {tokens} tokens in all{worse}")
     return "\n".join(
         [
             f"Recovered from what the plan cost: {', then '.join(done)}.",

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import shutil
 import time
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
 from functools import partial
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from vllm_depthpar.checkpoint import adapter, export
@@ -186,7 +188,12 @@ def _recover(
     ridges = run.refit() if args.refit else {}
     quality_after["refit"] = run.measure()
     done = run.train(args.tokens, until)
-    quality_after["end"] = run.measure()
+    end = run.measure()
+    undone = args.refit and args.objective == "distil" and _kl(end) > _kl(quality_after["refit"])
+    if undone:
+        run.undo_training()
+        quality_after["distilled"], end = end, quality_after["refit"]
+    quality_after["end"] = end
     if process.is_main_process:
         record = {
             **origin("depthpar"),
@@ -211,7 +218,15 @@ def _recover(
     command = f"vllm serve {args.out}"
     if args.train == "lora":
         command = adapter.serving_command(args.model, args.out, args.rank)
-    return f"{table}\n\n{args.out}: {chosen.name}\nserve it: {command}"
+    lines = ["", f"{args.out}: {chosen.name}", f"serve it: {command}"]
+    if undone:
+        lines.insert(1, f"distillation made it worse and was undone; try less than {args.rate:g}")
+    return "\n".join([table, *lines])
+
+
+def _kl(found: Mapping[str, Mapping[str, float]]) -> float:
+    """Mean over the texts."""
+    return fmean(one["kl"] for one in found.values())
 
 
 def _check_installed(args: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ where plain fine-tuning says one token of it; nothing the text does not show is 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, TypeAlias, cast
 
 import torch
@@ -125,6 +125,16 @@ class Distillation(nn.Module):
         mine = self._by_name()
         return [mine[name] for name in wanted]
 
+    @torch.no_grad()
+    def reset(self, tensors: Mapping[str, Tensor]) -> None:
+        """Make the student the checkpoint again, but for these tensors, by their names there."""
+        own = self.own(tensors)
+        kept = self.changes()
+        for name, tensor in self._read([name for name in kept if name not in tensors]):
+            kept[name].copy_(tensor)
+        for one, tensor in zip(own, tensors.values(), strict=True):
+            one.copy_(tensor)
+
     def _of_blocks(self, positions: Iterable[int]) -> list[str]:
         layers = {layer for position in positions for layer in self.plan.blocks[position]}
         return [
@@ -142,8 +152,8 @@ class Distillation(nn.Module):
         return {id(parameter) for parameter in self.teacher.parameters()}
 
     def _teachers(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        mine = self._by_name()
-        return ((name, mine[name].detach()) for name in names)
+        theirs = dict(self.teacher.named_parameters())
+        return ((name, theirs[name].detach()) for name in names)
 
     def _adapt(self, rank: int, seed: int) -> None:
         """Put adapters on all projections of the blocks that learn."""

@@ -174,16 +174,16 @@ class Recovery:
             return found
 
         known = self._once("refit.json", fit)
-        with (
-            self._going_on(path),
-            opened(path, allowed=_allowed(self._folder)) as file,
-            torch.no_grad(),
-        ):
+        with self._going_on(path):
             ridges = {int(at): float(ridge) for at, ridge in known.items()}
-            names = list(file.keys())
-            for name, one in zip(names, self._distillation.own(names), strict=True):
-                one.copy_(file.get_tensor(name))
+            with opened(path, allowed=_allowed(self._folder)) as file:
+                names = list(file.keys())
+                self._distillation.reset({name: file.get_tensor(name) for name in names})
         return ridges
+
+    def undo_training(self) -> None:
+        """Make the student what `refit` made of it, again."""
+        self.refit()
 
     def train(self, tokens: int | None, until: float | None) -> dict[str, Any]:
         """Train the student.

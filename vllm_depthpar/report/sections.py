@@ -197,6 +197,7 @@ _STAGES = {
     "unmodified": "unmodified",
     "plan": "plan alone",
     "refit": "after least squares",
+    "distilled": "distilled, not kept",
     "end": "recovered",
 }
 
