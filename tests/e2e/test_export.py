@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -83,6 +84,19 @@ def test_folder(model: Path, exported: dict[str, Path], plan: str) -> None:
     assert f"base_model: {model.name}" in card
     assert resolved.name in card
     assert not [path for path in folder.parent.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("plan", ["skip", "halves"])
+def test_what_is_left_out_is_not_warned_of(
+    exported: dict[str, Path],
+    plan: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """transformers' word for it is that it was newly initialized, and should be trained."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    hf.load(exported[plan], ranks=1)
+    assert "MISSING" not in caplog.text
 
 
 def test_served_without_a_flag(exported: dict[str, Path], model: Path) -> None:

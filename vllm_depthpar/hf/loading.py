@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from os import PathLike
 from pathlib import Path
 from typing import Any, cast
@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from vllm_depthpar.checkpoint import ladder_config
 from vllm_depthpar.checkpoint.config import read_config, read_tensors
@@ -141,9 +142,10 @@ def _weights(
         else:
             renamed = {"key_mapping": dict(names)} if (names := _family(config).names) else {}
             options = {"use_safetensors": True, **renamed, **kwargs}
-            model, report = _model_type(config).from_pretrained(
-                path, config=config, dtype=dtype, output_loading_info=True, **options
-            )
+            with _without_warnings() if absent else nullcontext():
+                model, report = _model_type(config).from_pretrained(
+                    path, config=config, dtype=dtype, output_loading_info=True, **options
+                )
             not_there = report["missing_keys"]
     places = filter(None, map(split_name, not_there))
     missing = {(layer, _family(config).half_of(rest)) for _, layer, rest in places}
@@ -152,6 +154,17 @@ def _weights(
             f"weights of layer {lost[0][0]} are not in {path}; allowed: plans of its other layers"
         )
     return cast(PreTrainedModel, model)
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Keep transformers from advice to train what is absent; what may not be is refused here."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _dequantized(
