@@ -189,9 +189,10 @@ def _recover(
     quality_after["refit"] = run.measure()
     done = run.train(args.tokens, until)
     end = run.measure()
-    undone = args.refit and args.objective == "distil" and _kl(end) > _kl(quality_after["refit"])
+    better = _kl(end) <= _kl(quality_after["refit"])  # not if it is no number
+    may_be_undone = args.refit and args.objective == "distil"
+    undone = may_be_undone and run.undo_training(worse=not better)
     if undone:
-        run.undo_training()
         quality_after["distilled"], end = end, quality_after["refit"]
     quality_after["end"] = end
     if process.is_main_process:

@@ -181,9 +181,16 @@ class Recovery:
                 self._distillation.reset({name: file.get_tensor(name) for name in names})
         return ridges
 
-    def undo_training(self) -> None:
-        """Make the student what `refit` made of it, again."""
-        self.refit()
+    def undo_training(self, worse: bool) -> bool:
+        """Make the student again what `refit` made of it, if that is better; returns whether.
+
+        Args:
+            worse: whether training was for the worse; the main process's word counts.
+        """
+        undone = bool(self._once("undone.json", lambda: worse))
+        if undone:
+            self.refit()
+        return undone
 
     def train(self, tokens: int | None, until: float | None) -> dict[str, Any]:
         """Train the student.
