@@ -8,7 +8,7 @@ where plain fine-tuning says one token of it; nothing the text does not show is 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, Literal, TypeAlias, cast
 
 import torch
@@ -126,14 +126,15 @@ class Distillation(nn.Module):
         return [mine[name] for name in wanted]
 
     @torch.no_grad()
-    def reset(self, tensors: Mapping[str, Tensor]) -> None:
-        """Make the student the checkpoint again, but for these tensors, by their names there."""
-        own = self.own(tensors)
+    def reset(self, names: Collection[str], tensor_of: Callable[[str], Tensor]) -> None:
+        """Make the student the checkpoint again, but for tensors, by their names there, of which
+        `tensor_of` gives one at a time."""
+        own = self.own(names)
         kept = self.changes()
-        for name, tensor in self._read([name for name in kept if name not in tensors]):
+        for name, tensor in self._read([name for name in kept if name not in names]):
             kept[name].copy_(tensor)
-        for one, tensor in zip(own, tensors.values(), strict=True):
-            one.copy_(tensor)
+        for name, one in zip(names, own, strict=True):
+            one.copy_(tensor_of(name))
 
     def _of_blocks(self, positions: Iterable[int]) -> list[str]:
         layers = {layer for position in positions for layer in self.plan.blocks[position]}

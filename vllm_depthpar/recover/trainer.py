@@ -177,8 +177,7 @@ class Recovery:
         with self._going_on(path):
             ridges = {int(at): float(ridge) for at, ridge in known.items()}
             with opened(path, allowed=_allowed(self._folder)) as file:
-                names = list(file.keys())
-                self._distillation.reset({name: file.get_tensor(name) for name in names})
+                self._distillation.reset(list(file.keys()), file.get_tensor)
         return ridges
 
     def undo_training(self, worse: bool) -> bool:
